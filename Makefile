@@ -1,0 +1,73 @@
+# Needs python3 (3.11 to 3.13) with venv; makes .venv from requirements.lock before anything else.
+#   make results/ressl_r18/linear.json [ARGS="--configfile recipes/..."]     make test     make check     make ui
+PYTHON ?= python3
+CORES ?= all
+ARGS ?=
+UV_VERSION := 0.13.8
+
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+# The console scripts that rules call are found first; the rest of a developer's shell stays out of the environment.
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV CONDA_PREFIX
+export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
+export MLFLOW_DISABLE_TELEMETRY := true
+
+.PHONY: all install test test-long check format schema ui lock clean
+.DELETE_ON_ERROR:
+.SUFFIXES:
+
+all: $(INSTALLED)
+	snakemake --cores $(CORES) $(ARGS)
+
+# Always asked, so that Snakemake decides what is out of date.
+results/% shards/%: $(INSTALLED) FORCE
+	snakemake --cores $(CORES) $(ARGS) $@
+
+FORCE:
+Makefile pyproject.toml requirements.lock: ;
+
+install: $(INSTALLED)
+
+# The stamp is written last: an interrupted installation is taken up again.
+$(INSTALLED): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; (3, 11) <= v <= (3, 13) or sys.exit("error: Python 3.11 to 3.13 is needed, $(PYTHON) is %d.%d; say make PYTHON=python3.12" % v)'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
+	VIRTUAL_ENV=$(CURDIR)/.venv $(BIN)/python -m uv pip sync --require-hashes requirements.lock
+	VIRTUAL_ENV=$(CURDIR)/.venv $(BIN)/python -m uv pip install --no-deps --no-build-isolation --editable .
+	touch $@
+
+test: $(INSTALLED)
+	pytest $(ARGS)
+
+test-long: $(INSTALLED)
+	pytest --long $(ARGS)
+
+check: $(INSTALLED)
+	ruff check
+	ruff format --check
+	snakefmt --check Snakefile workflow
+	pyright --warnings
+	python workflow/lint.py
+
+format: $(INSTALLED)
+	ruff check --fix
+	ruff format
+	snakefmt Snakefile workflow
+
+schema: $(INSTALLED)
+	ssl-core schema > workflow/schemas/config.schema.json.new
+	mv workflow/schemas/config.schema.json.new workflow/schemas/config.schema.json
+
+# One worker and no job executor: a sixth of the processes and memory of the default.
+ui: $(INSTALLED)
+	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false mlflow ui --host 127.0.0.1 --workers 1 \
+	  --backend-store-uri $${MLFLOW_TRACKING_URI:-sqlite:///mlflow.db} $(ARGS)
+
+lock: $(INSTALLED)
+	uv pip compile pyproject.toml --extra dev --universal --generate-hashes --no-emit-index-url --no-header \
+	  --no-annotate --output-file requirements.lock
+
+clean:
+	rm -rf .venv .pytest_cache .ruff_cache ssl_core.egg-info build

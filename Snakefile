@@ -1,0 +1,30 @@
+# Pre-train small networks without labels and measure them: shard -> pretrain -> evaluate -> table.
+# What runs stands in config.yaml; `snakemake --cores all -n` says what would run again, and why.
+
+
+configfile: "config.yaml"
+
+
+report: "workflow/report/workflow.rst"
+
+
+include: "workflow/rules/common.smk"
+include: "workflow/rules/shard.smk"
+include: "workflow/rules/pretrain.smk"
+include: "workflow/rules/evaluate.smk"
+include: "workflow/rules/report.smk"
+
+
+# A GPU is used by one job at a time, unless --resources or a profile says that there are more.
+if "gpu" not in workflow.global_resources:
+    workflow.register_resource("gpu", 1)
+
+
+localrules:
+    all,
+
+
+rule all:
+    input:
+        results_of(config["experiments"]),
+        "results/table.csv",

@@ -1,0 +1,222 @@
+"""Batches of views from shards: exact epochs, ranks that share the data, and a state from which a run continues exactly."""
+
+import hashlib
+import json
+import math
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import numpy as np
+import torch
+from nvidia.dali.pipeline import Pipeline
+from torch import Tensor
+
+from ssl_core.config import Dataset, Subset
+from ssl_core.data import pipeline
+from ssl_core.data.pipeline import Plan
+from ssl_core.data.shards import Manifest, verify
+from ssl_core.data.views import Views
+
+SHUFFLE_BUFFER = 300_000  # images: up to here an epoch is a uniform permutation (about 9 KB of memory an image)
+
+
+@dataclass
+class Batch:
+    """Views of one batch of images, with what is known of them."""
+
+    views: dict[str, list[Tensor]]  # group -> `count` tensors (batch, 3, size, size), normalised float32, channels_last
+    labels: Tensor  # (batch,) int64, -1 where unknown
+    indices: Tensor  # (batch,) int64, 0..num_images - 1: the position in the sorted subset or split
+
+
+class Loader:
+    """Endless batches of a data set's views.
+
+    With `shuffle` every epoch is a new permutation and ends with its last full batch, and each rank sees its own part.
+    Without, each image comes exactly once, in the shards' order, and the last batch may be smaller.
+    Raises `ValueError` for missing or cut shards, a subset or a batch larger than the data, and unreadable images.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        dataset: Dataset,
+        views: Views,
+        *,
+        batch_size: int,
+        seed: int,
+        shuffle: bool = True,
+        rank: int = 0,
+        world_size: int = 1,
+        device: Literal["cpu", "cuda"] | str = "cpu",
+        threads: int = 1,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+    ) -> None:
+        """Plan the reading; `batch_size` is per rank, `mean` and `std` (of pixels in 0..1) replace the manifest's."""
+        verify(manifest, dataset.split)
+        split = manifest.split(dataset.split)
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        tars, indices = manifest.tars(dataset.split), manifest.indices(dataset.split)
+        self.num_images = split.images
+        self._position: Tensor | None = None  # dataset index -> position in the sorted subset
+        if dataset.subset is not None:
+            chosen = draw_subset(split.images, dataset.subset, f"{dataset.name}/{dataset.split}")
+            self.num_images = len(chosen)
+            self._position = torch.full((split.images,), -1, dtype=torch.int64)
+            self._position[torch.from_numpy(chosen)] = torch.arange(len(chosen))
+            self._folder = tempfile.TemporaryDirectory(prefix="ssl-core-subset-")
+            tars, indices = _filter_indices(tars, indices, set(chosen.tolist()), Path(self._folder.name))
+        start, end = (self.num_images * part // world_size for part in (rank, rank + 1))  # as DALI cuts the data
+        most = math.ceil(self.num_images / world_size)  # ranks trade their parts from epoch to epoch when shuffling
+        images = self.num_images // world_size if shuffle else end - start
+        if shuffle and batch_size > images:
+            raise ValueError(
+                f"a batch of {batch_size} images (a process) is larger than the data set {dataset.name}/{dataset.split} "
+                f"with {images} (a process): give a batch_size of {images} or less"
+            )
+        self.batch_size, self.shuffle, self.views = batch_size, shuffle, views
+        self.steps_per_epoch = images // batch_size if shuffle else math.ceil(images / batch_size)
+        self.step = 0
+        self._last_batch = images - (self.steps_per_epoch - 1) * batch_size  # only without shuffling can it be small
+        self._runs_per_epoch = math.ceil(most / batch_size)  # of the pipeline, which pads all ranks to the largest part
+        self._threads = threads
+        self._plan = Plan(
+            tars=tuple(map(str, tars)),
+            indices=tuple(map(str, indices)),
+            views=views,
+            mean=tuple(manifest.mean if mean is None else mean),
+            std=tuple(manifest.std if std is None else std),
+            seed=seed,
+            shuffle_buffer=min(most, SHUFFLE_BUFFER) if shuffle else 0,
+            rank=rank,
+            world_size=world_size,
+            gpu=device == "cuda",
+        )
+        self._content = [shard.sha256 for shard in split.shards] + [str(dataset.subset)]
+        self._pipeline: Pipeline | None = None
+        self._checkpoint: bytes | None = None  # where the pipeline starts once it is built
+
+    def next(self) -> Batch:
+        """Return the next batch; epochs follow each other without end."""
+        position = self.step % self.steps_per_epoch
+        if position == 0 and self.step > 0:
+            self._skip(self._runs_per_epoch - self.steps_per_epoch)  # the incomplete batch at the end of an epoch
+        outputs = self._run()
+        self.step += 1
+        meta, *tensors = (torch.from_dlpack(output.as_tensor()) for output in outputs)
+        if not self.shuffle and position == self.steps_per_epoch - 1 and self._last_batch < self.batch_size:
+            meta, *tensors = (tensor[: self._last_batch] for tensor in (meta, *tensors))
+        indices = meta[:, 1] if self._position is None else self._position.to(meta.device)[meta[:, 1]]
+        images = (tensor.permute(0, 3, 1, 2) for tensor in tensors)
+        views = {group: [next(images) for _ in range(view.count)] for group, view in self.views.items()}
+        return Batch(views, meta[:, 0], indices)
+
+    def epoch(self) -> Iterator[Batch]:
+        """Iterate over exactly one whole epoch; one that was begun and left is ended first, unseen."""
+        while self.step % self.steps_per_epoch:
+            self.next()
+        for _ in range(self.steps_per_epoch):
+            yield self.next()
+
+    def state(self) -> dict[str, Any]:
+        """Return where the loader stands, in types that `torch.load(weights_only=True)` accepts."""
+        pipe = self._pipeline
+        checkpoint = self._checkpoint if pipe is None else pipe.checkpoint()
+        return {**self._identity(), "step": self.step, "pipeline": checkpoint or b""}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continue exactly from `state()`; raise a `ValueError` that says what differs if this loader is another."""
+        own = self._identity()
+        different = [f"{key} was {_short(state.get(key))}, is {_short(own[key])}" for key in own if state.get(key) != own[key]]
+        if different:
+            raise ValueError(f"the loader's saved state does not fit: {'; '.join(different)}")
+        self._stop()
+        self.step = state["step"]
+        self._checkpoint = state["pipeline"] or None
+
+    def close(self) -> None:
+        """Stop the pipeline and remove the subset's temporary index files."""
+        self._stop()
+        if self._folder is not None:
+            self._folder.cleanup()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _identity(self) -> dict[str, Any]:
+        """Return what must agree for a state to fit; DALI itself would take another seed or batch size without a word."""
+        plan = self._plan
+        names = {"tars": _names(plan.tars), "indices": _names(plan.indices)}  # wherever the folder lies
+        graph = pipeline.serialize(replace(plan, **names), batch_size=self.batch_size)
+        return {
+            "batch_size": self.batch_size,
+            "seed": plan.seed,
+            "rank": plan.rank,
+            "world_size": plan.world_size,
+            "shuffle": self.shuffle,
+            "data": _digest("\n".join(self._content).encode()),
+            "views": json.dumps({group: view.model_dump(mode="json") for group, view in self.views.items()}),
+            "graph": _digest(graph),
+        }
+
+    def _run(self) -> Any:
+        try:
+            if self._pipeline is None:
+                self._pipeline = pipeline.build(
+                    self._plan, batch_size=self.batch_size, threads=self._threads, checkpoint=self._checkpoint
+                )
+            return self._pipeline.run()
+        except RuntimeError as error:
+            raise ValueError(f"reading {Path(self._plan.tars[0]).parent} failed: {error}") from error
+
+    def _skip(self, runs: int) -> None:
+        for _ in range(runs):
+            self._run()
+
+    def _stop(self) -> None:
+        self._pipeline = self._checkpoint = None
+
+
+def draw_subset(num_images: int, subset: Subset, name: str) -> np.ndarray:
+    """Draw dataset indices without looking at labels, sorted; a `ValueError` if there are not so many."""
+    if subset.images > num_images:
+        raise ValueError(f"subset.images {subset.images} is more than {name} has ({num_images})")
+    return np.sort(np.random.default_rng(subset.seed).permutation(num_images)[: subset.images])
+
+
+def _filter_indices(
+    tars: list[Path], indices: list[Path], chosen: set[int], folder: Path
+) -> tuple[list[Path], list[Path]]:
+    """Write indices that only name the chosen samples; tars without any are left out."""
+    kept_tars, kept_indices = [], []
+    for tar, index in zip(tars, indices, strict=True):
+        header, *samples = index.read_text(encoding="ascii").splitlines()
+        # A line reads `jpg <offset> <size> 00000042.jpg meta.i64 ...`.
+        kept = [sample for sample in samples if int(sample.split(" ", 4)[3][:8]) in chosen]
+        if kept:
+            version = header.split()[0]
+            filtered = folder / index.name
+            filtered.write_text("\n".join([f"{version} {len(kept)}", *kept, ""]), encoding="ascii")
+            kept_tars.append(tar)
+            kept_indices.append(filtered)
+    return kept_tars, kept_indices
+
+
+def _names(paths: Sequence[str]) -> tuple[str, ...]:
+    return tuple(Path(path).name for path in paths)
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."

@@ -1,0 +1,246 @@
+"""The DALI graph that turns shards into views: one for CPU and GPU; an image is decoded once and cropped as often as asked.
+
+Every random operator has a seed of its own, made of the run's seed and of the view and the operation it belongs to, so that
+adding a view leaves the others as they were.
+
+Colour jitter has torchvision's meaning with three stated differences. (1) torchvision clamps to 0..255 after each of its four
+operations, here only the end result is clamped; without those clamps all 24 orders give the same image, since saturation
+and hue keep the luma and contrast is about the mean luma, so there is no order to draw. (2) Hue turns in YIQ, not HSV: the
+sign agrees, for equal turns the colours move about 1.3 times as far. (3) Values are rounded nowhere on the way.
+"""
+
+import math
+import zlib
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from nvidia.dali import fn, pipeline_def, types
+from nvidia.dali import math as dmath
+from nvidia.dali._utils import dali_trace
+from nvidia.dali.auto_aug import augmentations as ops
+from nvidia.dali.auto_aug.core import augmentation, select, signed_bin
+from nvidia.dali.data_node import DataNode
+from nvidia.dali.pipeline import Pipeline
+
+from ssl_core.data.views import Augmentation, View, Views
+
+# Else every operator carries the stack that made it: building takes ten times as long, and the serialized graph, which says
+# whether a saved state fits, would change with every line number.
+dali_trace.set_tracing(enabled=False)
+
+LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)
+INTERPOLATION = {"linear": types.INTERP_LINEAR, "cubic": types.INTERP_CUBIC}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Everything the graph depends on; two equal plans make the same views, bit for bit."""
+
+    tars: tuple[str, ...]
+    indices: tuple[str, ...]
+    views: Views
+    mean: tuple[float, ...]  # of pixels in 0..1
+    std: tuple[float, ...]
+    seed: int
+    shuffle_buffer: int  # images; 0 reads them in order
+    rank: int = 0
+    world_size: int = 1
+    gpu: bool = False
+
+    def seed_of(self, *names: object) -> int:
+        """Return the seed of one random operator, by its name."""
+        return zlib.crc32("/".join(map(str, (self.seed, self.rank, *names))).encode())
+
+
+def build(plan: Plan, *, batch_size: int, threads: int, checkpoint: bytes | None = None) -> Pipeline:
+    """Start the pipeline, from the position in `checkpoint` if there is one."""
+    device = 0 if plan.gpu else None
+    pipeline = _graph(plan, batch_size=batch_size, num_threads=threads, device_id=device, seed=0, checkpoint=checkpoint)
+    pipeline.build()
+    return pipeline
+
+
+def serialize(plan: Plan, *, batch_size: int) -> bytes:
+    """Return the graph in DALI's own format; it takes neither the shards nor a GPU and does not depend on threads."""
+    return _graph(plan, batch_size=batch_size, num_threads=1, device_id=None, seed=0).serialize()
+
+
+@pipeline_def(enable_conditionals=True, enable_checkpointing=True)
+def _graph(plan: Plan) -> tuple[DataNode, ...]:
+    """Return (label and dataset index, then the views in order, each HWC float)."""
+    encoded, meta = fn.readers.webdataset(
+        paths=list(plan.tars),
+        index_paths=list(plan.indices),
+        ext=["jpg;jpeg;png", "meta.i64"],
+        dtypes=[types.UINT8, types.INT64],
+        random_shuffle=plan.shuffle_buffer > 0,
+        initial_fill=max(1, plan.shuffle_buffer),
+        pad_last_batch=True,  # else the borders of epochs drift
+        stick_to_shard=plan.shuffle_buffer == 0,
+        missing_component_behavior="error",
+        shard_id=plan.rank,
+        num_shards=plan.world_size,
+        seed=plan.seed_of("reader"),
+        name="reader",
+    )
+    image = fn.decoders.image(encoded, device="mixed" if plan.gpu else "cpu", output_type=types.RGB, name="decoder")
+    views = []
+    for group, view in plan.views.items():
+        for index in range(view.count):
+            views.append(_view(image, plan, group, view, index))
+    return (meta.gpu() if plan.gpu else meta, *views)
+
+
+def _view(image: DataNode, plan: Plan, group: str, view: View, index: int) -> DataNode:
+    seeds = {name: plan.seed_of(group, index, name) for name in _RANDOM}
+    how = view.augmentation
+    image = _crop(image, view, seeds["crop"])
+    if (how.jitter > 0 and _has_jitter(how)) or how.grayscale > 0:
+        image = _colour(image, how, seeds, plan.gpu)
+    if how.blur > 0:
+        image = _blur(image, how, view.size, seeds)
+    if how.solarize > 0:
+        image = _solarize(image, how.solarize, seeds["solarize"])
+    if how.randaugment > 0:
+        image = fn.cast(image, dtype=types.UINT8)
+        for number in range(how.randaugment):
+            image = _randaugment(image, view.size, [plan.seed_of(group, index, "rand", number, k) for k in range(4)])
+    return fn.crop_mirror_normalize(
+        image,
+        mirror=fn.random.coin_flip(probability=how.flip, seed=seeds["flip"]) if how.flip > 0 else 0,
+        mean=[255 * value for value in plan.mean],
+        std=[255 * value for value in plan.std],
+        output_layout="HWC",  # a permuted view of it is channels_last
+    )
+
+
+_RANDOM = ("crop flip jitter brightness contrast saturation hue grayscale blur sigma solarize").split()
+
+
+def _crop(image: DataNode, view: View, seed: int) -> DataNode:
+    interpolation = INTERPOLATION[view.interpolation]
+    if view.crop == "center":
+        image = fn.resize(image, resize_shorter=view.resize or view.size, interp_type=interpolation)
+        return fn.crop(image, crop=(view.size, view.size))
+    return fn.random_resized_crop(
+        image,
+        size=(view.size, view.size),
+        random_area=list(view.area),
+        random_aspect_ratio=list(view.ratio),
+        interp_type=interpolation,
+        seed=seed,
+    )
+
+
+def _has_jitter(how: Augmentation) -> bool:
+    return max(how.brightness, how.contrast, how.saturation, how.hue) > 0
+
+
+def _colour(image: DataNode, how: Augmentation, seeds: dict[str, int], gpu: bool) -> DataNode:
+    """Apply brightness, contrast, saturation, hue and grayscale as one map; what is not drawn becomes the identity."""
+    chosen: Any = 1.0
+    if how.jitter < 1:
+        chosen = fn.cast(fn.random.coin_flip(probability=how.jitter, seed=seeds["jitter"]), dtype=types.FLOAT)
+
+    def change(name: str, largest: float, smallest: float | None = None) -> Any:
+        if largest == 0 or how.jitter == 0:
+            return 0.0
+        smallest = -min(largest, 1.0) if smallest is None else smallest
+        return chosen * fn.random.uniform(range=[smallest, largest], seed=seeds[name])
+
+    brightness = 1.0 + change("brightness", how.brightness)
+    contrast = 1.0 + change("contrast", how.contrast)
+    saturation = 1.0 + change("saturation", how.saturation)
+    hue = change("hue", 360 * how.hue, -360 * how.hue)  # degrees
+    if how.grayscale > 0:
+        saturation = saturation * fn.random.coin_flip(probability=1 - how.grayscale, seed=seeds["grayscale"])
+    turned = fn.hsv(image, hue=hue, saturation=saturation, value=brightness * contrast, dtype=types.FLOAT)
+    if how.contrast > 0 and how.jitter > 0:  # what is taken from the contrast comes back as the mean grey
+        share = brightness * (1.0 - contrast)
+        grey = fn.reductions.sum(fn.reductions.mean(image, axes=[0, 1]) * LUMA)
+        turned = turned + grey * (share.gpu() if gpu else share)
+    # Not dmath.clamp, which takes four times as long on the CPU.
+    return dmath.min(dmath.max(turned, 0.0), 255.0)
+
+
+def _blur(image: DataNode, how: Augmentation, size: int, seeds: dict[str, int]) -> DataNode:
+    sigma = fn.random.uniform(range=list(how.blur_sigma), seed=seeds["sigma"])
+    window = blur_window(size, how.blur_sigma[1])
+    if how.blur == 1:
+        return fn.gaussian_blur(image, sigma=sigma, window_size=window)
+    if fn.random.coin_flip(probability=how.blur, seed=seeds["blur"], dtype=types.BOOL):
+        result = fn.gaussian_blur(image, sigma=sigma, window_size=window)
+    else:
+        result = image
+    return result
+
+
+def blur_window(size: int, largest_sigma: float) -> int:
+    """Return the kernel's side: the odd number at a tenth of the image's, or 0 (3 sigma each side) where that is less.
+
+    At 32 px a window of 3 and one of 3 sigma differ by more than the blur itself; at 224 px they look the same.
+    """
+    tenth = max(3, int(0.1 * size) | 1)
+    return tenth if tenth < 2 * math.ceil(3 * largest_sigma) + 1 else 0
+
+
+def _solarize(image: DataNode, probability: float, seed: int) -> DataNode:
+    image = fn.cast(image, dtype=types.FLOAT)
+    if fn.random.coin_flip(probability=probability, seed=seed, dtype=types.BOOL):
+        bright = image >= 127.5  # what would round to the threshold of 128
+        result = image + bright * (255.0 - 2.0 * image)
+    else:
+        result = image
+    return result
+
+
+@augmentation(mag_range=(0.05, 0.95), mag_to_param=ops.sharpness_kernel_shifted, param_device="auto")
+def _sharpness(data: DataNode, kernel: DataNode) -> DataNode:
+    return fn.filter(data, kernel)
+
+
+@augmentation
+def _equalize(data: DataNode, _: Any) -> DataNode:
+    return fn.equalize(data)
+
+
+# CLSA draws from FixMatch's pool: at magnitude m of 10 a range (low, high) gives low + (high - low) m / 10.
+CLSA = [
+    ops.auto_contrast,
+    ops.brightness.augmentation((0.05, 0.95), False, None),
+    ops.color.augmentation((0.05, 0.95), False, None),
+    ops.contrast.augmentation((0.05, 0.95), False, None),
+    _equalize,
+    ops.identity,
+    ops.posterize.augmentation(np.array([4 + int(0.4 * magnitude) for magnitude in range(11)])),
+    ops.rotate.augmentation((0, 30), True),
+    _sharpness,
+    ops.shear_x,
+    ops.shear_y,
+    ops.solarize,
+    ops.translate_x.augmentation((0, 0.3), True),
+    ops.translate_y.augmentation((0, 0.3), True),
+]
+
+
+def _randaugment(image: DataNode, size: int, seeds: list[int]) -> DataNode:
+    """Apply, with probability one half, one operation of the pool at an integer magnitude from 1 to 9."""
+    operation = fn.random.uniform(values=list(range(len(CLSA))), dtype=types.INT32, seed=seeds[0])
+    magnitude = fn.random.uniform(values=list(range(1, 10)), dtype=types.INT32, seed=seeds[1])
+    sign = fn.random.coin_flip(dtype=types.INT32, seed=seeds[2])
+    strength = signed_bin(magnitude, sign)
+    if fn.random.coin_flip(probability=0.5, seed=seeds[3], dtype=types.BOOL):
+        result = select(
+            CLSA,
+            operation,
+            data=image,
+            magnitude_bin=strength,
+            num_magnitude_bins=11,
+            shape=(size, size),  # translation is a share of the view
+            fill_value=0,
+            interp_type=types.INTERP_NN,  # PIL's default
+        )
+    else:
+        result = image
+    return result

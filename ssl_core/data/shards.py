@@ -1,0 +1,191 @@
+"""Shards: tars and their indices as DALI reads them, and the manifest that says what is in them. Torch-free.
+
+A sample is `00000042.jpg` (or `.png`) followed by `00000042.meta.i64`: two little-endian int64, the label (-1: none)
+and the index in the split, which is also the key. The key is short and has neither dots nor spaces, or DALI would misread
+the tar without a word.
+"""
+
+import hashlib
+import os
+import struct
+import tarfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Literal
+
+from pydantic import PrivateAttr, ValidationError
+
+from ssl_core.config import Strict
+from ssl_core.files import atomic, read_json
+
+BLOCK = 512  # a tar's unit, in bytes
+MAX_IMAGES = 10**8  # what eight digits can name
+META = "meta.i64"
+
+
+class Shard(Strict):
+    """One tar; its index is the file of the same stem."""
+
+    file: str
+    images: int
+    bytes: int
+    sha256: str
+
+
+class Rejected(Strict):
+    """An image of the source that is not in the shards, and why."""
+
+    name: str
+    reason: str
+
+
+class Split(Strict):
+    """Images 0..`images` - 1 of a split, spread over shards in a fixed random order."""
+
+    images: int
+    labelled: bool  # every image has a label
+    bytes: int
+    class_counts: tuple[int, ...] | None
+    shards: tuple[Shard, ...]
+    rejected: tuple[Rejected, ...]
+
+
+class Manifest(Strict):
+    """What a folder of shards holds. The same card and source give the same manifest, byte for byte."""
+
+    version: Literal[1] = 1
+    dataset: str
+    image_size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    classes: tuple[str, ...] | None
+    avoid: tuple[str, ...]
+    splits: dict[str, Split]
+    _folder: Path = PrivateAttr(default=Path())
+
+    @classmethod
+    def load(cls, path: Path) -> "Manifest":
+        """Read a manifest; raise a `ValueError` that names the file if it is missing or says something else."""
+        try:
+            manifest = cls.model_validate(read_json(path), strict=False)
+        except ValidationError as error:
+            problem = error.errors(include_url=False)[0]
+            where = ".".join(map(str, problem["loc"]))
+            raise ValueError(f"{path} is no manifest ({where}: {problem['msg']}): shard the data set again") from None
+        manifest._folder = path.parent
+        return manifest
+
+    @property
+    def folder(self) -> Path:
+        """Where the shards lie."""
+        return self._folder
+
+    def split(self, name: str) -> Split:
+        """Return a split; raise a `ValueError` that lists the splits if there is none of that name."""
+        if name not in self.splits:
+            raise ValueError(f"{self.dataset} has no split {name!r}: it has {', '.join(self.splits)}")
+        return self.splits[name]
+
+    def tars(self, split: str) -> list[Path]:
+        """Return the paths of a split's tars, in order."""
+        return [self.folder / shard.file for shard in self.split(split).shards]
+
+    def indices(self, split: str) -> list[Path]:
+        """Return the paths of a split's indices, in the tars' order."""
+        return [tar.with_suffix(".idx") for tar in self.tars(split)]
+
+
+def verify(manifest: Manifest, split: str, *, deep: bool = False) -> None:
+    """Raise a `ValueError` that names the first tar or index that is missing or cut short; `deep` hashes the tars."""
+    again = f"remove {manifest.folder} and shard {manifest.dataset} again"
+    for shard in manifest.split(split).shards:
+        tar = manifest.folder / shard.file
+        index = tar.with_suffix(".idx")
+        for path in (tar, index):
+            if not path.is_file():
+                raise ValueError(f"{path} is missing: {again}")
+        if tar.stat().st_size != shard.bytes:
+            raise ValueError(f"{tar} has {tar.stat().st_size} bytes instead of {shard.bytes}: {again}")
+        lines = index.read_bytes().count(b"\n")
+        if lines != shard.images + 1:
+            raise ValueError(f"{index} has {lines} lines instead of {shard.images + 1}: {again}")
+        if deep and file_sha256(tar) != shard.sha256:
+            raise ValueError(f"{tar} is not the file that was written (its sha256 differs): {again}")
+
+
+class ShardWriter:
+    """Writes a deterministic USTAR tar and, on the way, the index that DALI's wds2idx would make of it."""
+
+    def __init__(self, tar: Path, index: Path, *, name: str) -> None:
+        self._tar = open(tar, "wb")  # noqa: SIM115 - new_shard closes it
+        self._index = index
+        self._name = name
+        self._hash = hashlib.sha256()
+        self._lines: list[str] = []
+        self.bytes = 0
+
+    def add(self, number: int, extension: str, image: bytes, label: int) -> None:
+        """Append the image with dataset index `number` and its label (-1: none)."""
+        key = f"{number:08d}"
+        members = ((extension, image), (META, struct.pack("<qq", label, number)))
+        line = [self._member(key, extension, content) for extension, content in members]
+        self._lines.append(" ".join(line))
+
+    def close(self) -> Shard:
+        """End the tar, write the index and return what the manifest says of them."""
+        self._write(bytes(-(self.bytes + 2 * BLOCK) % tarfile.RECORDSIZE + 2 * BLOCK))
+        self._tar.close()
+        self._index.write_text("\n".join([f"v1.2 {len(self._lines)}", *self._lines, ""]))
+        return Shard(file=self._name, images=len(self._lines), bytes=self.bytes, sha256=self._hash.hexdigest())
+
+    def abandon(self) -> None:
+        """Let go of the tar; after `close` this does nothing."""
+        self._tar.close()
+
+    def _member(self, key: str, extension: str, content: bytes) -> str:
+        header = tarfile.TarInfo(f"{key}.{extension}")  # owner, group and time are zero: the same images, the same tar
+        header.size = len(content)
+        self._write(header.tobuf(tarfile.USTAR_FORMAT))
+        line = f"{extension} {self.bytes} {len(content)} {header.name}"
+        self._write(content)
+        self._write(bytes(-len(content) % BLOCK))
+        return line
+
+    def _write(self, content: bytes) -> None:
+        self._tar.write(content)
+        self._hash.update(content)
+        self.bytes += len(content)
+
+
+@contextmanager
+def new_shard(path: Path) -> Iterator[ShardWriter]:
+    """Give a writer; when its block ends well the index and then the tar appear by rename, else neither does."""
+    with ExitStack() as stack:
+        tar = stack.enter_context(atomic(path))
+        writer = ShardWriter(tar, stack.enter_context(atomic(path.with_suffix(".idx"))), name=path.name)
+        stack.callback(writer.abandon)
+        yield writer
+
+
+def read_shard(path: Path) -> Iterator[tuple[int, str, bytes, int]]:
+    """Iterate over a shard as (index, extension, image, label)."""
+    with open(path, "rb") as tar:
+        for line in path.with_suffix(".idx").read_text().splitlines()[1:]:
+            extension, offset, size, _, _, meta_offset, _, _ = line.split(" ")
+            label, number = struct.unpack("<qq", os.pread(tar.fileno(), 16, int(meta_offset)))
+            yield number, extension, os.pread(tar.fileno(), int(size), int(offset)), label
+
+
+def renumber(path: Path, number: Callable[[int], int]) -> Shard:
+    """Write a shard again with the dataset indices that `number` makes of its own."""
+    with new_shard(path) as writer:
+        for old, extension, image, label in read_shard(path):
+            writer.add(number(old), extension, image, label)
+        return writer.close()
+
+
+def file_sha256(path: Path) -> str:
+    """Return a file's sha256 in hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,218 @@
+"""Frozen features: what the protocols compare, where their images come from, and one pass that reads them out."""
+
+import json
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ssl_core.config import Backbone, Dataset
+from ssl_core.data.loader import Loader
+from ssl_core.data.shards import Manifest
+from ssl_core.data.views import View
+from ssl_core.networks.backbones import build_backbone
+
+PIXEL_SIDE = 32  # raw pixels of larger images are averaged down to this: 3,072 numbers an image at most
+MEMORY_LIMIT = 4 * 2**30  # bytes of one network's features; more goes into a memory-mapped temporary file
+TEST_SPLITS = ("test", "val")
+BATCH_SIZE = 256  # of feature extraction; decides memory, never results
+
+Log = Callable[[dict[str, float], int], None]  # (metrics, epoch), for curves
+
+
+@dataclass(frozen=True)
+class Subjects:
+    """The networks under the same probe, how they see images, and what they run on."""
+
+    networks: dict[str, nn.Module]  # "pretrained", "untrained" and "pixels"; each (batch, 3, h, w) -> (batch, dim)
+    image_size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    device: str = "cpu"
+    threads: int = 1
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a protocol found out; `metrics` has one entry a network, in percent."""
+
+    protocol: str
+    split: str
+    metrics: dict[str, dict[str, Any]]
+    hyperparameters: dict[str, Any]
+    num_train: int
+    num_test: int
+
+
+@dataclass(frozen=True)
+class Features:
+    """Features of the same images by several networks, rows in the order of the shards."""
+
+    of: dict[str, Tensor]  # network -> (images, dim) float32 on the CPU
+    labels: Tensor  # (images,) int64
+    indices: Tensor  # (images,) int64
+
+
+class Pixels(nn.Module):
+    """The network that is none: normalised pixels as features, averaged down where a side exceeds `PIXEL_SIDE`."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Flatten (batch, 3, h, w) to (batch, 3 * side * side)."""
+        if images.shape[-1] > PIXEL_SIDE:
+            images = F.adaptive_avg_pool2d(images, PIXEL_SIDE)
+        return images.contiguous().flatten(1)
+
+
+def gather_subjects(
+    pretrained: nn.Module, header: Mapping[str, str], *, image_size: int | None, threads: int
+) -> Subjects:
+    """Set the untrained network and the pixels beside the pre-trained one that `load_backbone` gave with its header.
+
+    Images come at the pre-training's size, unless `image_size` says otherwise, and in its normalisation, those of
+    other data sets included.
+    """
+    networks = {"pretrained": pretrained, "untrained": build_untrained(header), "pixels": Pixels()}
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for network in networks.values():
+        network.requires_grad_(False).to(device=device, memory_format=torch.channels_last)  # pyright: ignore
+    size = image_size or int(header["image_size"])
+    return Subjects(networks, size, tuple(_said(header, "mean")), tuple(_said(header, "std")), device, threads)
+
+
+def build_untrained(header: Mapping[str, str]) -> nn.Module:
+    """Build the backbone of a safetensors header as the pre-training did, first thing after its seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(_said(header, "seed"))
+        return build_backbone(Backbone.model_validate_json(header["backbone"]), int(header["image_size"]))
+
+
+def labelled_split(manifest: Manifest, split: str) -> str:
+    """Return `split` if its images have labels; else a `ValueError` says which split of which data set lacks them."""
+    if not manifest.split(split).labelled:
+        known = [name for name, other in manifest.splits.items() if other.labelled]
+        advice = f"evaluate on one that has: {', '.join(known)}" if known else "no split of it has; evaluate elsewhere"
+        raise ValueError(f"data set '{manifest.dataset}': split '{split}' has no labels; {advice}")
+    return split
+
+
+def find_test_split(manifest: Manifest, split: str | None) -> str:
+    """Return the labelled split to test on: `split` where it is said, else `test`, else `val`."""
+    if split is None:
+        split = next((name for name in TEST_SPLITS if name in manifest.splits), None)
+    if split is None:
+        have = ", ".join(manifest.splits)
+        raise ValueError(f"data set '{manifest.dataset}' has no test or val split (it has {have}): say `test_split`")
+    return labelled_split(manifest, split)
+
+
+def count_images(manifest: Manifest, dataset: Dataset) -> int:
+    """Count the images of a data set, or of the drawn part of it."""
+    return dataset.subset.images if dataset.subset else manifest.split(dataset.split).images
+
+
+def num_classes(manifest: Manifest, split: str) -> int:
+    """Count the classes that labels of `split` may name."""
+    return len(manifest.classes or manifest.split(split).class_counts or ())
+
+
+def center_view(size: int, *, resize: float = 1.0, interpolation: Any = "linear") -> View:
+    """Describe the test view: shorter side to `resize` times `size`, then a center crop."""
+    return View(
+        size=size,
+        crop="center",
+        resize=round(size * resize),
+        interpolation=interpolation,
+    )
+
+
+def make_loader(
+    subjects: Subjects,
+    manifest: Manifest,
+    dataset: Dataset,
+    view: View,
+    *,
+    shuffle: bool = False,
+    batch_size: int = BATCH_SIZE,
+    seed: int = 0,
+) -> Loader:
+    """Read `dataset` through one view, normalised as the pre-training normalised; close it after use."""
+    return Loader(
+        manifest,
+        dataset,
+        {"probe": view},
+        batch_size=batch_size,
+        seed=seed,
+        shuffle=shuffle,
+        device=subjects.device,
+        threads=1 if subjects.device == "cpu" else subjects.threads,  # networks need the CPU's cores more
+        mean=subjects.mean,
+        std=subjects.std,
+    )
+
+
+@contextmanager
+def frozen(networks: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Run networks as they will be used: eval mode (no statistics move), no gradient, full fp32; restore each mode."""
+    modes = [(module, module.training) for network in networks.values() for module in network.modules()]
+    for network in networks.values():
+        network.eval()
+    try:
+        with torch.no_grad(), torch.backends.cudnn.flags(benchmark=False, deterministic=True, allow_tf32=False):
+            yield
+    finally:
+        for module, mode in modes:  # one by one: a network may hold some parts in eval mode on purpose
+            module.training = mode
+
+
+def extract(networks: Mapping[str, nn.Module], loader: Loader, *, describe: str = "features") -> Features:
+    """Read out every network's features in one pass over an unshuffled loader of one view; networks stay untouched."""
+    of: dict[str, Tensor] = {}
+    labels, indices, start = [], [], 0
+    with frozen(networks), tqdm(total=loader.num_images, desc=describe, unit="img", leave=False) as progress:
+        for batch in loader.epoch():
+            ((images,),) = batch.views.values()
+            stop = start + len(images)
+            for name, network in networks.items():
+                features = network(images)
+                if name not in of:
+                    of[name] = _allocate(loader.num_images, features.shape[1])
+                of[name][start:stop] = features
+            labels.append(batch.labels.cpu())
+            indices.append(batch.indices.cpu())
+            progress.update(stop - start)
+            start = stop
+    return Features(of, torch.cat(labels), torch.cat(indices))
+
+
+def correct(logits: Tensor, labels: Tensor) -> dict[str, float]:
+    """Return top-1 accuracy in percent, and top-5 from ten classes on (below that it says nothing)."""
+    metrics = {"top1": percent(logits.argmax(dim=1) == labels)}
+    if logits.shape[1] >= 10:
+        metrics["top5"] = percent((logits.topk(5, dim=1).indices == labels[:, None]).any(dim=1))
+    return metrics
+
+
+def percent(hits: Tensor) -> float:
+    """Return the share of true entries, 0-100, to four decimals."""
+    return round(100 * hits.sum().item() / len(hits), 4)
+
+
+def _said(header: Mapping[str, str], key: str) -> Any:
+    """Read a JSON value that the pre-training stage writes into a backbone's header."""
+    if key not in header:
+        raise ValueError(f"the backbone's header does not say its '{key}': it was not written by `ssl-core pretrain`")
+    return json.loads(header[key])
+
+
+def _allocate(rows: int, dim: int) -> Tensor:
+    """Make room for (rows, dim) float32, in memory or, for large sets, in a file that vanishes with the tensor."""
+    if rows * dim * 4 <= MEMORY_LIMIT:
+        return torch.empty(rows, dim)
+    with tempfile.NamedTemporaryFile(prefix="ssl-core-features-") as file:
+        return torch.from_file(file.name, shared=True, size=rows * dim).view(rows, dim)

@@ -1,0 +1,168 @@
+"""k-nearest-neighbour classification of frozen features (recipes E2).
+
+`weighted` is NPID's and MoCo's: cosine, votes weighted by exp(cosine / temperature). `best` is Shi et al.'s best-NN
+(2022): unweighted majority for every odd k up to 101, the best of which is reported, so k is chosen on the test split.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import PositiveFloat, PositiveInt
+from torch import Tensor
+
+from ssl_core.config import Dataset, Strict
+from ssl_core.data.shards import Manifest
+from ssl_core.evaluations.features import (
+    Features,
+    Log,
+    Outcome,
+    Subjects,
+    center_view,
+    extract,
+    find_test_split,
+    labelled_split,
+    make_loader,
+    num_classes,
+    percent,
+)
+
+BEST_K = tuple(range(1, 102, 2))
+SMALL_IMAGE = 96  # up to here the temperature is NPID's for CIFAR
+
+
+class Config(Strict):
+    """How neighbours are found and how they vote."""
+
+    protocol: Literal["knn"] = "knn"
+    dataset: Dataset
+    test_split: str | None = None  # nothing said: test, else val
+    variant: Literal["weighted", "best"] = "weighted"
+    k: PositiveInt = 200  # capped at the number of training images
+    more_k: tuple[PositiveInt, ...] = ()  # weighted: reported beside `k` from the same pass
+    temperature: PositiveFloat | None = None  # nothing said: .1 up to 96 px (NPID on CIFAR), .07 above (ImageNet)
+    space: Literal["raw", "l2", "shift"] = (
+        "raw"  # best: Euclidean on features as they are, L2-normalised, or shifted first
+    )
+    resize: PositiveFloat = 1.0  # shorter side before the center crop, times the image size; 1.143 is 256/224
+    image_size: PositiveInt | None = None  # nothing said: the pre-training's
+    seed: int = 0  # nothing is drawn; recorded as in every protocol
+
+
+def run(config: Config, subjects: Subjects, manifest: Manifest, log: Log) -> Outcome:
+    """Classify the test split by the labelled training images, for each network."""
+    split = find_test_split(manifest, config.test_split)
+    labelled_split(manifest, config.dataset.split)
+    view = center_view(subjects.image_size, resize=config.resize)
+    tests = Dataset(name=config.dataset.name, split=split)
+    with make_loader(subjects, manifest, config.dataset, view) as loader:
+        bank = extract(subjects.networks, loader, describe="knn: train")
+    with make_loader(subjects, manifest, tests, view) as loader:
+        queries = extract(subjects.networks, loader, describe="knn: test")
+    classes = num_classes(manifest, config.dataset.split)
+    metrics, hyperparameters = (_best if config.variant == "best" else _weighted)(
+        config, subjects, bank, queries, classes
+    )
+    protocol = "knn-best/v1" if config.variant == "best" else "knn/v1"
+    shared = {"variant": config.variant, "image_size": subjects.image_size, "resize": config.resize}
+    return Outcome(protocol, split, metrics, shared | hyperparameters, len(bank.labels), len(queries.labels))
+
+
+def _weighted(config: Config, subjects: Subjects, bank: Features, queries: Features, classes: int):
+    """Score the configured k, and further ones beside it."""
+    temperature = config.temperature or (0.1 if subjects.image_size <= SMALL_IMAGE else 0.07)
+    k, *more = (min(k, len(bank.labels)) for k in (config.k, *config.more_k))
+    metrics = {}
+    for name in subjects.networks:
+        cosines, nearest = neighbours(
+            F.normalize(bank.of[name], dim=1),
+            F.normalize(queries.of[name], dim=1),
+            max(k, *more, 0),
+            metric="cosine",
+            device=subjects.device,
+        )
+        table = accuracy_by_k(
+            bank.labels[nearest], (cosines / temperature).exp(), queries.labels, sorted({k, *more}), classes
+        )
+        metrics[name] = {"top1": table[k]} | ({"top1_by_k": _named(table)} if more else {})
+    how = "fixed by the configuration"
+    if k < config.k:
+        how = f"{config.k} capped at the {len(bank.labels)} training images"
+    return metrics, {"k": k, "how": how, "temperature": temperature, "space": "l2", "metric": "cosine"}
+
+
+def _best(config: Config, subjects: Subjects, bank: Features, queries: Features, classes: int):
+    """Score every odd k and report the best one, named so."""
+    ks = [k for k in BEST_K if k <= len(bank.labels)]
+    metrics, chosen = {}, {}
+    for name in subjects.networks:
+        rows, questions = _into_space(bank.of[name], queries.of[name], config.space)
+        _, nearest = neighbours(rows, questions, ks[-1], metric="euclidean", device=subjects.device)
+        labels = bank.labels[nearest]
+        table = accuracy_by_k(labels, torch.ones(labels.shape), queries.labels, ks, classes)
+        chosen[name] = max(ks, key=lambda k: (table[k], -k))
+        metrics[name] = {"best_nn_top1": table[chosen[name]], "top1_by_k": _named(table)}
+    return metrics, {"k": chosen, "how": "highest top1 on the test split", "space": config.space, "metric": "euclidean"}
+
+
+def neighbours(
+    bank: Tensor,
+    queries: Tensor,
+    k: int,
+    *,
+    metric: str,
+    device: str = "cpu",
+    chunk: int = 1024,
+    bank_chunk: int = 16384,
+) -> tuple[Tensor, Tensor]:
+    """Find the k nearest rows of `bank` (n, dim) for each query, nearest first, in memory for `chunk` x `bank_chunk`.
+
+    Returns similarities and rows, both (queries, k): cosines (of rows that are normalised already), or for `euclidean`
+    a number that falls with the distance: q.b - b.b / 2, whose order is the distance's.
+    """
+    # Distances do not feel a shift, sums of squares in fp32 do: features behind a ReLU lie far from zero.
+    shift = bank.mean(dim=0) if metric == "euclidean" else torch.zeros(bank.shape[1])
+    found = []
+    for asked in queries.split(chunk):
+        asked = (asked - shift).to(device)
+        values = torch.empty(len(asked), 0, device=device)
+        rows = torch.empty(len(asked), 0, dtype=torch.int64, device=device)
+        for number, part in enumerate(bank.split(bank_chunk)):
+            part = (part - shift).to(device)
+            similarity = asked @ part.T
+            if metric == "euclidean":
+                similarity -= part.square().sum(dim=1) / 2
+            part_values, part_rows = similarity.topk(min(k, len(part)), dim=1)
+            values = torch.cat([values, part_values], dim=1)
+            values, order = values.topk(min(k, values.shape[1]), dim=1)
+            rows = torch.cat([rows, part_rows + number * bank_chunk], dim=1).gather(1, order)
+        found.append((values.cpu(), rows.cpu()))
+    return torch.cat([values for values, _ in found]), torch.cat([rows for _, rows in found])
+
+
+def accuracy_by_k(labels: Tensor, weights: Tensor, truth: Tensor, ks: Sequence[int], classes: int) -> dict[int, float]:
+    """Return top-1 in percent for each k from neighbours' `labels` and `weights` (queries, >= max k), nearest first."""
+    return {k: percent(predicted == truth) for k, predicted in votes(labels, weights, ks, classes)}
+
+
+def votes(labels: Tensor, weights: Tensor, ks: Sequence[int], classes: int) -> Iterator[tuple[int, Tensor]]:
+    """Yield (k, predicted classes) for rising `ks`; each vote is added once, and a tie goes to the smallest class."""
+    scores = torch.zeros(len(labels), classes)
+    previous = 0
+    for k in ks:
+        scores.scatter_add_(1, labels[:, previous:k], weights[:, previous:k])
+        previous = k
+        yield k, scores.argmax(dim=1)
+
+
+def _into_space(bank: Tensor, queries: Tensor, space: str) -> tuple[Tensor, Tensor]:
+    """Prepare features for the Euclidean distance; `shift` subtracts the training mean (Shi's code: a mini-batch's)."""
+    if space == "raw":
+        return bank, queries
+    shift = bank.mean(dim=0) if space == "shift" else 0.0
+    return F.normalize(bank - shift, dim=1), F.normalize(queries - shift, dim=1)
+
+
+def _named(table: dict[int, float]) -> dict[str, float]:
+    return {str(k): value for k, value in table.items()}

@@ -1,0 +1,332 @@
+"""Linear probe: softmax regression on the frozen, pooled features of a backbone (recipes E1 and E4).
+
+Backbones stay in eval mode throughout. The pre-trained and the untrained network and raw pixels see the very same views
+in one pass, and several learning rates train side by side on one forward. A learning rate that is chosen, is chosen on
+held-out training images; the test split decides nothing but the secondary `best_epoch_top1`.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ssl_core.config import Dataset, Strict, Training
+from ssl_core.data.loader import Loader
+from ssl_core.data.shards import Manifest
+from ssl_core.data.views import POLICIES, View, adjust
+from ssl_core.evaluations.features import (
+    Features,
+    Log,
+    Outcome,
+    Subjects,
+    center_view,
+    count_images,
+    extract,
+    find_test_split,
+    frozen,
+    labelled_split,
+    make_loader,
+    num_classes,
+)
+from ssl_core.evaluations.probe import Probe, read_out
+
+
+class Epochs(NamedTuple):
+    """Training batches: `batches()` is one epoch of (features by network, labels, indices)."""
+
+    batches: Callable[[], Iterator[tuple[Mapping[str, Tensor], Tensor, Tensor]]]
+    num_images: int
+    batch_size: int
+    steps: int
+
+
+# What each published probe changes in the defaults of `Config`, which are ReSSL's on small data. SimCLR's is from its
+# appendix B.6. Milestones are shares of the run: 60 and 80 of 100 epochs keep their place in a shorter one.
+_IMAGENET = {"resize": 256 / 224}
+_SCALED_COSINE = {"learning_rate_scaling": "linear", "schedule": "cosine"}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "ressl_small": {},  # by its author's word; learning rate 1 with a cosine is slightly better
+    "ressl_imagenet": {
+        **_IMAGENET,
+        **_SCALED_COSINE,
+        "learning_rate": 0.1,
+        "nesterov": True,
+        "schedule_unit": "step",
+        "epochs": 90,
+    },
+    "ressl_imagenet_code": {**_IMAGENET, "learning_rate": 0.3, "schedule": "cosine", "schedule_unit": "step"},
+    "moco": {**_IMAGENET, "learning_rate": 30.0},
+    "disco": {**_IMAGENET, "learning_rate": 3.0},
+    "jigclu": {**_IMAGENET},
+    "simclr": {
+        **_IMAGENET,
+        **_SCALED_COSINE,
+        "learning_rate": 0.1,
+        "nesterov": True,
+        "schedule_unit": "step",
+        "epochs": 90,
+        "batch_size": 4096,
+        "interpolation": "cubic",
+    },
+    "simsiam": {
+        **_IMAGENET,
+        **_SCALED_COSINE,
+        "optimizer": "larc",
+        "learning_rate": 0.1,
+        "epochs": 90,
+        "batch_size": 4096,
+    },
+    "sslight": {
+        **_IMAGENET,
+        **_SCALED_COSINE,
+        "optimizer": "lars",
+        "learning_rate": 0.05,
+        "minimum_learning_rate": 1e-6,
+        "batch_size": 4096,
+        "interpolation": "cubic",
+    },
+    "sslight_vit": {
+        **_IMAGENET,
+        **_SCALED_COSINE,
+        "learning_rate": 0.01,
+        "minimum_learning_rate": 1e-5,  # the paper; the code has 1e-6 and batches of 1,024
+        "batch_size": 4096,
+        "interpolation": "cubic",
+        "last_blocks": 4,
+    },
+    "dino": {**_IMAGENET, **_SCALED_COSINE, "learning_rate": 0.001, "batch_size": 1024},
+    "dino_vit": {**_IMAGENET, **_SCALED_COSINE, "learning_rate": 0.001, "batch_size": 1024, "last_blocks": 4},
+    "cao_wu": {
+        "learning_rate": 30.0,
+        "batch_size": 512,
+        "area": (0.8, 1.0),
+        "interpolation": "cubic",
+        "resize": 36 / 32,
+    },
+    "ssql": {**_IMAGENET, "optimizer": "larc", "learning_rate": 0.8, "schedule": "cosine", "epochs": 60},
+    "shi_transfer": {  # at 224 pixels: say `image_size: 224` for a backbone pre-trained on smaller images
+        **_IMAGENET,
+        "learning_rate": 1.5,
+        "milestones": (40 / 60,),
+        "epochs": 60,
+        "area": (0.6, 1.0),
+        "interpolation": "cubic",
+        "normalize": True,
+    },
+    "features": {
+        "cached": True,
+        "learning_rate": (30.0, 10.0, 3.0, 1.0, 0.3, 0.1),
+    },  # no augmentation: another protocol
+}
+
+
+class Config(Strict):
+    """A probe: the variant fills in what a paper says, each key said beside it replaces that."""
+
+    protocol: Literal["linear"] = "linear"
+    dataset: Dataset
+    test_split: str | None = None  # nothing said: test, else val
+    variant: Literal[*VARIANTS] = "ressl_small"  # pyright: ignore
+    seed: int = 0  # of the views, the classifier's first weights and the images held out
+
+    learning_rate: PositiveFloat | tuple[PositiveFloat, ...] = (
+        10.0  # several: one is chosen on held-out training images
+    )
+    learning_rate_scaling: Literal["linear", "none"] = "none"
+    minimum_learning_rate: NonNegativeFloat = 0.0
+    optimizer: Literal["sgd", "lars", "larc"] = "sgd"
+    momentum: NonNegativeFloat = 0.9
+    nesterov: bool = False
+    weight_decay: NonNegativeFloat = 0.0
+    schedule: Literal["cosine", "step"] = "step"
+    schedule_unit: Literal["step", "epoch"] = "epoch"
+    milestones: tuple[PositiveFloat, ...] = (0.6, 0.8)  # shares of the run
+    decay_factor: PositiveFloat = 0.1
+    epochs: PositiveInt = 100
+    batch_size: PositiveInt = 256  # capped at the number of training images
+    holdout: float = Field(default=0.1, gt=0, lt=1)  # share of the training images that chooses the learning rate
+
+    cached: bool = False  # center-crop features once instead of augmented images every epoch
+    image_size: PositiveInt | None = None  # nothing said: the pre-training's
+    area: tuple[PositiveFloat, PositiveFloat] = (0.08, 1.0)
+    flip: float | None = Field(
+        default=None, ge=0, le=1
+    )  # nothing said: .5, or 0 where the data set's card says to avoid it
+    interpolation: Literal["linear", "cubic"] = "linear"
+    resize: PositiveFloat = 1.0  # test images: shorter side before the center crop, times the image size
+    normalize: bool = False  # L2-normalise features before the classifier
+    last_blocks: int = Field(default=0, ge=0)  # vision transformers: class tokens of so many last blocks as features
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in_variant(cls, section: Any) -> Any:
+        if not isinstance(section, dict):
+            return section
+        return {**VARIANTS.get(section.get("variant", "ressl_small"), {}), **section}
+
+    def protocol_name(self) -> str:
+        """Name the protocol so that numbers of different probes are never taken for one another."""
+        variant = self.variant if self.variant == "features" or not self.cached else f"{self.variant}-features"
+        return "linear/v1" if variant == "ressl_small" else f"linear-{variant}/v1"
+
+    def rates(self) -> tuple[float, ...]:
+        """List the learning rates to train side by side, before scaling."""
+        return self.learning_rate if isinstance(self.learning_rate, tuple) else (self.learning_rate,)
+
+    def several(self) -> bool:
+        """Tell whether a learning rate has to be chosen."""
+        return len(self.rates()) > 1
+
+    def overridden(self) -> list[str]:
+        """List the settings that differ from the variant's own."""
+        own = type(self)(dataset=self.dataset, variant=self.variant)
+        chosen = type(self).model_fields.keys() - {"protocol", "dataset", "test_split", "variant", "seed", "image_size"}
+        return sorted(key for key in chosen if getattr(self, key) != getattr(own, key))
+
+
+def run(config: Config, subjects: Subjects, manifest: Manifest, log: Log) -> Outcome:
+    """Train the probe on each network's features and score it on the test split."""
+    split = find_test_split(manifest, config.test_split)
+    labelled_split(manifest, config.dataset.split)
+    networks = {name: read_out(network, config.last_blocks) for name, network in subjects.networks.items()}
+    center = center_view(subjects.image_size, resize=config.resize, interpolation=config.interpolation)
+    tests = Dataset(name=config.dataset.name, split=split)
+    with make_loader(subjects, manifest, tests, center) as loader:
+        test = extract(networks, loader, describe="linear: test")
+    train, held_out = None, None
+    if config.cached or config.several():
+        with make_loader(subjects, manifest, config.dataset, center) as loader:
+            train = extract(networks, loader, describe="linear: train")
+        held_out = _hold_out(train.indices, config) if config.several() else None
+
+    with _epochs(networks, subjects, manifest, config, train) as epochs:
+        classes = num_classes(manifest, config.dataset.split)
+        plans = [plan(config, rate, epochs.batch_size) for rate in config.rates()]
+        options: Any = {"seed": config.seed, "steps_per_epoch": epochs.steps, "normalize": config.normalize}
+        probes = {
+            name: Probe(rows.shape[1], classes, plans, **options, device=subjects.device)
+            for name, rows in test.of.items()
+        }
+        curves = _train(probes, epochs, test, held_out, config, log)
+    metrics, rates = {}, {}
+    for name, probe in probes.items():
+        chosen = probe.choose(train, name, held_out) if train is not None and held_out is not None else 0
+        best_epoch = max(scores[chosen]["top1"] for scores in curves[name])
+        metrics[name] = {**curves[name][-1][chosen], "best_epoch_top1": best_epoch}
+        rates[name] = probe.rates[chosen]
+    settings = _settings(config, subjects.image_size, epochs.batch_size, rates)
+    return Outcome(config.protocol_name(), split, metrics, settings, epochs.num_images, len(test.labels))
+
+
+def _settings(config: Config, image_size: int, batch_size: int, rates: Mapping[str, float]) -> dict[str, Any]:
+    """State the hyper-parameters as they were used, and how the learning rate came about."""
+    how = "fixed by the configuration" if "learning_rate" in config.overridden() else "fixed by the protocol"
+    if config.several():
+        candidates = ", ".join(f"{rate:g}" for rate in config.rates())
+        how = f"of {candidates} the best on {100 * config.holdout:g} % of the training images, held out by the seed"
+    said = config.model_dump(mode="json", exclude={"protocol", "dataset", "test_split", "seed", "cached"})
+    used = {"image_size": image_size, "batch_size": batch_size, "learning_rate": dict(rates)}
+    return {**said, **used, "learning_rate_how": how, "overridden": config.overridden()}
+
+
+def plan(config: Config, rate: float, batch_size: int) -> Training:
+    """Say the probe's optimisation in the words of the training loop, whose optimizers and schedules it shares."""
+    return Training(
+        epochs=config.epochs,
+        batch_size=batch_size,
+        optimizer="sgd" if config.optimizer == "sgd" else "lars",
+        # SwAV's and SimSiam's LARC is LARS with the bias trusted like the weights; SSLight's leaves the bias alone.
+        decay_exclusion="norm_bias" if config.optimizer == "lars" else "none",
+        learning_rate=rate,
+        learning_rate_scaling=config.learning_rate_scaling,
+        minimum_learning_rate=config.minimum_learning_rate,
+        momentum=config.momentum,
+        nesterov=config.nesterov,
+        weight_decay=config.weight_decay,
+        schedule=config.schedule,
+        schedule_unit=config.schedule_unit,
+        milestones=tuple(max(1, round(share * config.epochs)) for share in config.milestones),
+        decay_factor=config.decay_factor,
+        warmup_epochs=0,
+    )
+
+
+def _train(
+    probes: Mapping[str, Probe], epochs: Epochs, test: Features, held_out: Tensor | None, config: Config, log: Log
+) -> dict[str, list[list[dict[str, float]]]]:
+    """Run all epochs; return the test accuracies by network, epoch and learning rate."""
+    curves: dict[str, list[list[dict[str, float]]]] = {name: [] for name in probes}
+    nothing = torch.empty(0, dtype=torch.int64)
+    with tqdm(range(config.epochs), desc="linear", unit="epoch") as progress:
+        for epoch in progress:
+            for features, labels, indices in epochs.batches():
+                keep = ~torch.isin(indices, nothing if held_out is None else held_out).to(labels.device)
+                for name, probe in probes.items():
+                    probe.step(features[name], labels, keep)
+            for name, probe in probes.items():
+                curves[name].append(probe.scores(test.of[name], test.labels))
+            if held_out is None:  # else it is not known yet which learning rate counts
+                now = {name: scores[-1][0]["top1"] for name, scores in curves.items()}
+                progress.set_postfix({name: f"{value:.1f}" for name, value in now.items()})
+                log({f"{config.protocol_name()}/{name}_top1": value for name, value in now.items()}, epoch)
+    return curves
+
+
+def training_view(config: Config, image_size: int, avoid: Sequence[str]) -> View:
+    """Describe the augmented view: random resized crop and flip, unless flipping changes the label."""
+    view = View(size=image_size, area=config.area, interpolation=config.interpolation, augmentation=POLICIES["weak"])
+    changes = {} if config.flip is None else {"probe": {"augmentation": {"flip": config.flip}}}
+    return adjust({"probe": view}, changes, avoid=avoid)["probe"]
+
+
+@contextmanager
+def _epochs(
+    networks: Mapping[str, nn.Module], subjects: Subjects, manifest: Manifest, config: Config, train: Features | None
+) -> Iterator[Epochs]:
+    """Give cached features shuffled, or forward newly augmented images every epoch."""
+    batch_size = min(config.batch_size, count_images(manifest, config.dataset))
+    if config.cached:
+        assert train is not None
+        yield _cached(train, batch_size, config.seed, subjects.device)
+        return
+    view = training_view(config, subjects.image_size, manifest.avoid)
+    options: Any = {"shuffle": True, "batch_size": batch_size, "seed": config.seed}
+    with make_loader(subjects, manifest, config.dataset, view, **options) as loader:
+        yield _augmented(networks, loader, batch_size, subjects.device)
+
+
+def _augmented(networks: Mapping[str, nn.Module], loader: Loader, batch_size: int, device: str) -> Epochs:
+    """Forward every batch through all networks: the same views for each."""
+
+    def batches() -> Iterator[tuple[Mapping[str, Tensor], Tensor, Tensor]]:
+        for batch in loader.epoch():
+            ((images,),) = batch.views.values()
+            with frozen(networks):
+                features = {name: network(images) for name, network in networks.items()}
+            yield features, batch.labels.to(device), batch.indices.cpu()
+
+    return Epochs(batches, loader.num_images, batch_size, loader.steps_per_epoch)
+
+
+def _cached(train: Features, batch_size: int, seed: int, device: str) -> Epochs:
+    """Shuffle features that do not change; the last batch of an epoch is what is left."""
+    num_images = len(train.labels)
+    generator = torch.Generator().manual_seed(seed)
+
+    def batches() -> Iterator[tuple[Mapping[str, Tensor], Tensor, Tensor]]:
+        for rows in torch.randperm(num_images, generator=generator).split(batch_size):
+            features = {name: features[rows].to(device) for name, features in train.of.items()}
+            yield features, train.labels[rows].to(device), train.indices[rows]
+
+    return Epochs(batches, num_images, batch_size, -(-num_images // batch_size))
+
+
+def _hold_out(indices: Tensor, config: Config) -> Tensor:
+    """Draw the images that choose the learning rate, by their indices and the seed alone."""
+    order = np.random.default_rng(config.seed).permutation(np.sort(indices.numpy()))
+    return torch.from_numpy(order[: max(1, round(config.holdout * len(order)))])

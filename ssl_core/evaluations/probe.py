@@ -1,0 +1,106 @@
+"""What a linear probe is made of: classifiers on frozen features, their steps, and how a learning rate is chosen."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ssl_core.config import Training
+from ssl_core.evaluations.features import Features, correct
+from ssl_core.training.optimizers import build_optimizer
+from ssl_core.training.schedules import learning_rate
+
+
+class Probe:
+    """Linear classifiers on one network's features, one a learning rate, all from the same first weights.
+
+    With several learning rates each has a twin that never sees the held-out images: twins choose, the others report.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        classes: int,
+        plans: Sequence[Training],
+        *,
+        seed: int,
+        steps_per_epoch: int,
+        normalize: bool = False,
+        device: str = "cpu",
+    ) -> None:
+        """Start from N(0, .01) weights, drawn by the seed, and zero biases; each plan has its own learning rate."""
+        self.heads = [_classifier(dim, classes, seed).to(device) for _ in plans]
+        self.twins = [_classifier(dim, classes, seed).to(device) for _ in plans] if len(plans) > 1 else []
+        trained = [*zip(self.heads, plans, strict=True), *zip(self.twins, plans, strict=False)]
+        self.optimizers = [(build_optimizer(head, plan), plan) for head, plan in trained]
+        self.rates = [learning_rate(0, training=plan, steps_per_epoch=steps_per_epoch) for plan in plans]
+        self.steps_per_epoch = steps_per_epoch
+        self.normalize = normalize
+        self.steps = 0
+
+    def step(self, features: Tensor, labels: Tensor, keep: Tensor) -> None:
+        """Take one step of every classifier; the twins learn only from the rows to `keep` (batch,)."""
+        features = self._prepare(features)
+        # Classifiers share no weights, so the gradient of the sum is each one's own.
+        losses = [F.cross_entropy(head(features), labels) for head in self.heads]
+        if self.twins and keep.any():
+            rest, truth = features[keep], labels[keep]
+            losses += [F.cross_entropy(twin(rest), truth) for twin in self.twins]
+        for optimizer, plan in self.optimizers:
+            optimizer.zero_grad()
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(self.steps, training=plan, steps_per_epoch=self.steps_per_epoch)
+        torch.stack(losses).sum().backward()
+        for optimizer, _ in self.optimizers:
+            optimizer.step()
+        self.steps += 1
+
+    def scores(self, features: Tensor, labels: Tensor) -> list[dict[str, float]]:
+        """Return the accuracies of each learning rate's classifier, in percent."""
+        return self._scores(self.heads, features, labels)
+
+    def choose(self, train: Features, name: str, held_out: Tensor) -> int:
+        """Return the position of the learning rate whose twin does best on held-out center crops; ties: the first."""
+        rows = torch.isin(train.indices, held_out)
+        scores = [score["top1"] for score in self._scores(self.twins, train.of[name][rows], train.labels[rows])]
+        return scores.index(max(scores))
+
+    @torch.no_grad()
+    def _scores(self, heads: list[nn.Linear], features: Tensor, labels: Tensor) -> list[dict[str, float]]:
+        device = heads[0].weight.device
+        chunks = [self._prepare(rows.to(device)) for rows in features.split(8192)]
+        return [correct(torch.cat([head(rows).cpu() for rows in chunks]), labels) for head in heads]
+
+    def _prepare(self, features: Tensor) -> Tensor:
+        return F.normalize(features, dim=1) if self.normalize else features
+
+
+class LastBlocks(nn.Module):
+    """A timm vision transformer read out as the class tokens of its last blocks, side by side (DINO, SSLight)."""
+
+    def __init__(self, transformer: Any, blocks: int) -> None:
+        super().__init__()
+        self.transformer, self.blocks = transformer, blocks
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return (batch, blocks * dim), each block's token through the final norm."""
+        layers = self.transformer.get_intermediate_layers(images, n=self.blocks, return_prefix_tokens=True, norm=True)
+        return torch.cat([prefix[:, 0] for _, prefix in layers], dim=1)
+
+
+def read_out(network: nn.Module, last_blocks: int) -> nn.Module:
+    """Return the network as the probe reads it: pooled, or the class tokens of a vision transformer's last blocks."""
+    if not last_blocks or not list(network.parameters()):  # pixels stay pixels
+        return network
+    if not hasattr(network, "get_intermediate_layers"):
+        raise ValueError(f"last_blocks: {last_blocks} needs a vision transformer; say `last_blocks: 0`")
+    return LastBlocks(network, last_blocks)
+
+
+def _classifier(dim: int, classes: int, seed: int) -> nn.Linear:
+    head = nn.Linear(dim, classes)
+    nn.init.normal_(head.weight, std=0.01, generator=torch.Generator().manual_seed(seed))
+    nn.init.zeros_(head.bias)
+    return head

@@ -1,0 +1,201 @@
+"""ReSSL: relational self-supervised learning (Zheng et al., 2021), https://arxiv.org/abs/2107.09282.
+
+A teacher that sees a weak view says how similar an image is to those in a queue; the student, which sees a strong view,
+learns to say the same. Unlike with a contrastive loss, images that resemble each other are not pushed apart.
+"""
+
+from typing import Literal, Self
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from torch import Tensor, nn
+
+from ssl_core.data.loader import Batch
+from ssl_core.data.views import POLICIES, Augmentation, View, Views
+from ssl_core.methods.base import Losses, Method, MethodConfig, Preset, Progress, full_precision
+from ssl_core.methods.moco import info_nce
+from ssl_core.networks.heads import mlp
+from ssl_core.networks.split_batchnorm import split_batchnorm
+from ssl_core.training import distributed
+from ssl_core.training.momentum import make_teacher, update_teacher
+from ssl_core.training.queue import Queue
+from ssl_core.training.schedules import cosine_momentum
+
+
+class Config(MethodConfig):
+    """Defaults are the journal version's for small images (recipes M13, "Small/medium recipe")."""
+
+    name: Literal["ressl"] = "ressl"
+    preset: Literal["small", "imagenet", "neurips"] = "small"
+    crops: Literal["one", "two", "multi"] = "one"
+    strong: bool = False  # RandAugment as in CLSA behind the student's augmentation
+    student_temperature: PositiveFloat = 0.1
+    teacher_temperature: PositiveFloat = 0.04  # sharper than the student's, else the target says nothing (Table 1)
+    queue_size: PositiveInt = 4096
+    projector_hidden: PositiveInt = 4096
+    projector_batchnorm: bool = True
+    embedding_dim: PositiveInt = 256
+    predictor: bool = True
+    # Without a predictor BatchNorm must not let a view recognise its batch; 8 as in MoCo's CIFAR notebook (recipes rule 6).
+    batchnorm_splits: PositiveInt | None = None
+    teacher_momentum: float = Field(0.99, ge=0, le=1)
+    final_teacher_momentum: float | None = Field(None, ge=0, le=1)  # reached on a cosine; None keeps it constant
+    warmup: float = Field(0.1, ge=0, le=1)  # share of the run on which InfoNCE fades out (eq. 7; length: recipes A8)
+    warmup_temperature: PositiveFloat = 0.2  # nobody says; MoCo v2's (recipes A8)
+    student_area: tuple[float, float] = (0.2, 1.0)
+    student_augmentation: Augmentation = POLICIES["contrastive"]
+
+    @model_validator(mode="after")
+    def _teacher_is_sharper(self) -> Self:
+        if self.teacher_temperature >= self.student_temperature:
+            raise ValueError(
+                f"teacher_temperature {self.teacher_temperature} must be below student_temperature "
+                f"{self.student_temperature}: a flatter target teaches nothing (the paper's best is 0.04 against 0.1)"
+            )
+        return self
+
+
+PRESETS = {
+    "small": Preset(
+        method={},
+        training={
+            "optimizer": "sgd", "learning_rate": 0.06, "weight_decay": 5e-4, "batch_size": 256, "epochs": 200,
+            "warmup_epochs": 10,
+        },
+    ),
+    "imagenet": Preset(
+        method={
+            "teacher_temperature": 0.03, "queue_size": 65536, "teacher_momentum": 0.996, "final_teacher_momentum": 1.0,
+            "student_area": (0.14, 1.0), "student_augmentation": {"policy": "byol_first", "blur": 0.5, "solarize": 0.1},
+        },
+        training={
+            "optimizer": "lars", "learning_rate": 0.6, "weight_decay": 1e-6, "batch_size": 1024, "epochs": 200,
+            "warmup_epochs": 10, "decay_exclusion": "norm_bias",
+        },
+    ),
+    "neurips": Preset(  # the released code, which differs from the journal (recipes M13)
+        method={
+            "predictor": False, "warmup": 0.0, "projector_batchnorm": False, "embedding_dim": 512, "queue_size": 131072,
+            "teacher_momentum": 0.999,
+        },
+        training={
+            "optimizer": "sgd", "learning_rate": 0.05, "learning_rate_scaling": "none", "weight_decay": 1e-4,
+            "batch_size": 256, "epochs": 200, "warmup_epochs": 5, "decay_exclusion": "named",
+        },
+    ),
+}  # fmt: skip
+
+# Side (as a share of the teacher's view), smallest and largest area of the five student views (journal, section 4.3).
+MULTI_CROP = [
+    (224 / 224, 0.14, 1.0), (192 / 224, 0.117, 0.86), (160 / 224, 0.095, 0.715), (128 / 224, 0.073, 0.571),
+    (96 / 224, 0.05, 0.429),
+]  # fmt: skip
+
+
+class ReSSL(Method):
+    """Student, momentum teacher and a queue of the teacher's past embeddings."""
+
+    Config = Config
+
+    def __init__(self, config: Config, backbone: nn.Module, *, num_images: int, batch_size: int, seed: int) -> None:
+        super().__init__(config, backbone, num_images=num_images, batch_size=batch_size, seed=seed)
+        if config.queue_size > num_images:
+            raise ValueError(
+                f"method.queue_size {config.queue_size} is larger than the data set ({num_images} images): the queue would "
+                f"hold an image's own old embeddings as if they were others; choose {num_images} or less"
+            )
+        self.config = config
+        self.seed = seed
+        hidden, dim, norm = config.projector_hidden, config.embedding_dim, config.projector_batchnorm
+        self.backbone = backbone
+        self.projector = mlp([backbone.num_features, hidden, dim], batch_norm=norm)
+        self.predictor = mlp([dim, hidden, dim], batch_norm=norm) if config.predictor else nn.Identity()
+        self.splits = config.batchnorm_splits or (1 if config.predictor else 8)
+        if self.splits > 1:
+            split_batchnorm(self, max(1, self.splits // distributed.world_size()))
+        self.teacher = make_teacher(nn.Sequential(self.backbone, self.projector))
+        self.queue = Queue(config.queue_size, dim)
+        self.keys: list[Tensor] = []  # this step's, enqueued after it
+
+    @staticmethod
+    def views(config: Config, image_size: int) -> Views:
+        """One weak view for the teacher; one, two or five differently sized strong ones for the student."""
+        augmentation = config.student_augmentation
+        if config.strong:
+            augmentation = augmentation.model_copy(update={"randaugment": 5})
+        teacher = View(size=image_size, area=(0.2, 1.0), augmentation=POLICIES["weak"], seen_by=("teacher",))
+        if config.crops != "multi":
+            count = {"one": 1, "two": 2}[config.crops]
+            student = View(count=count, size=image_size, area=config.student_area, augmentation=augmentation)
+            return {"student": student, "teacher": teacher}
+        students = {
+            f"student_{round(share * image_size)}": View(
+                size=round(share * image_size), area=(smallest, largest), augmentation=augmentation
+            )
+            for share, smallest, largest in MULTI_CROP
+        }
+        return {**students, "teacher": teacher}
+
+    def forward(self, batch: Batch, progress: Progress) -> Losses:
+        """Return L = alpha * L_relation + (1 - alpha) * L_InfoNCE (eq. 7), averaged over the student's views."""
+        teacher = self._teach(batch.views["teacher"][0], progress.step)
+        students = [self._learn(view) for group in batch.views if group != "teacher" for view in batch.views[group]]
+        self.keys.append(teacher)
+        with full_precision(teacher):
+            return self._losses(students, teacher, progress)
+
+    def _losses(self, students: list[Tensor], teacher: Tensor, progress: Progress) -> Losses:
+        queue = self.queue.rows.clone()  # as it stood before this batch, whatever is enqueued before backward
+        alpha = min(1.0, progress.fraction / self.config.warmup) if self.config.warmup else 1.0
+        relation = sum(self._relation(student, teacher, queue) for student in students) / len(students)
+        parts = {"relation": relation.detach()}
+        total = alpha * relation
+        if alpha < 1:
+            contrast = sum(
+                info_nce(student, teacher, queue, temperature=self.config.warmup_temperature) for student in students
+            ) / len(students)
+            parts["contrast"] = contrast.detach()
+            total = total + (1 - alpha) * contrast
+        return Losses(total, parts, embedding=students[0].detach())
+
+    def _relation(self, student: Tensor, teacher: Tensor, queue: Tensor) -> Tensor:
+        return relation_loss(
+            student,
+            teacher,
+            queue,
+            student_temperature=self.config.student_temperature,
+            teacher_temperature=self.config.teacher_temperature,
+        )
+
+    def _learn(self, view: Tensor) -> Tensor:
+        embedding = self.predictor(self.projector(self.backbone(view)))
+        return F.normalize(embedding.float(), dim=1)  # z1: (batch, dim)
+
+    @torch.no_grad()
+    def _teach(self, view: Tensor, step: int) -> Tensor:
+        if self.splits == 1:
+            return F.normalize(self.teacher(view).float(), dim=1)  # z2: (batch, dim)
+        shuffled, order = distributed.shuffle(view, seed=self.seed, step=step)
+        return distributed.unshuffle(F.normalize(self.teacher(shuffled).float(), dim=1), order)
+
+    @torch.no_grad()
+    def after_step(self, progress: Progress) -> None:
+        """Move the teacher towards the student and put this step's teacher embeddings into the queue."""
+        start, end = self.config.teacher_momentum, self.config.final_teacher_momentum
+        momentum = start if end is None else cosine_momentum(progress.step, progress.total_steps, start, end)
+        update_teacher(self.teacher, nn.Sequential(self.backbone, self.projector), momentum)
+        for keys in self.keys:
+            self.queue.enqueue(distributed.gather(keys))
+        self.keys.clear()
+
+
+def relation_loss(
+    student: Tensor, teacher: Tensor, queue: Tensor, *, student_temperature: float, teacher_temperature: float
+) -> Tensor:
+    """Cross-entropy from the teacher's similarities over the queue to the student's (eq. 5), mean over the batch.
+
+    `student` and `teacher` are (batch, dim), `queue` (size, dim), all with unit rows; no gradient reaches the teacher.
+    """
+    target = F.softmax(teacher.detach() @ queue.T / teacher_temperature, dim=1)  # (batch, size)
+    return -(target * F.log_softmax(student @ queue.T / student_temperature, dim=1)).sum(dim=1).mean()

@@ -1,0 +1,355 @@
+"""The side process of `tracking.py`: carries out its messages in MLflow, and outlives whatever MLflow does.
+
+One MLflow experiment; a parent run a version of an experiment, with its headline numbers; a child run a stage. What a
+failing server does not take is kept and tried again. Runs as a script and so imports nothing of the package.
+"""
+
+import fcntl
+import hashlib
+import itertools
+import json
+import logging
+import os
+import queue
+import re
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+EXPERIMENT = "ssl-core"  # the MLflow experiment, unless MLFLOW_EXPERIMENT_NAME says otherwise
+BATCH_SECONDS = 2.0  # how often metrics are written
+RETRY_SECONDS = 30.0  # how long a server that failed is left in peace
+SYSTEM_SECONDS = 15.0  # how often CPU and memory are read
+PENDING_MESSAGES = 100_000  # what is kept for a server that is away, about 50 MB
+LEADERBOARD = "mlflow.sharedViewState.leaderboard"  # the experiment's tag in which MLflow's page looks a view up
+PARAMETER_LENGTH = 500  # MLflow allows 6000, which nobody reads; the artifact configuration.yaml has all of it
+
+Message = dict[str, Any]
+
+
+def flatten(section: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    """Turn nested parameters into dotted keys and short text, as MLflow's parameters are."""
+    flat: dict[str, str] = {}
+    for key, value in section.items():
+        name = re.sub(r"[^\w.\-/: ]", "_", f"{prefix}{key}")[:250]  # what MLflow takes as a key
+        if isinstance(value, dict) and value:
+            flat |= flatten(value, f"{name}.")
+        else:
+            text = value if isinstance(value, str) else json.dumps(value, default=str)
+            flat[name] = text if len(text) <= PARAMETER_LENGTH else text[: PARAMETER_LENGTH - 1] + "…"
+    return flat
+
+
+def _warn(reason: str) -> None:
+    reason = " ".join(reason.split())[:300]
+    print(f"warning: MLflow tracking: {reason}; the run goes on without it", file=sys.stderr, flush=True)
+
+
+class Recorder:
+    """Carries out messages in order, keeps what a failing server did not take, and tries again."""
+
+    def __init__(self, uri: str) -> None:
+        self.uri = uri
+        self.pending: deque[Message] = deque(maxlen=PENDING_MESSAGES)
+        self.opening: Message | None = None  # the start, until it succeeded
+        self.status = "KILLED"  # how the run ends if nobody says so
+        self.retry_at = 0.0
+        self.warned = False
+        self.system_at = 0.0
+
+    def follow(self, messages: "queue.SimpleQueue[Message | None]") -> None:
+        """Work until the stream of messages ends."""
+        ended = False
+        while not ended:
+            ended = self._collect(messages)
+            if not ended:
+                self._read_system()
+            if ended or time.monotonic() >= self.retry_at:
+                self._attempt(ended)
+
+    def _collect(self, messages: "queue.SimpleQueue[Message | None]") -> bool:
+        """Gather what arrives within BATCH_SECONDS, the start at once; True when the stream has ended."""
+        deadline = time.monotonic() + BATCH_SECONDS
+        while (left := deadline - time.monotonic()) > 0:
+            try:
+                message = messages.get(timeout=left)
+            except queue.Empty:
+                return False
+            if message is None:
+                return True
+            if message["kind"] == "start":
+                self.opening = message
+                return False
+            if message["kind"] == "end":
+                self.status = message["status"]
+            else:
+                self.pending.append(message)
+        return False
+
+    def _attempt(self, ended: bool) -> None:
+        """Carry out what is pending; a failing server costs one warning and a pause."""
+        try:
+            if self.opening is not None:
+                self._start(self.opening)
+                self.opening = None
+            self._carry_out()
+            if ended:
+                self._end()
+        except Exception as error:  # the one place where whatever MLflow raises ends
+            self.retry_at = time.monotonic() + RETRY_SECONDS
+            self._complain(error)
+
+    def _complain(self, error: Exception) -> None:
+        """Warn once; then be silent."""
+        if not self.warned:
+            _warn(str(error) or type(error).__name__)
+        self.warned = True
+
+    def _carry_out(self) -> None:
+        """Do what is pending, in order; what the server refuses for good is dropped, what fails stays at the head."""
+        while self.pending:
+            together = self._together()
+            try:
+                self._do(together)
+            except Exception as error:
+                if not _refused(error):
+                    raise
+                self._complain(error)
+            for _ in together:
+                self.pending.popleft()
+
+    def _together(self) -> list[Message]:
+        """Return the first message or, if it is metrics, all metrics that follow: one batch."""
+        metrics = list(itertools.takewhile(lambda message: message["kind"] == "metrics", self.pending))
+        return metrics or [self.pending[0]]
+
+    def _do(self, messages: list[Message]) -> None:
+        match messages[0]["kind"]:
+            case "metrics":
+                self._metrics(messages)
+            case "headline":
+                self._headline(messages[0])
+            case "artifact":
+                self.client.log_artifact(self.run_id, messages[0]["path"], messages[0]["folder"])
+            case "dataset":
+                self._dataset(messages[0])
+            case "model":
+                self._model(messages[0])
+
+    def _start(self, message: Message) -> None:
+        from mlflow.tracking import MlflowClient
+
+        logging.disable(logging.CRITICAL)
+        with _locked(self.uri):
+            self.client = MlflowClient(self.uri)
+            self.experiment_id = self._experiment()
+            self._open_parent(message)
+            self._open_child(message)
+        print(self.run_id, flush=True)
+
+    def _experiment(self) -> str:
+        name = os.environ.get("MLFLOW_EXPERIMENT_NAME", EXPERIMENT)
+        found = self.client.get_experiment_by_name(name)
+        return found.experiment_id if found else self.client.create_experiment(name)
+
+    def _open_parent(self, message: Message) -> None:
+        version = f"{message['experiment']}@{message['digest'][:12]}"
+        parent = self._find(f"tags.version = '{version}' and tags.stage = 'experiment'")
+        if parent is None:
+            tags = {"experiment": message["experiment"], "version": version, "stage": "experiment"}
+            parent = self._create(message, message["experiment"], tags)
+        self.parent_id = parent.info.run_id
+        self.model_id = parent.data.tags.get("model")
+        self.client.update_run(self.parent_id, status="RUNNING")
+        if message["stage"] == "pretrain" and not parent.data.params:  # the columns of the leaderboard
+            self._log_parameters(self.parent_id, message["parameters"])
+
+    def _open_child(self, message: Message) -> None:
+        self.stage = stage = message["stage"]
+        version = f"{message['experiment']}@{message['digest'][:12]}"
+        canonical = json.dumps(message["parameters"], sort_keys=True, default=str)
+        options = hashlib.sha256(canonical.encode()).hexdigest()[:12]
+        run = self._resumed(message["run_id"])
+        self.seen = {metric.key: metric.step for metric in run.data._metric_objs} if run else {}
+        run = run or self._find(
+            f"tags.`mlflow.parentRunId` = '{self.parent_id}' and tags.stage = '{stage}' and tags.options = '{options}'"
+        )
+        if run is None:
+            tags = {"experiment": message["experiment"], "version": version, "stage": stage, "options": options}
+            tags |= {"mlflow.parentRunId": self.parent_id}
+            run = self._create(message, f"{message['experiment']} / {stage}", tags)
+            self._log_parameters(run.info.run_id, message["parameters"])
+            self.client.log_dict(run.info.run_id, message["parameters"], "configuration.yaml")
+        self.run_id, self.start_time = run.info.run_id, run.info.start_time
+        self.client.update_run(self.run_id, status="RUNNING")
+        if self.model_id and stage != "pretrain":
+            self._link_model()
+
+    def _resumed(self, run_id: str | None) -> Any:
+        """Return the run a checkpoint names; None if this MLflow does not know it (another database)."""
+        try:
+            return self.client.get_run(run_id) if run_id else None
+        except Exception as error:
+            if not _refused(error):
+                raise
+            return None
+
+    def _find(self, condition: str) -> Any:
+        found = self.client.search_runs([self.experiment_id], condition, max_results=1, order_by=["start_time ASC"])
+        return found[0] if found else None
+
+    def _create(self, message: Message, name: str, tags: dict[str, str]) -> Any:
+        from mlflow.tracking.context.registry import resolve_tags
+
+        source = f"ssl-core {message['stage']} {message['experiment']}"
+        tags = resolve_tags({"mlflow.source.name": source, "mlflow.source.type": "LOCAL", **tags, **message["tags"]})
+        return self.client.create_run(self.experiment_id, start_time=message["time"], run_name=name, tags=tags)
+
+    def _log_parameters(self, run_id: str, parameters: dict[str, Any]) -> None:
+        from mlflow.entities import Param
+
+        self.client.log_batch(run_id, params=[Param(*pair) for pair in flatten(parameters).items()])
+
+    def _metrics(self, messages: list[Message]) -> None:
+        from mlflow.entities import Metric
+
+        metrics = [
+            Metric(key, value, message["time"], message["step"] or 0)
+            for message in messages
+            for key, value in message["values"].items()
+            if message["step"] is None or message["step"] > self.seen.get(key, -1)
+        ]
+        self.client.log_batch(self.run_id, metrics=metrics)
+
+    def _headline(self, message: Message) -> None:
+        from mlflow.entities import Metric
+
+        values = message["values"].items()
+        metrics = [Metric(key, value, message["time"], 0, model_id=self.model_id) for key, value in values]
+        self.client.log_batch(self.parent_id, metrics=metrics)
+        with _locked(self.uri):
+            self._widen_leaderboard(message["values"])
+
+    def _widen_leaderboard(self, values: dict[str, float]) -> None:
+        """Add columns to the shared view of the runs page (...&viewStateShareKey=leaderboard), which shows none."""
+        tags = self.client.get_experiment(self.experiment_id).tags
+        old = json.loads(tags.get(LEADERBOARD, "{}")).get("selectedColumns", [])
+        columns = list(dict.fromkeys([*old, *(f"metrics.`{key}`" for key in values)]))
+        if columns != old:
+            self.client.set_experiment_tag(self.experiment_id, LEADERBOARD, json.dumps({"selectedColumns": columns}))
+
+    def _dataset(self, message: Message) -> None:
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        dataset = Dataset(
+            name=message["name"],
+            digest=message["digest"][:12],  # MLflow's limit is 36
+            source_type="local",
+            source=json.dumps({"uri": message["source"]}),
+            profile=json.dumps({"num_rows": message["num_images"]}),
+        )
+        data = [DatasetInput(dataset, [InputTag("mlflow.data.context", message["context"])])]
+        self.client.log_inputs(self.run_id, datasets=data)
+        if self.stage == "pretrain":
+            self.client.log_inputs(self.parent_id, datasets=data)
+
+    def _model(self, message: Message) -> None:
+        from mlflow.entities import LoggedModelOutput
+
+        if self.model_id:  # this version has been here before
+            return
+        model = self.client.create_logged_model(
+            self.experiment_id,
+            name=Path(message["path"]).parent.name,
+            source_run_id=self.run_id,
+            tags={"mlflow.model.isExternal": "true", "path": message["path"]},
+            params=flatten(message["parameters"]),
+            model_type="backbone",
+        )
+        self.client.finalize_logged_model(model.model_id, "READY")
+        self.model_id = model.model_id
+        self.client.log_outputs(self.run_id, [LoggedModelOutput(model.model_id, step=0)])
+        self.client.set_tag(self.parent_id, "model", model.model_id)
+
+    def _link_model(self) -> None:
+        from mlflow.entities import LoggedModelInput
+
+        self.client.log_inputs(self.run_id, models=[LoggedModelInput(self.model_id)])
+
+    def _read_system(self) -> None:
+        """Note CPU and memory now and then, under MLflow's own names."""
+        if self.opening is not None or time.monotonic() < self.system_at:
+            return
+        import psutil
+
+        self.system_at = time.monotonic() + SYSTEM_SECONDS
+        now = int(time.time() * 1000)
+        values = {
+            "system/cpu_utilization_percentage": psutil.cpu_percent(),
+            "system/system_memory_usage_megabytes": psutil.virtual_memory().used / 1e6,
+        }
+        step = max(0, now - self.start_time) // 1000  # seconds since the run began, so that a resumed run goes on
+        self.pending.append({"kind": "metrics", "time": now, "values": values, "step": step})
+
+    def _end(self) -> None:
+        self.client.set_terminated(self.run_id, self.status)
+        self.client.set_terminated(self.parent_id, self.status)
+
+
+def _refused(error: Exception) -> bool:
+    """Tell a request that will never succeed (a 4xx answer, a file that is not there) from a server in trouble."""
+    from mlflow.exceptions import MlflowException
+
+    if isinstance(error, MlflowException):
+        return 400 <= error.get_http_status_code() < 500  # INTERNAL_ERROR, for a server out of reach, is 500
+    return isinstance(error, FileNotFoundError | TypeError | ValueError)
+
+
+@contextmanager
+def _locked(uri: str) -> Iterator[None]:
+    """Let one process at a time open the tracking store: MLflow's first connection to a fresh database is not safe."""
+    path = Path(tempfile.gettempdir()) / f"ssl-core-{os.getuid()}-{hashlib.sha256(uri.encode()).hexdigest()[:12]}.lock"
+    if uri.startswith("sqlite:///"):
+        database = Path(uri.removeprefix("sqlite:///"))
+        path = database.with_name(f"{database.name}.lock")
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # released when the file closes
+        if uri.startswith("sqlite:///"):
+            _use_wal(database)
+        yield
+
+
+def _use_wal(database: Path) -> None:
+    """Let readers (the MLflow page) and writers go on side by side; the database file remembers it."""
+    import sqlite3
+
+    connection = sqlite3.connect(database, timeout=20)
+    connection.execute("PRAGMA journal_mode=WAL")
+    connection.close()
+
+
+def _read(stream: IO[bytes], messages: "queue.SimpleQueue[Message | None]") -> None:
+    for line in stream:
+        messages.put(json.loads(line))
+    messages.put(None)
+
+
+def main() -> None:
+    """Record what arrives on standard input, as line by line JSON."""
+    os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"  # read when mlflow is imported
+    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # meant for the training, whose end we record
+        signal.signal(name, signal.SIG_IGN)
+    messages: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
+    threading.Thread(target=_read, args=(sys.stdin.buffer, messages), daemon=True).start()
+    Recorder(os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path('mlflow.db').absolute()}").follow(messages)
+
+
+if __name__ == "__main__":
+    main()

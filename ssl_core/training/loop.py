@@ -1,0 +1,206 @@
+"""The training loop: steps, schedules, checkpoints, one progress line; nothing here knows which method it trains."""
+
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from ssl_core.config import Training
+from ssl_core.data.loader import Batch, Loader
+from ssl_core.methods.base import Losses, Method, Progress
+from ssl_core.training import distributed
+from ssl_core.training.monitor import Alarm, effective_rank, spread
+from ssl_core.training.optimizers import build_optimizer, set_learning_rate
+from ssl_core.training.schedules import learning_rate
+
+LOG_STEPS = 50  # a look at losses and embeddings at least this often: the only moments the loop waits for the device
+RANK_ROWS = 512  # rows of an embedding that the effective rank is taken from
+
+
+def autocast_type(precision: str, device: torch.device) -> torch.dtype | None:
+    """Return the type matrix products run in: bfloat16 where asked for or, on auto, where the hardware has it."""
+    if precision == "auto":
+        capable = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        precision = "bf16" if capable else "fp32"
+    return torch.bfloat16 if precision == "bf16" else None
+
+
+class Stop(SystemExit):
+    """The run was told to stop and has saved its state; the exit status is the shell's for that signal."""
+
+
+class Trainer:
+    """Trains `method` on `loader`; `state()` and `restore()` make an interrupted run continue exactly."""
+
+    def __init__(self, method: Method, loader: Loader, training: Training, *, device: torch.device) -> None:
+        self.method = method.to(device, memory_format=torch.channels_last)
+        self.loader, self.training, self.device = loader, training, device
+        self.optimizer = build_optimizer(self.method, training)
+        self.dtype = autocast_type(training.precision, device)
+        self.steps_per_epoch = loader.steps_per_epoch // training.accumulation
+        if self.steps_per_epoch == 0:
+            raise ValueError(
+                f"training.batch_size {training.batch_size} is larger than the data set ({loader.num_images} images)"
+            )
+        self.total_steps = training.epochs * self.steps_per_epoch
+        self.log_steps = min(LOG_STEPS, self.steps_per_epoch)
+        self.step = 0
+        self.history: list[dict[str, float]] = []
+        self.seconds = self.waited = 0.0  # over all sittings of the run
+        self._alarm = Alarm()
+        self._sums: dict[str, Tensor] = {}
+        self._module: nn.Module = self.method
+        if training.compile:
+            self._module.compile()
+        if distributed.is_distributed():
+            # Buffers (queues, BatchNorm statistics) are kept equal by the methods themselves; syncing would hide faults.
+            self._module = DistributedDataParallel(self._module, forward_sync_buffers=False)
+
+    def state(self) -> dict[str, Any]:
+        """Return everything that the steps to come depend on."""
+        own = {"loader": self.loader.state(), "rng": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            own["rng_cuda"] = torch.cuda.get_rng_state()
+        ranks: list[Any] = [own]
+        if distributed.is_distributed():
+            ranks = [None] * distributed.world_size()
+            dist.all_gather_object(ranks, own)
+        return {
+            "method": self.method.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+            "history": self.history,
+            "collapsed_looks": self._alarm.collapsed_looks,
+            "sums": self._sums,
+            "seconds": self.seconds,
+            "waited": self.waited,
+            "ranks": ranks,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continue from `state()`; the number of processes must be the same."""
+        if len(state["ranks"]) != distributed.world_size():
+            raise ValueError(
+                f"the checkpoint was written by {len(state['ranks'])} processes, training.gpus is {distributed.world_size()}"
+            )
+        own = state["ranks"][distributed.rank()]
+        self.method.load_state_dict(state["method"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.loader.restore(own["loader"])
+        torch.set_rng_state(own["rng"])
+        if "rng_cuda" in own:
+            torch.cuda.set_rng_state(own["rng_cuda"])
+        self.step, self.history = state["step"], state["history"]
+        self.seconds, self.waited = state["seconds"], state["waited"]
+        self._alarm.collapsed_looks = state["collapsed_looks"]
+        self._sums = {name: value.to(self.device) for name, value in state["sums"].items()}
+
+    def run(self, *, save: Callable[[], None], log: Callable[[dict[str, float]], None]) -> None:
+        """Train to the end: `log` gets each row of the history, `save` is called now and then and before a `Stop`."""
+        self.method.train()
+        saved = time.monotonic()
+        with _stop_signals() as stop, self._progress_bar() as bar:
+            while self.step < self.total_steps:
+                start = time.monotonic()
+                self._one_step()
+                self.step += 1
+                look = self.step % self.log_steps == 0 or self.step == self.total_steps
+                row = self._look() if look else None
+                self.seconds += time.monotonic() - start
+                bar.update(1)
+                if row is not None:
+                    log(row)
+                    bar.set_postfix_str(self._postfix(row))
+                    due = time.monotonic() - saved > self.training.checkpoint_minutes * 60
+                    if distributed.agree(due, self.device) and self.step < self.total_steps:
+                        save()
+                        saved = time.monotonic()
+                if stop and self.step < self.total_steps:
+                    if not distributed.is_distributed():  # other processes may be a step away: keep the last checkpoint
+                        save()
+                    raise Stop(128 + stop[0])
+
+    def _one_step(self) -> None:
+        """Accumulate gradients over the micro-batches, step, and let the method move its memory."""
+        progress = Progress(self.step, self.total_steps)
+        rate = learning_rate(self.step, training=self.training, steps_per_epoch=self.steps_per_epoch)
+        set_learning_rate(self.optimizer, rate)
+        for part in range(self.training.accumulation):
+            started = time.monotonic()
+            batch = self._to_device(self.loader.next())
+            self.waited += time.monotonic() - started
+            last = part == self.training.accumulation - 1
+            with nullcontext() if last or not distributed.is_distributed() else self._module.no_sync():
+                with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None):
+                    losses: Losses = self._module(batch, progress)
+                (losses.total / self.training.accumulation).backward()
+            self._note(losses)
+        if self.training.gradient_clip is not None:
+            nn.utils.clip_grad_norm_(self.method.parameters(), self.training.gradient_clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.method.after_step(progress)
+
+    def _to_device(self, batch: Batch) -> Batch:
+        if self.device.type == "cpu":
+            return batch
+        views = {name: [view.to(self.device, non_blocking=True) for view in group] for name, group in batch.views.items()}
+        return Batch(views, batch.labels, batch.indices.to(self.device, non_blocking=True))
+
+    def _note(self, losses: Losses) -> None:
+        """Add to the sums since the last look, on the device, so that no step waits for a number."""
+        self._embedding = losses.embedding
+        for name, value in {"loss": losses.total.detach(), **losses.parts, "count": torch.ones_like(losses.total)}.items():
+            self._sums[name] = self._sums[name] + value.detach() if name in self._sums else value.detach()
+
+    def _look(self) -> dict[str, float]:
+        """Return the next row of the history; raise where the run has diverged or collapsed."""
+        count = self._sums.pop("count")
+        row = {"step": self.step, "epoch": round(self.step / self.steps_per_epoch, 4)}
+        row |= {name: (total / count).item() for name, total in self._sums.items()}
+        row["learning_rate"] = self.optimizer.param_groups[0]["lr"]
+        row["spread"] = spread(self._embedding).item()
+        row["effective_rank"] = effective_rank(self._embedding[:RANK_ROWS]).item()
+        self._sums = {}
+        self._alarm.check(self.step, row["loss"], row["spread"])
+        self.history.append(row)
+        return row
+
+    def _progress_bar(self) -> tqdm:
+        terminal = sys.stderr.isatty()
+        return tqdm(
+            total=self.total_steps,
+            initial=self.step,
+            desc="pretrain",
+            unit="step",
+            disable=distributed.rank() > 0,
+            dynamic_ncols=terminal,
+            mininterval=0.5 if terminal else 15,
+        )
+
+    def _postfix(self, row: dict[str, float]) -> str:
+        images = self.training.batch_size * self.step / max(self.seconds, 1e-9)
+        share = 100 * self.waited / max(self.seconds, 1e-9)
+        return f"epoch {row['epoch']:.1f} loss {row['loss']:.3f} {images:.0f} img/s data-wait {share:.1f}%"
+
+
+@contextmanager
+def _stop_signals() -> Iterator[list[int]]:
+    """Collect SIGINT and SIGTERM in a list instead of dying in the middle of a step."""
+    received: list[int] = []
+    previous = {
+        number: signal.signal(number, lambda number, _: received.append(number)) for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,20 @@
+"""The momentum teacher: a copy of the student that follows it slowly."""
+
+import copy
+
+import torch
+from torch import nn
+
+
+def make_teacher(student: nn.Module) -> nn.Module:
+    """Return a copy of `student` that no gradient reaches."""
+    return copy.deepcopy(student).requires_grad_(False)
+
+
+@torch.no_grad()
+def update_teacher(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
+    """Set each teacher parameter to momentum * teacher + (1 - momentum) * student.
+
+    Parameters only: the teacher's BatchNorm statistics come from its own forward passes (recipes rule 2).
+    """
+    torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - momentum)

@@ -1,0 +1,73 @@
+"""Numbers that tell whether a run is healthy, and the alarm when it is not."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ssl_core.data.loader import Loader
+
+COLLAPSED = 0.02  # spread below which embeddings are all but equal; 1 is uniform on the sphere, ~0.8 an untrained network
+NEIGHBOURS = 20
+TEMPERATURE = 0.07
+
+
+def spread(embedding: Tensor) -> Tensor:
+    """Return the mean standard deviation per channel of unit rows (batch, dim) times sqrt(dim): 1 healthy, 0 collapsed.
+
+    SimSiam's collapse monitor (Chen & He, 2021, section 4.1).
+    """
+    rows = F.normalize(embedding.float(), dim=1)
+    return rows.std(dim=0).mean() * math.sqrt(rows.shape[1])
+
+
+def effective_rank(embedding: Tensor) -> Tensor:
+    """Return RankMe: the exponential of the entropy of the singular values of (batch, dim) (Garrido et al., 2023)."""
+    values = torch.linalg.svdvals(embedding.float())
+    share = values / values.sum().clamp_min(1e-12) + 1e-7
+    return torch.exp(-(share * share.log()).sum())
+
+
+class Alarm:
+    """Stops a run that has diverged or collapsed, with words on what to do."""
+
+    def __init__(self) -> None:
+        self.collapsed_looks = 0
+
+    def check(self, step: int, loss: float, spread: float) -> None:
+        """Raise `ValueError` at a loss that is no number, or at the third look in a row with equal embeddings."""
+        if not math.isfinite(loss) or not math.isfinite(spread):
+            raise ValueError(
+                f"training diverged: the loss is {loss} at step {step}; lower training.learning_rate, lengthen "
+                "training.warmup_epochs or set training.gradient_clip"
+            )
+        self.collapsed_looks = self.collapsed_looks + 1 if spread < COLLAPSED else 0
+        if self.collapsed_looks == 3:
+            raise ValueError(
+                f"training collapsed: at step {step} all embeddings are (nearly) equal, spread {spread:.4f} of 1; "
+                "sharpen the teacher, lower training.learning_rate or use more BatchNorm (predictor, batchnorm_splits)"
+            )
+
+
+@torch.no_grad()
+def online_knn(backbone: nn.Module, loader: Loader, device: torch.device) -> float:
+    """Return the leave-one-out kNN accuracy in percent of `backbone` on the loader's labelled images.
+
+    A thermometer for the run, on training images: not comparable with the `knn` evaluation.
+    """
+    training = backbone.training
+    backbone.eval()
+    features, labels = [], []
+    for batch in loader.epoch():
+        (images,) = batch.views["probe"]
+        features.append(F.normalize(backbone(images.to(device)).float(), dim=1))
+        labels.append(batch.labels)
+    backbone.train(training)
+    feature, label = torch.cat(features), torch.cat(labels).to(device)
+    similarity = feature @ feature.T
+    similarity.fill_diagonal_(-math.inf)
+    cosine, neighbour = similarity.topk(min(NEIGHBOURS, len(feature) - 1), dim=1)
+    votes = torch.zeros(len(feature), int(label.max()) + 1, device=device)
+    votes.scatter_add_(1, label[neighbour], (cosine / TEMPERATURE).exp())
+    return (votes.argmax(dim=1) == label).float().mean().item() * 100

@@ -1,0 +1,30 @@
+"""A ring buffer of embeddings."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Queue(nn.Module):
+    """The last `size` embeddings, unit rows, as a buffer; random rows stand in until it is full."""
+
+    rows: Tensor
+    position: Tensor
+
+    def __init__(self, size: int, dim: int) -> None:
+        super().__init__()
+        self.register_buffer("rows", F.normalize(torch.randn(size, dim), dim=1))
+        self.register_buffer("position", torch.zeros((), dtype=torch.long))
+
+    @torch.no_grad()
+    def enqueue(self, keys: Tensor) -> None:
+        """Overwrite the oldest rows by `keys` (batch, dim), in order; of more keys than rows the last ones stay.
+
+        Works on the device alone, without waiting for the pointer's value.
+        """
+        size = len(self.rows)
+        kept = keys[-size:]
+        first = self.position + (len(keys) - len(kept))
+        slots = (first + torch.arange(len(kept), device=keys.device)) % size
+        self.rows.index_copy_(0, slots, kept.to(self.rows.dtype))
+        self.position.copy_((self.position + len(keys)) % size)

@@ -1,0 +1,86 @@
+import json
+
+import pytest
+
+from ssl_core.stages import evaluate
+
+SPEC = {"protocol": "knn", "k": 5, "dataset": {"name": "squares"}}
+LINEAR = {"protocol": "linear", "epochs": 2, "learning_rate": 0.1, "dataset": {"name": "squares"}}
+
+
+@pytest.fixture(autouse=True)
+def no_tracking(monkeypatch):
+    monkeypatch.setenv("SSL_TRACKING", "off")
+
+
+@pytest.fixture
+def run(backbone_path, manifest_path, tmp_path):
+    def run(spec, name="out.json"):
+        evaluate.run(
+            "mine",
+            "probe",
+            spec=spec,
+            backbone=backbone_path,
+            manifest=manifest_path,
+            output=tmp_path / name,
+            code="c0de",
+            threads=1,
+        )
+        return tmp_path / name
+
+    return run
+
+
+@pytest.mark.parametrize("spec", [SPEC, LINEAR, {**LINEAR, "variant": "features"}])
+def test_a_second_run_writes_the_same_bytes(run, spec):
+    assert run(spec).read_bytes() == run(spec, "again.json").read_bytes()
+
+
+def test_the_results_say_what_was_measured_and_how(run, capsys):
+    results = json.loads(run(LINEAR).read_text())
+    assert list(results) == [
+        "experiment",
+        "evaluation",
+        "protocol",
+        "dataset",
+        "split",
+        "metrics",
+        "baselines",
+        "hyperparameters",
+        "num_train",
+        "num_test",
+        "seed",
+        "digests",
+        "versions",
+        "hardware",
+    ]
+    assert results["protocol"] == "linear/v1"
+    assert set(results["baselines"]) == {"untrained", "pixels"}
+    assert set(results["metrics"]) == set(results["baselines"]["pixels"]) == {"top1", "best_epoch_top1"}
+    assert results["baselines"]["pixels"]["top1"] == 100.0  # percent
+    assert results["hyperparameters"]["learning_rate_how"] == "fixed by the configuration"
+    assert results["hyperparameters"]["overridden"] == ["epochs", "learning_rate"]
+    assert set(results["digests"]) == {"spec", "code", "data", "backbone"}
+    assert "linear/v1 on squares/test, top1 in %: pretrained" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"neighbours": 5}, r"evaluations\.probe\.neighbours: unknown key"),
+        ({"temprature": 0.1}, r"evaluations\.probe\.temprature: unknown key; did you mean 'temperature'\?"),
+        ({"k": 0}, r"evaluations\.probe\.k: .*found 0"),
+        (
+            {"protocol": "lineer"},
+            r"evaluations\.probe\.protocol: there is no protocol 'lineer'; did you mean 'linear'\?",
+        ),
+        ({"protocol": "features"}, "there is no protocol 'features'"),
+        ({"test_split": "validation"}, "squares has no split 'validation': it has train, test"),
+        ({"dataset": {"name": "squares", "split": "tain"}}, "squares has no split 'tain'"),
+    ],
+)
+def test_what_is_wrong_in_the_section_is_said_in_one_line(run, tmp_path, change, message):
+    with pytest.raises(ValueError, match=message) as error:
+        run({**SPEC, **change})
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "out.json").exists()

@@ -1,0 +1,101 @@
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from ssl_core.config import Backbone, Dataset
+from ssl_core.data.shards import Manifest
+from ssl_core.evaluations.features import (
+    Pixels,
+    build_untrained,
+    center_view,
+    correct,
+    extract,
+    find_test_split,
+    gather_subjects,
+    make_loader,
+)
+from ssl_core.networks.backbones import build_backbone, load_backbone
+
+from .conftest import SEED, Tiny, write_shards
+
+TRAIN = Dataset(name="squares")
+
+
+def test_features_do_not_depend_on_the_batch_size(subjects, manifest):
+    loaders = [make_loader(subjects, manifest, TRAIN, center_view(16), batch_size=size) for size in (7, 60)]
+    small, large = (extract(subjects.networks, loader) for loader in loaders)
+    assert torch.equal(small.indices, large.indices)
+    for name in subjects.networks:
+        torch.testing.assert_close(small.of[name], large.of[name], atol=1e-6, rtol=0)
+
+
+def test_every_image_comes_once_with_its_label(subjects, manifest):
+    features = extract(subjects.networks, make_loader(subjects, manifest, TRAIN, center_view(16), batch_size=7))
+    assert features.indices.sort().values.tolist() == list(range(60))
+    assert torch.equal(features.labels, features.indices % 3)
+
+
+def test_extraction_leaves_weights_statistics_and_modes_alone(subjects, manifest):
+    network = nn.Sequential(Tiny(), nn.BatchNorm1d(8))
+    network.train()
+    network[1].eval()  # frozen on purpose
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    extract({"network": network}, make_loader(subjects, manifest, TRAIN, center_view(16)))
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+    assert network.training
+    assert network[0].training
+    assert not network[1].training
+
+
+def test_pixels_are_the_normalised_image(subjects, manifest):
+    loader = make_loader(subjects, manifest, TRAIN, center_view(16), batch_size=60)
+    batch = next(loader.epoch())
+    (images,) = batch.views["probe"]
+    assert torch.equal(Pixels()(images), images.reshape(60, -1))
+
+
+def test_pixels_of_large_images_are_averaged_down():
+    image = torch.arange(64.0).repeat_interleave(64).reshape(1, 1, 64, 64).expand(1, 3, 64, 64)
+    pixels = Pixels()(image).reshape(3, 32, 32)
+    assert pixels[0, :2, 0].tolist() == [0.5, 2.5]
+
+
+def test_the_untrained_baseline_is_what_pre_training_started_from(backbone_path):
+    pretrained, header = load_backbone(backbone_path)
+    torch.manual_seed(SEED)
+    fresh = build_backbone(Backbone.model_validate_json(header["backbone"]), 16).state_dict()
+    untrained = gather_subjects(pretrained, header, image_size=None, threads=1).networks["untrained"].state_dict()
+    assert all(torch.equal(fresh[name], untrained[name]) for name in fresh)
+    assert not torch.equal(fresh["features.0.0.weight"], pretrained.state_dict()["features.0.0.weight"])
+
+
+def test_building_the_untrained_baseline_leaves_the_random_state_alone(backbone_path):
+    _, header = load_backbone(backbone_path)
+    state = torch.get_rng_state()
+    build_untrained(header)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("change", ["missing", "renamed"])
+def test_weights_that_do_not_fit_are_an_error(backbone_path, tmp_path, change):
+    _, header = load_backbone(backbone_path)
+    weights = load_file(backbone_path)
+    weight = weights.pop("features.0.0.weight")
+    if change == "renamed":
+        weights["module.features.0.0.weight"] = weight
+    save_file(weights, tmp_path / "backbone.safetensors", header)
+    with pytest.raises(ValueError, match=r"features\.0\.0\.weight"):
+        load_backbone(tmp_path / "backbone.safetensors")
+
+
+def test_a_data_set_without_labels_is_a_clear_error(tmp_path):
+    manifest = Manifest.load(write_shards(tmp_path, train=[0] * 4, test=[0] * 4, labelled=False))
+    with pytest.raises(ValueError, match="'squares': split 'test' has no labels"):
+        find_test_split(manifest, None)
+
+
+def test_top5_counts_hits_among_the_five_highest_from_ten_classes_on():
+    logits = torch.arange(10.0).repeat(4, 1)  # class 9 highest, 5 the fifth, 4 the sixth
+    assert correct(logits, torch.tensor([9, 5, 4, 0])) == {"top1": 25.0, "top5": 50.0}
+    assert correct(logits[:, :9], torch.tensor([8, 5, 4, 0])) == {"top1": 25.0}

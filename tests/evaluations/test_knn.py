@@ -1,0 +1,116 @@
+import numpy as np
+import pytest
+import torch
+
+from ssl_core.config import Dataset
+from ssl_core.data.shards import Manifest
+from ssl_core.evaluations.features import Features, Subjects
+from ssl_core.evaluations.knn import BEST_K, Config, _best, _weighted, neighbours, run, votes
+
+from .conftest import MEAN, STD, write_shards
+
+TRAIN = Dataset(name="squares")
+
+
+@pytest.fixture
+def rows():
+    generator = torch.Generator().manual_seed(0)
+    bank, queries = torch.randn(90, 6, generator=generator) + 1, torch.randn(17, 6, generator=generator) + 1
+    return (
+        bank,
+        queries,
+        torch.randint(0, 4, (90,), generator=generator),
+        torch.randint(0, 4, (17,), generator=generator),
+    )
+
+
+def make_features(rows, labels):
+    return Features({"pretrained": rows}, labels, torch.arange(len(labels)))
+
+
+def oracle(bank, queries, labels, k, *, temperature=None):
+    """Classify in float64 NumPy, one query at a time; Euclidean and unweighted without a temperature."""
+    bank, queries, labels = bank.double().numpy(), queries.double().numpy(), labels.numpy()
+    predictions = []
+    for query in queries:
+        if temperature is None:
+            order, weights = np.argsort(((bank - query) ** 2).sum(1), kind="stable")[:k], np.ones(len(bank))
+        else:
+            cosine = bank @ query / np.linalg.norm(bank, axis=1) / np.linalg.norm(query)
+            order, weights = np.argsort(-cosine, kind="stable")[:k], np.exp(cosine / temperature)
+        scores = [weights[order][labels[order] == label].sum() for label in range(4)]
+        predictions.append(int(np.argmax(scores)))
+    return np.array(predictions)
+
+
+@pytest.mark.parametrize("k", [1, 5, 90])
+@pytest.mark.parametrize("temperature", [0.07, 1.0])
+def test_weighted_knn_agrees_with_brute_force(rows, k, temperature):
+    bank, queries, labels, truth = rows
+    config = Config(dataset=TRAIN, k=k, temperature=temperature)
+    subjects = Subjects({"pretrained": torch.nn.Identity()}, 16, MEAN, STD)
+    metrics, _ = _weighted(config, subjects, make_features(bank, labels), make_features(queries, truth), 4)
+    hits = oracle(bank, queries, labels, k, temperature=temperature) == truth.numpy()
+    assert metrics["pretrained"]["top1"] == pytest.approx(100 * hits.mean(), abs=1e-3)
+
+
+def test_best_nn_agrees_with_brute_force_and_says_that_k_is_chosen_on_test(rows):
+    bank, queries, labels, truth = rows
+    subjects = Subjects({"pretrained": torch.nn.Identity()}, 16, MEAN, STD)
+    metrics, settings = _best(
+        Config(dataset=TRAIN, variant="best"), subjects, make_features(bank, labels), make_features(queries, truth), 4
+    )
+    expected = {k: 100 * (oracle(bank, queries, labels, k) == truth.numpy()).mean() for k in BEST_K if k <= 90}
+    table = metrics["pretrained"]["top1_by_k"]
+    assert {int(k): value for k, value in table.items()} == pytest.approx(expected, abs=1e-3)
+    assert metrics["pretrained"]["best_nn_top1"] == max(table.values())
+    assert "top1" not in metrics["pretrained"]
+    assert settings["how"] == "highest top1 on the test split"
+
+
+@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
+def test_chunks_do_not_change_the_neighbours(rows, metric):
+    bank, queries, _, _ = rows
+    _, whole = neighbours(bank, queries, 20, metric=metric)
+    _, pieces = neighbours(bank, queries, 20, metric=metric, chunk=5, bank_chunk=7)
+    assert torch.equal(whole, pieces)
+
+
+def test_distances_far_from_the_origin_are_exact_enough():
+    bank = torch.linspace(0, 1, 50)[:, None] * torch.ones(4) * 1e-2 + 1000
+    _, nearest = neighbours(bank, bank, 1, metric="euclidean")
+    assert nearest[:, 0].tolist() == list(range(50))
+
+
+def test_a_tie_goes_to_the_smallest_class():
+    labels = torch.tensor([[2, 1, 1, 2], [3, 0, 2, 1]])
+    predictions = dict(votes(labels, torch.ones(2, 4), (1, 2, 4), 4))
+    assert {k: classes.tolist() for k, classes in predictions.items()} == {1: [2, 3], 2: [1, 0], 4: [1, 0]}
+
+
+def test_neighbours_are_capped_at_the_training_images_and_the_result_says_so(subjects, manifest):
+    outcome = run(Config(dataset=TRAIN, k=200), subjects, manifest, lambda metrics, step: None)
+    assert outcome.hyperparameters["k"] == 60
+    assert outcome.hyperparameters["how"] == "200 capped at the 60 training images"
+
+
+def test_colours_are_neighbours_of_their_kind(subjects, manifest):
+    outcome = run(Config(dataset=TRAIN, k=5, more_k=(1, 20)), subjects, manifest, lambda metrics, step: None)
+    assert outcome.metrics["pixels"] == {"top1": 100.0, "top1_by_k": {"1": 100.0, "5": 100.0, "20": 100.0}}
+    assert (outcome.num_train, outcome.num_test, outcome.split) == (60, 31, "test")
+
+
+def test_the_two_kinds_of_knn_carry_different_protocol_names(subjects, manifest):
+    names = {
+        run(Config(dataset=TRAIN, variant=variant), subjects, manifest, lambda metrics, step: None).protocol
+        for variant in ("weighted", "best")
+    }
+    assert names == {"knn/v1", "knn-best/v1"}
+
+
+def test_training_images_without_labels_are_a_clear_error(subjects, tmp_path):
+    manifest = Manifest.load(write_shards(tmp_path / "a", train=[0] * 4, test=[0] * 4, labelled=False))
+    labelled = Manifest.load(write_shards(tmp_path / "b", train=[0] * 4, test=[0] * 4))
+    mixed = manifest.model_copy(update={"splits": {**manifest.splits, "test": labelled.splits["test"]}})
+    with pytest.raises(ValueError, match=r"split 'train' has no labels; evaluate on one that has: test"):
+        run(Config(dataset=TRAIN), subjects, mixed, lambda metrics, step: None)

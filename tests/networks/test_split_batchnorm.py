@@ -1,0 +1,69 @@
+"""Split batch norm is G ordinary batch norms in training and one in evaluation; shuffling can be undone."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ssl_core.config import Backbone
+from ssl_core.networks.backbones import build_backbone
+from ssl_core.networks.heads import mlp
+from ssl_core.networks.split_batchnorm import SplitBatchNorm2d, split_batchnorm
+
+
+def batch(rows: int) -> Tensor:
+    return torch.randn(rows, 3, 4, 4, generator=torch.Generator().manual_seed(0)) * 2 + 1
+
+
+@pytest.mark.parametrize(("rows", "splits", "sizes"), [(8, 4, [2] * 4), (7, 3, [3, 2, 2]), (5, 8, [3, 2]), (1, 8, [1])])
+def test_training_is_one_batch_norm_a_chunk(rows: int, splits: int, sizes: list[int]):
+    plain = nn.BatchNorm2d(3)
+    nn.init.uniform_(plain.weight)
+    split = split_batchnorm(copy.deepcopy(plain), splits)
+    devices = [copy.deepcopy(plain) for _ in sizes]
+    inputs, twin = batch(rows).requires_grad_(), batch(rows).requires_grad_()
+
+    output = split(inputs)
+    expected = torch.cat([device(chunk) for device, chunk in zip(devices, twin.split(sizes), strict=True)])
+    torch.testing.assert_close(output, expected)
+    output.square().sum().backward()
+    expected.square().sum().backward()
+    torch.testing.assert_close(inputs.grad, twin.grad)
+    for name in ("running_mean", "running_var"):
+        mean = torch.stack([device.get_buffer(name) for device in devices]).mean(dim=0)
+        torch.testing.assert_close(split.get_buffer(name), mean)
+    assert split.get_buffer("num_batches_tracked") == 1
+
+
+def test_evaluation_is_ordinary_and_names_stay():
+    plain = build_backbone(Backbone(name="resnet18", stem="tiny"), 16)
+    split = split_batchnorm(copy.deepcopy(plain), 4)
+    assert list(plain.state_dict()) == list(split.state_dict())
+    assert sum(isinstance(layer, SplitBatchNorm2d) for layer in split.modules()) == 20
+    images = torch.rand(4, 3, 16, 16)
+    torch.testing.assert_close(plain.eval()(images), split.eval()(images), rtol=0, atol=0)
+
+
+def test_one_image_says_nothing_about_another_chunk():
+    head = split_batchnorm(mlp((4, 8, 4)), 2)
+    rows = torch.randn(8, 4)
+    before = head(rows)[4:]
+    rows[0] += 100
+    torch.testing.assert_close(head(rows)[4:], before)
+
+
+def test_splitting_again_changes_the_number_of_chunks():
+    layer = split_batchnorm(split_batchnorm(nn.BatchNorm2d(3), 2), 4)
+    torch.testing.assert_close(layer(batch(8))[:2], nn.BatchNorm2d(3)(batch(8)[:2]))
+
+
+def test_other_batch_norms_are_refused_rather_than_left_to_leak():
+    with pytest.raises(ValueError, match="bn1 is a BatchNormAct2d, which cannot be split"):
+        split_batchnorm(build_backbone(Backbone(name="timm/mobilenetv4_conv_small_050"), 32), 2)
+
+
+def test_channels_last_stays():
+    layer = split_batchnorm(nn.BatchNorm2d(3), 2)
+    output = layer(batch(8).to(memory_format=torch.channels_last))
+    assert output.is_contiguous(memory_format=torch.channels_last)

@@ -1,0 +1,38 @@
+import math
+
+import pytest
+import torch
+
+from ssl_core.training.monitor import Alarm, effective_rank, spread
+
+
+def test_spread_is_one_on_the_sphere_and_zero_for_a_constant():
+    torch.manual_seed(0)
+    assert abs(spread(torch.randn(4096, 64)).item() - 1) < 0.01
+    assert spread(torch.ones(16, 64)).item() < 1e-6
+
+
+def test_effective_rank_counts_equal_directions():
+    assert abs(effective_rank(torch.eye(5)).item() - 5) < 1e-3
+    assert abs(effective_rank(torch.ones(16, 8)).item() - 1) < 1e-3
+
+
+def test_a_constant_encoder_sets_off_the_alarm_at_the_third_look():
+    alarm, value = Alarm(), spread(torch.ones(16, 64)).item()
+    alarm.check(10, 1.0, value)
+    alarm.check(20, 1.0, value)
+    with pytest.raises(ValueError, match="collapsed: at step 30"):
+        alarm.check(30, 1.0, value)
+
+
+def test_a_healthy_look_takes_the_alarm_back():
+    alarm = Alarm()
+    for step, value in enumerate([0.0, 0.0, 0.5, 0.0, 0.0]):
+        alarm.check(step, 1.0, value)
+    assert alarm.collapsed_looks == 2
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf])
+def test_a_loss_that_is_no_number_stops_the_run(loss):
+    with pytest.raises(ValueError, match=f"diverged: the loss is {loss} at step 7"):
+        Alarm().check(7, loss, 0.5)

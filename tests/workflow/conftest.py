@@ -1,0 +1,138 @@
+"""A copy of the project to run Snakemake in, with a stand-in for `ssl-core` that writes a stage's outputs at once."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+# What the rules need from a stage is its outputs; the same arguments give the same content.
+STAND_IN = """#!/bin/sh
+printf '%s\\n' "$*" >> calls.txt
+stage=$1
+while [ $# -gt 0 ]; do [ "$1" = --output ] && output=$2; shift; done
+case $stage in
+shard) mkdir -p "$output"; echo '{}' > "$output/manifest.json" ;;
+pretrain) for file in backbone.safetensors model.safetensors pretrain.json history.csv views.png; do
+    mkdir -p "$output"; echo "$output" > "$output/$file"; done ;;
+evaluate) echo '{}' > "$output" ;;
+table) echo > "$output"; echo > "${output%.csv}.html" ;;
+esac
+"""
+
+CARD = {"name": "tiny", "image_size": 16, "source": {"type": "image_folder", "path": "images", "splits": {"train": {}}}}
+
+CONFIG: dict[str, Any] = {
+    "experiments": {
+        "first": {
+            "dataset": {"name": "tiny"},
+            "backbone": {"name": "resnet18", "stem": "tiny"},
+            "method": {"name": "ressl", "queue_size": 16},
+        },
+        "second": {
+            "dataset": {"name": "tiny"},
+            "backbone": {"name": "resnet18", "stem": "tiny"},
+            "method": {"name": "other"},
+        },
+    },
+    "evaluations": {"linear": {"protocol": "linear"}, "knn": {"protocol": "knn"}},
+    "sweeps": {"heat": {"base": "first", "grid": {"method.student_temperature": [0.1, 0.2]}}},
+}
+
+
+class Project:
+    """A copy of the project in a folder of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The configuration as it is on disk."""
+        return yaml.safe_load((self.folder / "config.yaml").read_text())
+
+    def configure(self, config: dict[str, Any]) -> None:
+        """Write `config.yaml`."""
+        (self.folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+
+    def snakemake(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """Run Snakemake on the copy and its own package."""
+        path = os.pathsep.join([str(self.folder / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]])
+        environment = {**os.environ, "PATH": path, "PYTHONPATH": str(self.folder)}
+        return subprocess.run(
+            ["snakemake", "--cores", "2", "--nocolor", *arguments],
+            cwd=self.folder,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+
+    def pending(self, *arguments: str) -> set[str]:
+        """Say which files would be made anew, by the first output of each job; empty for "Nothing to be done"."""
+        run = self.snakemake("-n", *arguments)
+        assert run.returncode == 0, run.stdout + run.stderr
+        outputs = re.findall(r"^ {4}output: ([^,\n]+)", run.stdout + run.stderr, flags=re.MULTILINE)
+        assert bool(outputs) != ("Nothing to be done" in run.stdout + run.stderr), run.stdout + run.stderr
+        return set(outputs)
+
+    def calls(self) -> list[str]:
+        """Return the arguments of every command that the rules ran."""
+        return (self.folder / "calls.txt").read_text().splitlines()
+
+
+@pytest.fixture(scope="session")
+def template(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """The project with a second method beside ReSSL and a data set of its own; nothing has run."""
+    folder = tmp_path_factory.mktemp("project")
+    shutil.copy(root / "Snakefile", folder)
+    for name in ("workflow", "ssl_core"):
+        shutil.copytree(root / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    (folder / "ssl_core" / "methods" / "other.py").write_text("from ssl_core.methods.base import Method\n")
+    schema_file = folder / "workflow" / "schemas" / "config.schema.json"
+    schema = json.loads(schema_file.read_text())
+    schema["$defs"]["experiment"]["properties"]["method"]["properties"]["name"]["enum"].append("other")
+    schema_file.write_text(json.dumps(schema))
+    (folder / "datasets").mkdir()
+    (folder / "datasets" / "tiny.yaml").write_text(yaml.safe_dump(CARD))
+    (folder / "bin").mkdir()
+    (folder / "bin" / "ssl-core").write_text(STAND_IN)
+    (folder / "bin" / "ssl-core").chmod(0o755)
+    project = Project(folder)
+    project.configure(CONFIG)
+    return project
+
+
+@pytest.fixture(scope="session")
+def finished(template: Project, tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """The same after everything has run once."""
+    folder = tmp_path_factory.mktemp("finished") / "project"
+    shutil.copytree(template.folder, folder)
+    project = Project(folder)
+    run = project.snakemake()
+    assert run.returncode == 0, run.stdout + run.stderr
+    return project
+
+
+def copy_of(project: Project, folder: Path) -> Project:
+    """Copy a project, times included."""
+    shutil.copytree(project.folder, folder)
+    return Project(folder)
+
+
+@pytest.fixture
+def fresh(template: Project, tmp_path: Path) -> Project:
+    """A project in which nothing has run, to change at will."""
+    return copy_of(template, tmp_path / "project")
+
+
+@pytest.fixture
+def done(finished: Project, tmp_path: Path) -> Project:
+    """A project in which everything has run, to change at will."""
+    return copy_of(finished, tmp_path / "project")

@@ -1,0 +1,102 @@
+"""A change runs again what it touches, and nothing else."""
+
+from pathlib import Path
+
+import yaml
+
+from .conftest import Project
+
+FIRST = {"results/first/backbone.safetensors", "results/first/linear.json", "results/first/knn.json"}
+SECOND = {"results/second/backbone.safetensors", "results/second/linear.json", "results/second/knn.json"}
+TABLE = {"results/table.csv"}
+
+
+def edit(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert old in text, f"{path} has no {old!r}"
+    path.write_text(text.replace(old, new, 1))
+
+
+def test_again_there_is_nothing_to_do(done: Project) -> None:
+    assert done.pending() == set()
+
+
+def test_a_temperature_runs_its_experiment_again(done: Project) -> None:
+    config = done.config
+    config["experiments"]["first"]["method"]["teacher_temperature"] = 0.05
+    done.configure(config)
+    assert done.pending() == FIRST | TABLE
+
+
+def test_the_same_words_in_another_order_change_nothing(done: Project) -> None:
+    config = done.config
+    experiment = config["experiments"]["first"]
+    config["experiments"]["first"] = {key: experiment[key] for key in sorted(experiment, reverse=True)}
+    done.configure(config)
+    assert done.pending() == set()
+
+
+def test_a_new_experiment_runs_alone(done: Project) -> None:
+    config = done.config
+    config["experiments"]["third"] = config["experiments"]["first"] | {"training": {"seed": 1}}
+    done.configure(config)
+    assert done.pending() == {file.replace("first", "third") for file in FIRST} | TABLE
+
+
+def test_an_option_of_an_evaluation_runs_that_evaluation_again(done: Project) -> None:
+    config = done.config
+    config["evaluations"]["knn"]["k"] = 5
+    done.configure(config)
+    assert done.pending() == {"results/first/knn.json", "results/second/knn.json"} | TABLE
+
+
+def test_comments_docstrings_and_a_new_checkout_change_nothing(done: Project) -> None:
+    for path in done.folder.rglob("*.py"):
+        text = path.read_text()
+        path.write_text(f"# A remark.\n{text}" if text.lstrip().startswith("from") else f'"""New words."""\n{text}')
+    for path in [*done.folder.glob("workflow/**/*.smk"), done.folder / "Snakefile", done.folder / "config.yaml"]:
+        path.write_text(path.read_text() + "\n# A remark.\n")
+    edit(done.folder / "datasets" / "tiny.yaml", "name: tiny", "name: tiny  # a remark")
+    assert done.pending() == set()
+
+
+def test_code_of_a_method_runs_its_experiments_again(done: Project) -> None:
+    edit(done.folder / "ssl_core" / "methods" / "ressl.py", "class ReSSL", "CHANGED = 1\n\n\nclass ReSSL")
+    assert done.pending() == FIRST | TABLE
+
+
+def test_code_that_a_method_imports_runs_its_experiments_again(done: Project) -> None:
+    path = done.folder / "ssl_core" / "methods" / "moco.py"
+    path.write_text(path.read_text() + "\nCHANGED = 1\n")
+    assert done.pending() == FIRST | TABLE
+
+
+def test_code_of_a_protocol_runs_its_evaluations_again(done: Project) -> None:
+    path = done.folder / "ssl_core" / "evaluations" / "knn.py"
+    path.write_text(path.read_text() + "\nCHANGED = 1\n")
+    assert done.pending() == {"results/first/knn.json", "results/second/knn.json"} | TABLE
+
+
+def test_bookkeeping_code_changes_nothing(done: Project) -> None:
+    for name in ("tracking", "files", "provenance", "cli", "schema"):
+        path = done.folder / "ssl_core" / f"{name}.py"
+        path.write_text(path.read_text() + "\nCHANGED = 1\n")
+    assert done.pending() == set()
+
+
+def test_a_card_shards_its_data_set_again(done: Project) -> None:
+    path = done.folder / "datasets" / "tiny.yaml"
+    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | {"image_size": 32}))
+    assert done.pending() == {"shards/tiny/manifest.json"} | FIRST | SECOND | TABLE
+
+
+def test_a_manifest_with_the_same_content_changes_nothing(done: Project) -> None:
+    manifest = done.folder / "shards" / "tiny" / "manifest.json"
+    manifest.write_text(manifest.read_text())
+    assert done.pending() == set()
+
+
+def test_a_checkpoint_is_nobodys_output(done: Project) -> None:
+    (done.folder / "checkpoints").mkdir()
+    (done.folder / "checkpoints" / "first.pt").write_text("state")
+    assert done.pending() == set()

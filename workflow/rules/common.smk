@@ -1,0 +1,77 @@
+# The checked configuration, and what the rules ask of it. Torch-free, so that a dry run is quick.
+import json
+import re
+import sys
+from pathlib import Path
+
+import yaml
+
+from ssl_core import schema
+from ssl_core.data.card import load_card
+from ssl_core.provenance import canonical, code_digest
+
+
+def checked(config):
+    """Return all experiments of a valid configuration, sweeps included; an invalid one ends here with one line."""
+    try:
+        structure = json.loads(Path(workflow.basedir, "workflow/schemas/config.schema.json").read_text())
+        schema.check(config, structure, [path.stem for path in Path("datasets").glob("*.yaml")])
+        schema.check_targets(config, sys.argv[1:])
+        for name in schema.datasets(config):
+            load_card(Path(f"datasets/{name}.yaml"))
+        return schema.experiments(config)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+
+
+def pretrain_spec(wildcards):
+    """Return the experiment's own section."""
+    return EXPERIMENTS[wildcards.experiment]
+
+
+def evaluate_spec(wildcards):
+    """Return the evaluation's own section; without a data set of its own it takes the labelled images of the experiment's."""
+    dataset = {"name": pretrain_spec(wildcards)["dataset"]["name"]}
+    return {"dataset": dataset, **EVALUATIONS[wildcards.evaluation]}
+
+
+def pretrain_code(wildcards):
+    """Digest the code that pre-trains this experiment: the stage's and its method's."""
+    method = pretrain_spec(wildcards)["method"]["name"]
+    return code_digest("ssl_core.stages.pretrain", f"ssl_core.methods.{method}")
+
+
+def evaluate_code(wildcards):
+    """Digest the code of this evaluation: the stage's and its protocol's."""
+    protocol = EVALUATIONS[wildcards.evaluation]["protocol"]
+    return code_digest("ssl_core.stages.evaluate", f"ssl_core.evaluations.{protocol}")
+
+
+def manifest_of(spec):
+    """Return the manifest of the data set that a stage's section names."""
+    return f"shards/{spec['dataset']['name']}/manifest.json"
+
+
+def results_of(experiments):
+    """Return the results of all evaluations of these experiments, or their weights where nothing evaluates them."""
+    if not EVALUATIONS:
+        return [f"results/{experiment}/backbone.safetensors" for experiment in experiments]
+    return [f"results/{experiment}/{evaluation}.json" for experiment in experiments for evaluation in EVALUATIONS]
+
+
+def one_of(names):
+    """Return a regular expression that matches exactly these names."""
+    return "|".join(map(re.escape, names)) or "(?!)"
+
+
+EXPERIMENTS = checked(config)
+EVALUATIONS = config.get("evaluations") or {}
+SWEEPS = config.get("sweeps") or {}
+# A machine without one trains on its processor, where threads alone say how many jobs fit.
+GPU = int(any(Path("/dev").glob("nvidia[0-9]*")))
+
+
+wildcard_constraints:
+    experiment=one_of(EXPERIMENTS),
+    evaluation=one_of(EVALUATIONS),
+    sweep=one_of(SWEEPS),

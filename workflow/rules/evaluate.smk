@@ -1,0 +1,18 @@
+rule evaluate:
+    input:
+        backbone="results/{experiment}/backbone.safetensors",
+        manifest=lambda wildcards: manifest_of(evaluate_spec(wildcards)),
+    output:
+        json="results/{experiment}/{evaluation}.json",
+    log:
+        "logs/evaluate/{experiment}/{evaluation}.log",
+    threads: 16
+    resources:
+        gpu=GPU,
+    params:
+        spec=lambda wildcards: canonical(evaluate_spec(wildcards)),
+        code=evaluate_code,
+    shell:
+        "ssl-core evaluate {wildcards.experiment} {wildcards.evaluation} --spec {params.spec:q} --code {params.code}"
+        " --backbone {input.backbone} --manifest {input.manifest} --output {output.json}"
+        " --threads {threads} --log {log}"
