@@ -1,5 +1,5 @@
 # Needs python3 (3.11 to 3.13) with venv; makes .venv from requirements.lock before anything else.
-#   make results/ressl_r18/linear.json [ARGS="--configfile recipes/..."]     make test     make check     make ui
+#   make results/ressl_r18/linear.json [ARGS="--configfile ..."]     make test     make check     make ui
 PYTHON ?= python3
 CORES ?= all
 ARGS ?=
@@ -22,7 +22,7 @@ all: $(INSTALLED)
 
 # Always asked, so that Snakemake decides what is out of date.
 results/% shards/%: $(INSTALLED) FORCE
-	snakemake --cores $(CORES) $(ARGS) $@
+	snakemake --cores $(CORES) $@ $(ARGS)
 
 FORCE:
 Makefile pyproject.toml requirements.lock: ;
@@ -32,7 +32,7 @@ install: $(INSTALLED)
 # The stamp is written last: an interrupted installation is taken up again.
 $(INSTALLED): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; (3, 11) <= v <= (3, 13) or sys.exit("error: Python 3.11 to 3.13 is needed, $(PYTHON) is %d.%d; say make PYTHON=python3.12" % v)'
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
 	VIRTUAL_ENV=$(CURDIR)/.venv $(BIN)/python -m uv pip sync --require-hashes requirements.lock
 	VIRTUAL_ENV=$(CURDIR)/.venv $(BIN)/python -m uv pip install --no-deps --no-build-isolation --editable .

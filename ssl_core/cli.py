@@ -65,6 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     table = commands.add_parser("table", help="gather results into one table")
     table.add_argument("results", type=Path, nargs="*", metavar="JSON")
     table.add_argument("--output", type=Path, required=True)
+    table.add_argument("--grid", type=_json, help="what each experiment of a sweep sets, as JSON")
     table.set_defaults(command=_table)
 
     explain = commands.add_parser("explain", help="show an experiment with everything it leaves unsaid")
@@ -123,7 +124,7 @@ def _evaluate(chosen: argparse.Namespace) -> None:
 def _table(chosen: argparse.Namespace) -> None:
     from ssl_core.stages import table
 
-    table.run(chosen.results, output=chosen.output)
+    table.run(chosen.results, chosen.output, grid=chosen.grid)
 
 
 def _schema(chosen: argparse.Namespace) -> None:

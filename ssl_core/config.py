@@ -84,7 +84,9 @@ class Experiment(Strict):
     dataset: Dataset
     backbone: Backbone
     method: Any
-    views: dict[str, dict[str, Any]] = Field(default_factory=dict)  # per view group, what differs from the method's views
+    views: dict[str, dict[str, Any]] = Field(
+        default_factory=dict
+    )  # per view group, what differs from the method's views
     training: Training
 
 
@@ -92,12 +94,12 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 def parse(model: type[Model], section: Any, where: str) -> Model:
-    """Read `section` as a `model`; the first thing wrong is a one-line `ValueError` with its path and the nearest key."""
+    """Read `section` as a `model`; what is wrong first is a one-line `ValueError` with its path and the nearest key."""
     try:
         return model.model_validate(section)
     except ValidationError as error:
         first = error.errors()[0]
-        *path, key = [part for part in first["loc"]] or [""]
+        *path, key = list(first["loc"]) or [""]
         place = ".".join(str(part) for part in [where, *path, key] if part != "")
         if first["type"] == "extra_forbidden":
             raise ValueError(f"{place}: unknown key{nearest(str(key), _keys_at(model, path))}") from None

@@ -19,7 +19,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -152,7 +152,8 @@ class Recorder:
             self.experiment_id = self._experiment()
             self._open_parent(message)
             self._open_child(message)
-        print(self.run_id, flush=True)
+        with suppress(BrokenPipeError):  # a stage that has ended wants no answer
+            os.write(sys.stdout.fileno(), f"{self.run_id}\n".encode())
 
     def _experiment(self) -> str:
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME", EXPERIMENT)

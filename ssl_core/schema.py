@@ -89,18 +89,25 @@ def experiments(config: Config) -> dict[str, Config]:
 
 
 def expand(sweep: str, config: Config) -> dict[str, Config]:
-    """Return a sweep's experiments, named `<sweep>-<value>-<value>` in the order of its grid."""
-    grid: Config = config["sweeps"][sweep]["grid"]
-    base = config["experiments"][config["sweeps"][sweep]["base"]]
-    found: dict[str, Config] = {}
-    for values in itertools.product(*grid.values()):
-        experiment = base
-        for path, value in zip(grid, values, strict=True):
+    """Return a sweep's experiments by name."""
+    found = {}
+    for name, values in points(sweep, config).items():
+        experiment = config["experiments"][config["sweeps"][sweep]["base"]]
+        for path, value in values.items():
             experiment = _replaced(experiment, path.split("."), value)
+        found[name] = experiment
+    return found
+
+
+def points(sweep: str, config: Config) -> dict[str, dict[str, Any]]:
+    """Return what each experiment of a sweep sets; its name is `<sweep>-<value>-<value>` in the order of the grid."""
+    grid: Config = config["sweeps"][sweep]["grid"]
+    found: dict[str, dict[str, Any]] = {}
+    for values in itertools.product(*grid.values()):
         name = "-".join([sweep, *map(_label, values)])
         if name in found:
             raise ValueError(f"sweeps.{sweep}.grid: two of its values give the experiment '{name}'; drop one")
-        found[name] = experiment
+        found[name] = dict(zip(grid, values, strict=True))
     return found
 
 

@@ -3,7 +3,7 @@
 MLflow takes seconds to import, and a server may be away, refuse or hang. So a small side process (`recorder.py`) alone
 talks to MLflow, and `Run` sends it messages through a pipe: a training step pays microseconds, whatever the server
 does. When the training process dies, were it by SIGKILL, the pipe ends without a farewell and the recorder closes the
-run as KILLED. `SSL_TRACKING=off` switches tracking off; `MLFLOW_TRACKING_URI` and `MLFLOW_EXPERIMENT_NAME` are honoured.
+run as KILLED. `SSL_TRACKING=off` switches tracking off; MLFLOW_TRACKING_URI and MLFLOW_EXPERIMENT_NAME are honoured.
 """
 
 import json
@@ -64,6 +64,7 @@ class Run:
     def __init__(self, recorder: "subprocess.Popen[bytes] | None") -> None:
         self._recorder = recorder
         self._pipe = recorder.stdin if recorder else None
+        self._answer = recorder.stdout if recorder else None
         self._id: str | None = None
         self._backlog = bytearray()  # what the pipe did not take at once; the recorder always reads, so nearly empty
         if self._pipe is not None:
@@ -72,10 +73,8 @@ class Run:
     @property
     def id(self) -> str | None:
         """MLflow's run id, None until MLflow has answered (seconds after the start)."""
-        if self._id is None and self._recorder is not None:
-            stdout = self._recorder.stdout
-            if stdout is not None and select.select([stdout], [], [], 0)[0]:
-                self._id = stdout.readline().decode().strip() or None
+        if self._id is None and self._answer is not None and select.select([self._answer], [], [], 0)[0]:
+            self._id = self._answer.readline().decode().strip() or None
         return self._id
 
     def metrics(self, values: dict[str, float], *, step: int | None = None) -> None:
@@ -110,6 +109,10 @@ class Run:
         self._hang_up(deadline)
         with suppress(subprocess.TimeoutExpired):  # past the deadline the recorder ends by itself
             self._recorder.wait(max(0.0, deadline - time.monotonic()))
+        self._id = self.id  # before its source closes
+        if self._answer is not None:
+            self._answer.close()
+            self._answer = None
 
     def _send(self, kind: str, **content: Any) -> None:
         if self._pipe is not None:

@@ -1,6 +1,6 @@
 """Run `snakemake --lint` and fail on its remarks but one: the environment is .venv, made from requirements.lock."""
 
-import json
+import re
 import subprocess
 import sys
 
@@ -8,21 +8,15 @@ NOT_OURS = "Specify a conda environment or container for each rule."
 
 
 def main() -> int:
-    """Print the remarks that remain; return how many there are, as the exit code."""
-    answer = subprocess.run(["snakemake", "--lint", "json"], capture_output=True, text=True)
-    start = answer.stdout.find("{")
-    if start < 0:
-        print(answer.stdout + answer.stderr, file=sys.stderr)
+    """Print what Snakemake says if there is more than that; return the exit code."""
+    answer = subprocess.run(["snakemake", "--lint"], capture_output=True, text=True)
+    told = answer.stdout + answer.stderr
+    remarks = re.findall(r"^ {4}\* (.*?):?$", told, flags=re.MULTILINE)
+    others = [remark for remark in remarks if remark != NOT_OURS]
+    if others or (answer.returncode and not remarks):
+        print(told, file=sys.stderr)
         return 1
-    found = json.loads(answer.stdout[start:])
-    remarks = [
-        f"{item['for'].get('rule') or item['for'].get('snakefile')}: {lint['title']} {lint['body']}"
-        for item in [*found["snakefiles"], *found["rules"]]
-        for lint in item["lints"]
-        if lint["title"] != NOT_OURS
-    ]
-    print("\n".join(remarks) or "snakemake --lint: nothing to say", file=sys.stderr)
-    return min(len(remarks), 1)
+    return 0
 
 
 if __name__ == "__main__":

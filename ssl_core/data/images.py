@@ -13,7 +13,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 # A file counts as an image by its name; what it is, its content says.
 EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".gif", ".bmp", ".dib", ".ppm", ".pgm", ".pbm", ".pnm")
 EXTENSIONS += (".tif", ".tiff", ".webp", ".jp2")
-FORMATS = ("JPEG", "MPO", "PNG", "GIF", "BMP", "PPM", "TIFF", "WEBP", "JPEG2000")  # EPS would start another program
+FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM", "TIFF", "WEBP", "JPEG2000")  # EPS would start another program
 SIXTEEN_BITS = ("I;16", "I;16B", "I;16L", "I;16N")
 
 
@@ -66,7 +66,7 @@ def _prepare(content: bytes | Image.Image) -> tuple[str, bytes, Image.Image]:
     if image.format == "PNG":  # PIL forgives a wrong checksum and a missing end, DALI does not
         Image.open(io.BytesIO(content), formats=FORMATS).verify()
     image.load()  # all pixels
-    if image.format in ("JPEG", "MPO"):
+    if image.format in ("JPEG", "MPO"):  # MPO: a JPEG with more pictures behind the first
         return "jpg", content, image
     if image.format == "PNG" and image.mode not in SIXTEEN_BITS:
         return "png", content, image

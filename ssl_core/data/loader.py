@@ -1,8 +1,10 @@
 """Batches of views from shards: exact epochs, ranks that share the data, and a state from which a run continues exactly."""
 
+import functools
 import hashlib
 import json
 import math
+import re
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -20,6 +22,7 @@ from ssl_core.data.pipeline import Plan
 from ssl_core.data.shards import Manifest, verify
 from ssl_core.data.views import Views
 
+HASHED_BYTES = 2**29  # shards up to here (half a second) are hashed before they are read
 SHUFFLE_BUFFER = 300_000  # images: up to here an epoch is a uniform permutation (about 9 KB of memory an image)
 
 
@@ -57,8 +60,9 @@ class Loader:
         std: Sequence[float] | None = None,
     ) -> None:
         """Plan the reading; `batch_size` is per rank, `mean` and `std` (of pixels in 0..1) replace the manifest's."""
-        verify(manifest, dataset.split)
         split = manifest.split(dataset.split)
+        # DALI's decoder may crash on a damaged image instead of failing, so damage is looked for where that is quick.
+        verify(manifest, dataset.split, deep=split.bytes <= HASHED_BYTES)
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         tars, indices = manifest.tars(dataset.split), manifest.indices(dataset.split)
         self.num_images = split.images
@@ -126,14 +130,14 @@ class Loader:
         """Return where the loader stands, in types that `torch.load(weights_only=True)` accepts."""
         pipe = self._pipeline
         checkpoint = self._checkpoint if pipe is None else pipe.checkpoint()
-        return {**self._identity(), "step": self.step, "pipeline": checkpoint or b""}
+        return {**self._identity, "step": self.step, "pipeline": checkpoint or b""}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continue exactly from `state()`; raise a `ValueError` that says what differs if this loader is another."""
-        own = self._identity()
-        different = [f"{key} was {_short(state.get(key))}, is {_short(own[key])}" for key in own if state.get(key) != own[key]]
+        own = self._identity
+        different = [key for key in own if state.get(key) != own[key]]
         if different:
-            raise ValueError(f"the loader's saved state does not fit: {'; '.join(different)}")
+            raise ValueError(f"the loader's saved state does not fit: {'; '.join(_differences(different, state, own))}")
         self._stop()
         self.step = state["step"]
         self._checkpoint = state["pipeline"] or None
@@ -150,6 +154,7 @@ class Loader:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    @functools.cached_property
     def _identity(self) -> dict[str, Any]:
         """Return what must agree for a state to fit; DALI itself would take another seed or batch size without a word."""
         plan = self._plan
@@ -174,7 +179,8 @@ class Loader:
                 )
             return self._pipeline.run()
         except RuntimeError as error:
-            raise ValueError(f"reading {Path(self._plan.tars[0]).parent} failed: {error}") from error
+            self._stop()
+            raise _data_error(error, Path(self._plan.tars[0]).parent) from error
 
     def _skip(self, runs: int) -> None:
         for _ in range(runs):
@@ -217,6 +223,22 @@ def _digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 200 else f"{text[:200]}..."
+def _differences(keys: list[str], was: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
+    for key in keys:
+        if key in ("batch_size", "seed", "rank", "world_size", "shuffle"):
+            yield f"{key} was {was.get(key)}, is {now[key]}"
+        elif key != "graph" or keys == ["graph"]:  # every difference above makes another graph
+            yield {"data": "the shards or the subset", "views": "the views", "graph": "the graph or DALI"}[
+                key
+            ] + " changed"
+
+
+def _data_error(error: RuntimeError, folder: Path) -> Exception:
+    """Turn what DALI says of unreadable data into a `ValueError`; anything else is a bug and stays what it is."""
+    text = str(error)
+    if "fn.decoders" not in text and "fn.readers" not in text:
+        return error
+    sample = re.search(r"Failed to decode sample \S+ ?: ?(\S+?):\d+:(\S+)", text)
+    what = f"image {sample[2]} in {sample[1]}" if sample else f"an image in {folder}"
+    reason = next((line for line in text.splitlines()[2:] if line and "Error in" not in line), text)
+    return ValueError(f"{what} cannot be read ({reason}): remove {folder} and shard the data set again")

@@ -19,9 +19,9 @@ from nvidia.dali import fn, pipeline_def, types
 from nvidia.dali import math as dmath
 from nvidia.dali._utils import dali_trace
 from nvidia.dali.auto_aug import augmentations as ops
-from nvidia.dali.auto_aug.core import augmentation, select, signed_bin
+from nvidia.dali.auto_aug.core import augmentation, signed_bin
 from nvidia.dali.data_node import DataNode
-from nvidia.dali.pipeline import Pipeline
+from nvidia.dali.pipeline import Pipeline, do_not_convert
 
 from ssl_core.data.views import Augmentation, View, Views
 
@@ -29,7 +29,6 @@ from ssl_core.data.views import Augmentation, View, Views
 # whether a saved state fits, would change with every line number.
 dali_trace.set_tracing(enabled=False)
 
-LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)
 INTERPOLATION = {"linear": types.INTERP_LINEAR, "cubic": types.INTERP_CUBIC}
 
 
@@ -97,7 +96,7 @@ def _view(image: DataNode, plan: Plan, group: str, view: View, index: int) -> Da
     how = view.augmentation
     image = _crop(image, view, seeds["crop"])
     if (how.jitter > 0 and _has_jitter(how)) or how.grayscale > 0:
-        image = _colour(image, how, seeds, plan.gpu)
+        image = _colour(image, how, seeds["colour"], plan.gpu)
     if how.blur > 0:
         image = _blur(image, how, view.size, seeds)
     if how.solarize > 0:
@@ -115,7 +114,7 @@ def _view(image: DataNode, plan: Plan, group: str, view: View, index: int) -> Da
     )
 
 
-_RANDOM = ("crop flip jitter brightness contrast saturation hue grayscale blur sigma solarize").split()
+_RANDOM = ("crop", "flip", "colour", "blur", "sigma", "solarize")
 
 
 def _crop(image: DataNode, view: View, seed: int) -> DataNode:
@@ -137,31 +136,43 @@ def _has_jitter(how: Augmentation) -> bool:
     return max(how.brightness, how.contrast, how.saturation, how.hue) > 0
 
 
-def _colour(image: DataNode, how: Augmentation, seeds: dict[str, int], gpu: bool) -> DataNode:
-    """Apply brightness, contrast, saturation, hue and grayscale as one map; what is not drawn becomes the identity."""
-    chosen: Any = 1.0
-    if how.jitter < 1:
-        chosen = fn.cast(fn.random.coin_flip(probability=how.jitter, seed=seeds["jitter"]), dtype=types.FLOAT)
-
-    def change(name: str, largest: float, smallest: float | None = None) -> Any:
-        if largest == 0 or how.jitter == 0:
-            return 0.0
-        smallest = -min(largest, 1.0) if smallest is None else smallest
-        return chosen * fn.random.uniform(range=[smallest, largest], seed=seeds[name])
-
-    brightness = 1.0 + change("brightness", how.brightness)
-    contrast = 1.0 + change("contrast", how.contrast)
-    saturation = 1.0 + change("saturation", how.saturation)
-    hue = change("hue", 360 * how.hue, -360 * how.hue)  # degrees
-    if how.grayscale > 0:
-        saturation = saturation * fn.random.coin_flip(probability=1 - how.grayscale, seed=seeds["grayscale"])
-    turned = fn.hsv(image, hue=hue, saturation=saturation, value=brightness * contrast, dtype=types.FLOAT)
+def _colour(image: DataNode, how: Augmentation, seed: int, gpu: bool) -> DataNode:
+    """Apply brightness, contrast, saturation, hue and grayscale to 0..255 as one map; return float."""
+    batch_size = Pipeline.current().max_batch_size
+    hue, saturation, value, share = fn.external_source(
+        # A pure function of the iteration, so that a restored pipeline draws on. Twenty operators would do the same for
+        # twice the price of the map itself at 32 px.
+        source=lambda info: list(draw_colours(how, seed, info.iteration, batch_size)),
+        num_outputs=4,
+        batch_info=True,
+        dtype=types.FLOAT,
+        ndim=0,
+    )
+    turned = fn.hsv(image, hue=hue, saturation=saturation, value=value, dtype=types.FLOAT)
     if how.contrast > 0 and how.jitter > 0:  # what is taken from the contrast comes back as the mean grey
-        share = brightness * (1.0 - contrast)
-        grey = fn.reductions.sum(fn.reductions.mean(image, axes=[0, 1]) * LUMA)
+        grey = fn.reductions.mean(fn.color_space_conversion(image, image_type=types.RGB, output_type=types.GRAY))
         turned = turned + grey * (share.gpu() if gpu else share)
     # Not dmath.clamp, which takes four times as long on the CPU.
     return dmath.min(dmath.max(turned, 0.0), 255.0)
+
+
+def draw_colours(how: Augmentation, seed: int, iteration: int, batch_size: int) -> np.ndarray:
+    """Draw what `_colour` needs: hue in degrees, saturation, brightness x contrast, share of the mean grey; (4, batch).
+
+    Where jitter is not drawn they are those of the identity, and grayscale is a saturation of zero.
+    """
+    generator = np.random.Generator(np.random.Philox(key=seed, counter=[0, iteration, 0, 0]))
+    uniform = generator.random((6, batch_size))
+    jitter = uniform[0] < how.jitter
+
+    def factor(draw: np.ndarray, strength: float) -> np.ndarray:
+        smallest = max(0.0, 1 - strength)
+        return np.where(jitter, smallest + draw * (1 + strength - smallest), 1.0)
+
+    brightness, contrast = factor(uniform[1], how.brightness), factor(uniform[2], how.contrast)
+    saturation = factor(uniform[3], how.saturation) * (uniform[5] >= how.grayscale)
+    hue = np.where(jitter, 360 * how.hue * (2 * uniform[4] - 1), 0.0)
+    return np.stack([hue, saturation, brightness * contrast, brightness * (1 - contrast)]).astype(np.float32)
 
 
 def _blur(image: DataNode, how: Augmentation, size: int, seeds: dict[str, int]) -> DataNode:
@@ -231,16 +242,31 @@ def _randaugment(image: DataNode, size: int, seeds: list[int]) -> DataNode:
     sign = fn.random.coin_flip(dtype=types.INT32, seed=seeds[2])
     strength = signed_bin(magnitude, sign)
     if fn.random.coin_flip(probability=0.5, seed=seeds[3], dtype=types.BOOL):
-        result = select(
-            CLSA,
-            operation,
-            data=image,
-            magnitude_bin=strength,
-            num_magnitude_bins=11,
-            shape=(size, size),  # translation is a share of the view
-            fill_value=0,
-            interp_type=types.INTERP_NN,  # PIL's default
-        )
+        result = _one_of(0, len(CLSA), operation, image, strength, size)
     else:
         result = image
     return result
+
+
+def _one_of(first: int, last: int, operation: DataNode, image: DataNode, strength: Any, size: int) -> DataNode:
+    """Halve the pool until one operation is left; each `if` sends a part of the batch either way."""
+    if last - first == 1:
+        return _apply(first, image, strength, size)
+    middle = (first + last) // 2
+    if operation < middle:
+        result = _one_of(first, middle, operation, image, strength, size)
+    else:
+        result = _one_of(middle, last, operation, image, strength, size)
+    return result
+
+
+@do_not_convert  # nothing here is conditional, and looking for it takes DALI most of the time of building the graph
+def _apply(number: int, image: DataNode, strength: Any, size: int) -> DataNode:
+    return CLSA[number](
+        image,
+        magnitude_bin=strength,
+        num_magnitude_bins=11,
+        shape=(size, size),  # translation is a share of the view
+        fill_value=0,
+        interp_type=types.INTERP_NN,  # PIL's default, as is filling with black
+    )

@@ -1,8 +1,8 @@
 """Shards: tars and their indices as DALI reads them, and the manifest that says what is in them. Torch-free.
 
 A sample is `00000042.jpg` (or `.png`) followed by `00000042.meta.i64`: two little-endian int64, the label (-1: none)
-and the index in the split, which is also the key. The key is short and has neither dots nor spaces, or DALI would misread
-the tar without a word.
+and the index in the split, which is also the key. The key is short and has neither dots nor spaces, or DALI would
+misread the tar without a word.
 """
 
 import hashlib

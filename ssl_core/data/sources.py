@@ -24,7 +24,7 @@ from ssl_core.config import nearest
 from ssl_core.data.card import Card, FolderSplit, ImageFolder, SklearnDigits, Table, TableSplit, Torchvision, WebDataset
 from ssl_core.data.digits import Digits
 from ssl_core.data.images import EXTENSIONS, is_image
-from ssl_core.data.trees import Archive, Folder
+from ssl_core.data.trees import ABSENT, Archive, Folder, stamp
 
 HASHED = 64  # images of a library's data set that are looked at to tell whether it changed, about
 
@@ -211,7 +211,7 @@ def _tar_samples(tar: Archive, label: str | None) -> Iterator[tuple[Archive, str
 def _table(source: Table, split: TableSplit) -> Listing:
     path = Path(split.file)
     rows = _rows(path)
-    columns = list(rows[0]) if rows else []
+    columns = [column for column in rows[0] if column] if rows else []
     for column in (source.image, source.label, *split.where):
         if column is not None and column not in columns:
             raise ValueError(f"{path} has no column {column!r}{nearest(column, columns)}")
@@ -223,12 +223,12 @@ def _table(source: Table, split: TableSplit) -> Listing:
     def fetch(index: int) -> bytes:
         return (folder / names[index]).read_bytes()
 
-    return Listing(names, targets, fetch, str(folder))
+    return Listing(names, targets, fetch, hashlib.sha256(b"".join(stamp(folder / name) for name in names)).hexdigest())
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
-        raise ValueError(f"{path} does not exist: check the card's file")
+        raise ValueError(f"{path} {ABSENT}")
     try:
         if path.suffix == ".parquet":
             import pyarrow.parquet
@@ -300,7 +300,7 @@ def _build(source: Torchvision, arguments: dict[str, Any]) -> Any:
         raise ValueError(f"torchvision has no data set {source.dataset!r}{nearest(source.dataset, names)}")
     kind: Any = getattr(torchvision.datasets, source.dataset)
     given = {**source.arguments, **arguments} | ({} if source.root is None else {"root": source.root})
-    if "loader" in inspect.signature(kind).parameters or issubclass(kind, torchvision.datasets.DatasetFolder):
+    if "loader" in inspect.signature(kind).parameters or torchvision.datasets.DatasetFolder in kind.__mro__:
         given["loader"] = lambda path: Path(path).read_bytes()
     try:
         return kind(**given)

@@ -20,6 +20,16 @@ from ssl_core.data.shards import BLOCK, file_sha256
 
 OPENERS = {b"\x1f\x8b": gzip.open, b"BZ": bz2.open, b"\xfd7": lzma.open}  # by a file's first two bytes
 BROKEN = (tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError)  # what readers raise on damaged archives
+ABSENT = "does not exist: put the data there, or mend the card's path or the ${VARIABLE} in it"
+
+
+def stamp(path: Path) -> bytes:
+    """Return what changes when a file does; a file that cannot be reached is found out when it is read."""
+    try:
+        status = path.stat()
+    except OSError:
+        return b"unreachable;"
+    return f"{status.st_size} {status.st_mtime_ns};".encode()
 
 
 class Folder:
@@ -29,7 +39,7 @@ class Folder:
         if not root.is_dir():
             if root.is_file():
                 raise ValueError(f"{root} is no folder: for an archive say type: image_tar")
-            raise ValueError(f"{root} does not exist: check the card's path")
+            raise ValueError(f"{root} {ABSENT}")
         self.root = root
         self.stamp = ""
 
@@ -45,8 +55,7 @@ class Folder:
             found += [name if prefix == "." else f"{prefix}/{name}" for name in files]
         found = sorted(name for name in found if is_image(name))
         for name in found:
-            status = os.stat(top / name, follow_symlinks=False)
-            stamps.update(f"{status.st_size} {status.st_mtime_ns};".encode())
+            stamps.update(stamp(top / name))
         self.stamp = stamps.hexdigest()
         return found
 
@@ -71,8 +80,7 @@ class Archive(NamedTuple):
         Raises a `ValueError` if there is no such file, or it is damaged or not the file with this sha256.
         """
         if not path.is_file():
-            what = "is a folder: say type: image_folder" if path.is_dir() else "does not exist: check the card's path"
-            raise ValueError(f"{path} {what}")
+            raise ValueError(f"{path} {'is a folder: say type: image_folder' if path.is_dir() else ABSENT}")
         if sha256 is not None and file_sha256(path) != sha256:
             raise ValueError(f"{path} has another sha256 than the card says: get the archive again")
         status = path.stat()
@@ -88,6 +96,8 @@ class Archive(NamedTuple):
             descriptor = os.open(plain, os.O_RDONLY)
         except BROKEN as error:
             spill.unlink(missing_ok=True)
+            if isinstance(error, OSError) and error.errno is not None:  # a full disk, no permission
+                raise ValueError(f"{path} cannot be read or held in {scratch}: {error.strerror}") from None
             reason = " ".join(str(error).split())
             raise ValueError(f"{path} is damaged or no tar ({reason}): get the archive again") from None
         spill.unlink(missing_ok=True)  # the open descriptor keeps it alive; a killed process leaves nothing behind

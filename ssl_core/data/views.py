@@ -10,6 +10,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 
 from ssl_core.config import Strict, nearest, parse
 
+
 def _check_range(name: str, pair: tuple[float, float]) -> None:
     if pair[0] > pair[1]:
         raise ValueError(f"{name} {list(pair)} is no range: the first number must not exceed the second")

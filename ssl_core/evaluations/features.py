@@ -174,7 +174,10 @@ def extract(networks: Mapping[str, nn.Module], loader: Loader, *, describe: str 
     """Read out every network's features in one pass over an unshuffled loader of one view; networks stay untouched."""
     of: dict[str, Tensor] = {}
     labels, indices, start = [], [], 0
-    with frozen(networks), tqdm(total=loader.num_images, desc=describe, unit="img", leave=False) as progress:
+    with (
+        frozen(networks),
+        tqdm(total=loader.num_images, desc=describe, unit=" images", leave=False, disable=None) as progress,
+    ):
         for batch in loader.epoch():
             ((images,),) = batch.views.values()
             stop = start + len(images)

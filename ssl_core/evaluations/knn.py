@@ -4,12 +4,12 @@
 (2022): unweighted majority for every odd k up to 101, the best of which is reported, so k is chosen on the test split.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from ssl_core.config import Dataset, Strict
@@ -45,7 +45,9 @@ class Config(Strict):
     space: Literal["raw", "l2", "shift"] = (
         "raw"  # best: Euclidean on features as they are, L2-normalised, or shifted first
     )
-    resize: PositiveFloat = 1.0  # shorter side before the center crop, times the image size; 1.143 is 256/224
+    resize: float = Field(
+        default=1.0, ge=1
+    )  # shorter side before the center crop, times the image size; 1.143 is 256/224
     image_size: PositiveInt | None = None  # nothing said: the pre-training's
     seed: int = 0  # nothing is drawn; recorded as in every protocol
 
@@ -75,13 +77,8 @@ def _weighted(config: Config, subjects: Subjects, bank: Features, queries: Featu
     k, *more = (min(k, len(bank.labels)) for k in (config.k, *config.more_k))
     metrics = {}
     for name in subjects.networks:
-        cosines, nearest = neighbours(
-            F.normalize(bank.of[name], dim=1),
-            F.normalize(queries.of[name], dim=1),
-            max(k, *more, 0),
-            metric="cosine",
-            device=subjects.device,
-        )
+        rows, asked, most = bank.of[name], queries.of[name], max(k, *more, 0)
+        cosines, nearest = neighbours(rows, asked, most, prepare=unit, euclidean=False, device=subjects.device)
         table = accuracy_by_k(
             bank.labels[nearest], (cosines / temperature).exp(), queries.labels, sorted({k, *more}), classes
         )
@@ -97,8 +94,8 @@ def _best(config: Config, subjects: Subjects, bank: Features, queries: Features,
     ks = [k for k in BEST_K if k <= len(bank.labels)]
     metrics, chosen = {}, {}
     for name in subjects.networks:
-        rows, questions = _into_space(bank.of[name], queries.of[name], config.space)
-        _, nearest = neighbours(rows, questions, ks[-1], metric="euclidean", device=subjects.device)
+        rows, asked, prepare = bank.of[name], queries.of[name], into_space(bank.of[name], config.space)
+        _, nearest = neighbours(rows, asked, ks[-1], prepare=prepare, euclidean=True, device=subjects.device)
         labels = bank.labels[nearest]
         table = accuracy_by_k(labels, torch.ones(labels.shape), queries.labels, ks, classes)
         chosen[name] = max(ks, key=lambda k: (table[k], -k))
@@ -111,27 +108,26 @@ def neighbours(
     queries: Tensor,
     k: int,
     *,
-    metric: str,
+    prepare: Callable[[Tensor], Tensor],
+    euclidean: bool,
     device: str = "cpu",
     chunk: int = 1024,
     bank_chunk: int = 16384,
 ) -> tuple[Tensor, Tensor]:
     """Find the k nearest rows of `bank` (n, dim) for each query, nearest first, in memory for `chunk` x `bank_chunk`.
 
-    Returns similarities and rows, both (queries, k): cosines (of rows that are normalised already), or for `euclidean`
-    a number that falls with the distance: q.b - b.b / 2, whose order is the distance's.
+    `prepare` brings rows of both into the space of the comparison. Returns similarities and rows, both (queries, k):
+    inner products, or if `euclidean` q.b - b.b / 2, which orders the bank as the distance to q does.
     """
-    # Distances do not feel a shift, sums of squares in fp32 do: features behind a ReLU lie far from zero.
-    shift = bank.mean(dim=0) if metric == "euclidean" else torch.zeros(bank.shape[1])
     found = []
     for asked in queries.split(chunk):
-        asked = (asked - shift).to(device)
+        asked = prepare(asked).to(device)
         values = torch.empty(len(asked), 0, device=device)
         rows = torch.empty(len(asked), 0, dtype=torch.int64, device=device)
         for number, part in enumerate(bank.split(bank_chunk)):
-            part = (part - shift).to(device)
+            part = prepare(part).to(device)
             similarity = asked @ part.T
-            if metric == "euclidean":
+            if euclidean:
                 similarity -= part.square().sum(dim=1) / 2
             part_values, part_rows = similarity.topk(min(k, len(part)), dim=1)
             values = torch.cat([values, part_values], dim=1)
@@ -156,12 +152,20 @@ def votes(labels: Tensor, weights: Tensor, ks: Sequence[int], classes: int) -> I
         yield k, scores.argmax(dim=1)
 
 
-def _into_space(bank: Tensor, queries: Tensor, space: str) -> tuple[Tensor, Tensor]:
-    """Prepare features for the Euclidean distance; `shift` subtracts the training mean (Shi's code: a mini-batch's)."""
+def unit(rows: Tensor) -> Tensor:
+    """L2-normalise rows."""
+    return F.normalize(rows, dim=1)
+
+
+def into_space(bank: Tensor, space: str) -> Callable[[Tensor], Tensor]:
+    """Return what brings features into the space of best-NN's distance; `shift` uses the mean of the training images.
+
+    Shi's code shifts by the mean of each mini-batch, which makes a neighbour depend on the order of the images.
+    """
+    mean = bank.mean(dim=0)
     if space == "raw":
-        return bank, queries
-    shift = bank.mean(dim=0) if space == "shift" else 0.0
-    return F.normalize(bank - shift, dim=1), F.normalize(queries - shift, dim=1)
+        return lambda rows: rows - mean  # no distance feels it, but sums of squares far from zero lose digits in fp32
+    return unit if space == "l2" else lambda rows: unit(rows - mean)
 
 
 def _named(table: dict[int, float]) -> dict[str, float]:

@@ -5,9 +5,10 @@ in one pass, and several learning rates train side by side on one forward. A lea
 held-out training images; the test split decides nothing but the secondary `best_epoch_top1`.
 """
 
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -15,10 +16,10 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ssl_core.config import Dataset, Strict, Training
+from ssl_core.config import Dataset, Strict, Training, parse
 from ssl_core.data.loader import Loader
 from ssl_core.data.shards import Manifest
-from ssl_core.data.views import POLICIES, View, adjust
+from ssl_core.data.views import View, adjust
 from ssl_core.evaluations.features import (
     Features,
     Log,
@@ -34,6 +35,8 @@ from ssl_core.evaluations.features import (
     num_classes,
 )
 from ssl_core.evaluations.probe import Probe, read_out
+
+Rates = Annotated[tuple[PositiveFloat, ...], Field(min_length=1)]
 
 
 class Epochs(NamedTuple):
@@ -154,11 +157,9 @@ class Config(Strict):
     cached: bool = False  # center-crop features once instead of augmented images every epoch
     image_size: PositiveInt | None = None  # nothing said: the pre-training's
     area: tuple[PositiveFloat, PositiveFloat] = (0.08, 1.0)
-    flip: float | None = Field(
-        default=None, ge=0, le=1
-    )  # nothing said: .5, or 0 where the data set's card says to avoid it
+    flip: float | None = Field(default=None, ge=0, le=1)  # nothing said: .5, or 0 where the data's card avoids it
     interpolation: Literal["linear", "cubic"] = "linear"
-    resize: PositiveFloat = 1.0  # test images: shorter side before the center crop, times the image size
+    resize: float = Field(default=1.0, ge=1)  # test images: shorter side before the center crop, times the image size
     normalize: bool = False  # L2-normalise features before the classifier
     last_blocks: int = Field(default=0, ge=0)  # vision transformers: class tokens of so many last blocks as features
 
@@ -204,7 +205,8 @@ def run(config: Config, subjects: Subjects, manifest: Manifest, log: Log) -> Out
             train = extract(networks, loader, describe="linear: train")
         held_out = _hold_out(train.indices, config) if config.several() else None
 
-    with _epochs(networks, subjects, manifest, config, train) as epochs:
+    view = training_view(config, subjects.image_size, manifest.avoid)
+    with _epochs(networks, subjects, manifest, config, view, train) as epochs:
         classes = num_classes(manifest, config.dataset.split)
         plans = [plan(config, rate, epochs.batch_size) for rate in config.rates()]
         options: Any = {"seed": config.seed, "steps_per_epoch": epochs.steps, "normalize": config.normalize}
@@ -219,18 +221,21 @@ def run(config: Config, subjects: Subjects, manifest: Manifest, log: Log) -> Out
         best_epoch = max(scores[chosen]["top1"] for scores in curves[name])
         metrics[name] = {**curves[name][-1][chosen], "best_epoch_top1": best_epoch}
         rates[name] = probe.rates[chosen]
-    settings = _settings(config, subjects.image_size, epochs.batch_size, rates)
+    settings = _settings(config, view, epochs.batch_size, rates)
     return Outcome(config.protocol_name(), split, metrics, settings, epochs.num_images, len(test.labels))
 
 
-def _settings(config: Config, image_size: int, batch_size: int, rates: Mapping[str, float]) -> dict[str, Any]:
+def _settings(config: Config, view: View, batch_size: int, rates: Mapping[str, float]) -> dict[str, Any]:
     """State the hyper-parameters as they were used, and how the learning rate came about."""
     how = "fixed by the configuration" if "learning_rate" in config.overridden() else "fixed by the protocol"
     if config.several():
         candidates = ", ".join(f"{rate:g}" for rate in config.rates())
         how = f"of {candidates} the best on {100 * config.holdout:g} % of the training images, held out by the seed"
-    said = config.model_dump(mode="json", exclude={"protocol", "dataset", "test_split", "seed", "cached"})
-    used = {"image_size": image_size, "batch_size": batch_size, "learning_rate": dict(rates)}
+    unused = {"protocol", "dataset", "test_split", "seed", "cached", *({"area", "flip"} if config.cached else ())}
+    used = {"image_size": view.size, "batch_size": batch_size, "learning_rate": dict(rates)}
+    if not config.cached:
+        used["flip"] = view.augmentation.flip
+    said = config.model_dump(mode="json", exclude=unused)
     return {**said, **used, "learning_rate_how": how, "overridden": config.overridden()}
 
 
@@ -262,7 +267,8 @@ def _train(
     """Run all epochs; return the test accuracies by network, epoch and learning rate."""
     curves: dict[str, list[list[dict[str, float]]]] = {name: [] for name in probes}
     nothing = torch.empty(0, dtype=torch.int64)
-    with tqdm(range(config.epochs), desc="linear", unit="epoch") as progress:
+    seconds = 0.1 if sys.stderr.isatty() else 15  # a log file needs no more
+    with tqdm(range(config.epochs), desc="linear", unit=" epochs", mininterval=seconds) as progress:
         for epoch in progress:
             for features, labels, indices in epochs.batches():
                 keep = ~torch.isin(indices, nothing if held_out is None else held_out).to(labels.device)
@@ -279,14 +285,20 @@ def _train(
 
 def training_view(config: Config, image_size: int, avoid: Sequence[str]) -> View:
     """Describe the augmented view: random resized crop and flip, unless flipping changes the label."""
-    view = View(size=image_size, area=config.area, interpolation=config.interpolation, augmentation=POLICIES["weak"])
+    said = {"size": image_size, "area": config.area, "interpolation": config.interpolation, "augmentation": "weak"}
+    view = parse(View, said, "the probe's training view")
     changes = {} if config.flip is None else {"probe": {"augmentation": {"flip": config.flip}}}
     return adjust({"probe": view}, changes, avoid=avoid)["probe"]
 
 
 @contextmanager
 def _epochs(
-    networks: Mapping[str, nn.Module], subjects: Subjects, manifest: Manifest, config: Config, train: Features | None
+    networks: Mapping[str, nn.Module],
+    subjects: Subjects,
+    manifest: Manifest,
+    config: Config,
+    view: View,
+    train: Features | None,
 ) -> Iterator[Epochs]:
     """Give cached features shuffled, or forward newly augmented images every epoch."""
     batch_size = min(config.batch_size, count_images(manifest, config.dataset))
@@ -294,7 +306,6 @@ def _epochs(
         assert train is not None
         yield _cached(train, batch_size, config.seed, subjects.device)
         return
-    view = training_view(config, subjects.image_size, manifest.avoid)
     options: Any = {"shuffle": True, "batch_size": batch_size, "seed": config.seed}
     with make_loader(subjects, manifest, config.dataset, view, **options) as loader:
         yield _augmented(networks, loader, batch_size, subjects.device)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ssl_core.config import Experiment, Strict, Training, nearest, parse
 from ssl_core.data.loader import Batch
 from ssl_core.data.views import Views
+from ssl_core.networks.backbones import Network
 
 
 class MethodConfig(Strict):
@@ -50,9 +51,9 @@ class Method(nn.Module):
     """A pre-training method around `backbone`; all its state is parameters and buffers from construction on."""
 
     Config: ClassVar[type[MethodConfig]]
-    backbone: nn.Module  # the student's, which evaluations use
+    backbone: Network  # the student's, which evaluations use
 
-    def __init__(self, config: Any, backbone: nn.Module, *, num_images: int, batch_size: int, seed: int) -> None:
+    def __init__(self, config: Any, backbone: Network, *, num_images: int, batch_size: int, seed: int) -> None:
         """Build heads and state; `num_images` and the global `batch_size` bound queues and banks."""
         super().__init__()
 
@@ -104,7 +105,9 @@ def resolve(spec: Mapping[str, Any]) -> Experiment:
     module = load(section["name"])
     preset_name = section.get("preset", next(iter(module.PRESETS)))
     if preset_name not in module.PRESETS:
-        raise ValueError(f"method.preset: there is no preset '{preset_name}'{nearest(preset_name, module.PRESETS)}")
+        raise ValueError(
+            f"method.preset: there is no preset '{preset_name}'{nearest(str(preset_name), module.PRESETS)}"
+        )
     preset = module.PRESETS[preset_name]
     method = parse(module.Config, {**preset.method, **section}, "method")
     training = parse(Training, {**preset.training, **(spec.get("training") or {})}, "training")

@@ -15,6 +15,7 @@ from ssl_core.data.loader import Batch
 from ssl_core.data.views import POLICIES, Augmentation, View, Views
 from ssl_core.methods.base import Losses, Method, MethodConfig, Preset, Progress, full_precision
 from ssl_core.methods.moco import info_nce
+from ssl_core.networks.backbones import Network
 from ssl_core.networks.heads import mlp
 from ssl_core.networks.split_batchnorm import split_batchnorm
 from ssl_core.training import distributed
@@ -37,7 +38,7 @@ class Config(MethodConfig):
     projector_batchnorm: bool = True
     embedding_dim: PositiveInt = 256
     predictor: bool = True
-    # Without a predictor BatchNorm must not let a view recognise its batch; 8 as in MoCo's CIFAR notebook (recipes rule 6).
+    # Without a predictor a view must not recognise its batch by its statistics; 8 as in MoCo's CIFAR notebook.
     batchnorm_splits: PositiveInt | None = None
     teacher_momentum: float = Field(0.99, ge=0, le=1)
     final_teacher_momentum: float | None = Field(None, ge=0, le=1)  # reached on a cosine; None keeps it constant
@@ -98,17 +99,17 @@ class ReSSL(Method):
 
     Config = Config
 
-    def __init__(self, config: Config, backbone: nn.Module, *, num_images: int, batch_size: int, seed: int) -> None:
+    def __init__(self, config: Config, backbone: Network, *, num_images: int, batch_size: int, seed: int) -> None:
         super().__init__(config, backbone, num_images=num_images, batch_size=batch_size, seed=seed)
         if config.queue_size > num_images:
             raise ValueError(
-                f"method.queue_size {config.queue_size} is larger than the data set ({num_images} images): the queue would "
-                f"hold an image's own old embeddings as if they were others; choose {num_images} or less"
+                f"method.queue_size {config.queue_size} is larger than the data set ({num_images} images): the queue "
+                f"would hold an image's own old embeddings as if they were others; choose {num_images} or less"
             )
         self.config = config
         self.seed = seed
         hidden, dim, norm = config.projector_hidden, config.embedding_dim, config.projector_batchnorm
-        self.backbone = backbone
+        self.backbone: Network = backbone
         self.projector = mlp([backbone.num_features, hidden, dim], batch_norm=norm)
         self.predictor = mlp([dim, hidden, dim], batch_norm=norm) if config.predictor else nn.Identity()
         self.splits = config.batchnorm_splits or (1 if config.predictor else 8)
@@ -148,13 +149,14 @@ class ReSSL(Method):
     def _losses(self, students: list[Tensor], teacher: Tensor, progress: Progress) -> Losses:
         queue = self.queue.rows.clone()  # as it stood before this batch, whatever is enqueued before backward
         alpha = min(1.0, progress.fraction / self.config.warmup) if self.config.warmup else 1.0
-        relation = sum(self._relation(student, teacher, queue) for student in students) / len(students)
+        relation = torch.stack([self._relation(student, teacher, queue) for student in students]).mean()
         parts = {"relation": relation.detach()}
         total = alpha * relation
         if alpha < 1:
-            contrast = sum(
-                info_nce(student, teacher, queue, temperature=self.config.warmup_temperature) for student in students
-            ) / len(students)
+            temperature = self.config.warmup_temperature
+            contrast = torch.stack(
+                [info_nce(student, teacher, queue, temperature=temperature) for student in students]
+            ).mean()
             parts["contrast"] = contrast.detach()
             total = total + (1 - alpha) * contrast
         return Losses(total, parts, embedding=students[0].detach())

@@ -84,6 +84,9 @@ def check_image_size(module: nn.Module, config: Backbone, image_size: int) -> in
     # The meta device propagates shapes only. Train mode shows outputs that networks give in training alone
     # (Inception's auxiliary ones); two images, because batch norm refuses one.
     shadow = copy.deepcopy(module).to("meta").train()
+    for layer in shadow.modules():
+        if isinstance(layer, nn.Conv2d) and max(layer.stride) > 1 and max(layer.kernel_size) > 1:
+            layer.register_forward_pre_hook(_refuse_single_pixels)
     try:
         output = shadow(torch.empty(2, 3, image_size, image_size, device="meta"))
     except (RuntimeError, AssertionError, ValueError) as error:
@@ -93,6 +96,13 @@ def check_image_size(module: nn.Module, config: Backbone, image_size: int) -> in
         found = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
         raise ValueError(f"{config.name} cannot be a backbone: it gives {found} where (batch, features) is needed")
     return output.shape[1]
+
+
+def _refuse_single_pixels(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    """Stop where a network strides over one pixel: nothing is left to see, and oneDNN's bfloat16 weight gradient of
+    that very case is uninitialised memory (oneDNN of torch 2.14)."""
+    if max(inputs[0].shape[2:]) == 1:
+        raise ValueError("only one pixel is left before the last stride; use larger images or another stem")
 
 
 def _torchvision(config: Backbone) -> nn.Module:

@@ -1,17 +1,19 @@
-"""Pre-train a backbone: from a manifest and an experiment's own section to weights, history and a picture of the views."""
+"""Pre-train a backbone: from a manifest and an experiment's section to weights, history and a picture of the views."""
 
 import csv
 import io
 import json
 import os
 import resource
+import shutil
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from ssl_core import provenance, tracking
@@ -29,6 +31,7 @@ from ssl_core.training.loop import Trainer
 from ssl_core.training.monitor import online_knn
 from ssl_core.training.schedules import forward_batch_size, learning_rate
 
+HEADLINES = ("loss/total", "embedding/effective_rank", "online/knn")  # beside the evaluations' numbers
 PROBE_IMAGES = 5000  # the online kNN looks at no more
 OUTPUTS = ("model.safetensors", "history.csv", "views.png", "pretrain.json", "backbone.safetensors")
 
@@ -49,13 +52,19 @@ class Job:
 def run(
     experiment: str, *, spec: dict[str, Any], code: str, manifest: Path, output: Path, checkpoint: Path, threads: int
 ) -> None:
-    """Pre-train `experiment` as `spec` says, continuing from `checkpoint` if that belongs to the same spec, code and data.
+    """Pre-train `experiment` as `spec` says; continue from `checkpoint` if it belongs to this spec, code and data.
 
     Writes backbone.safetensors, model.safetensors, pretrain.json, history.csv and views.png into `output` at the end.
     """
     job = Job(
-        experiment=experiment, spec=spec, code=code, manifest=manifest, output=output, checkpoint=checkpoint, threads=threads
-    )  # fmt: skip
+        experiment=experiment,
+        spec=spec,
+        code=code,
+        manifest=manifest,
+        output=output,
+        checkpoint=checkpoint,
+        threads=threads,
+    )
     resolved = resolve(spec)
     forward_batch_size(resolved.training)
     learning_rate(0, training=resolved.training, steps_per_epoch=1)
@@ -67,87 +76,112 @@ def run(
     if torch.cuda.is_available() and torch.cuda.device_count() < processes:
         raise ValueError(f"training.gpus is {processes}, this machine has {torch.cuda.device_count()}: ask for fewer")
     launch = LaunchConfig(
-        min_nodes=1, max_nodes=1, nproc_per_node=processes, rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0
-    )  # fmt: skip
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=processes,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+    )
     try:
         elastic_launch(launch, _work)(job)
     except ChildFailedError as error:
         failure = next(iter(error.failures.values()))
-        reason = failure.message["message"] if isinstance(failure.message, dict) else failure.message
-        raise ValueError(f"process {failure.local_rank} of {processes} failed ({reason}); its words are above") from None
+        reason = dict(failure.message)["message"] if isinstance(failure.message, dict) else str(failure.message)
+        raise ValueError(f"process {failure.local_rank} of {processes} failed: {reason}") from None
 
 
+@record  # leaves a failure's words where the launcher finds them
 def _work(job: Job) -> None:
     """Train in this process: the only one, or one rank of several."""
     resolved = resolve(job.spec)
     training = resolved.training
     device = _start_process(training.gpus, job.threads)
-    main = distributed.rank() == 0
     manifest = Manifest.load(job.manifest)
-
+    identity = checkpoints.Identity(
+        spec=provenance.canonical(job.spec), code=job.code, data=provenance.file_digest(job.manifest)
+    )
     # The backbone comes first after the seed, so that the evaluations' untrained baseline is this very network.
     torch.manual_seed(training.seed)
     backbone = build_backbone(resolved.backbone, manifest.image_size)
     views = _views(resolved, manifest)
     for view in views.values():
         check_image_size(backbone, resolved.backbone, view.size)
-    loader = _loader(job, resolved, manifest, views, device)
-    method = method_class(resolved.method.name)(
-        resolved.method,
-        backbone,
-        num_images=loader.num_images,
-        batch_size=training.batch_size,
-        seed=training.seed,
-    )
-    if distributed.is_distributed() and training.sync_batchnorm:
-        distributed.synchronise_batchnorm(method)
-    torch.manual_seed(training.seed + distributed.rank())
-    trainer = Trainer(method, loader, training, device=device)
+    with _loader(job, resolved, manifest, views, device) as loader:
+        method = method_class(resolved.method.name)(
+            resolved.method,
+            backbone,
+            num_images=loader.num_images,
+            batch_size=training.batch_size,
+            seed=training.seed,
+        )
+        if distributed.is_distributed() and training.sync_batchnorm:
+            distributed.synchronise_batchnorm(method)
+        torch.manual_seed(training.seed + distributed.rank())
+        trainer = Trainer(method, loader, training, device=device)
+        state = checkpoints.load(job.checkpoint, identity)
+        if state is not None:
+            trainer.restore(state)
+        if distributed.rank() == 0:
+            _lead(job, resolved, manifest, views, trainer, identity, state["tracking_run"] if state else None)
+        else:
+            trainer.run(save=lambda: _discard(trainer.state()), log=lambda row: None)
 
-    identity = checkpoints.Identity(
-        spec=provenance.canonical(job.spec), code=job.code, data=provenance.file_digest(job.manifest)
-    )
-    state = checkpoints.load(job.checkpoint, identity)
-    if state is not None:
-        trainer.restore(state)
-        if main:
-            print(f"{job.experiment}: continuing at step {trainer.step} of {trainer.total_steps}", file=sys.stderr)
-    if not main:
-        return trainer.run(save=lambda: _discard(trainer.state()), log=lambda row: None)
 
+def _lead(
+    job: Job,
+    resolved: Experiment,
+    manifest: Manifest,
+    views: Views,
+    trainer: Trainer,
+    identity: checkpoints.Identity,
+    tracking_run: str | None,
+) -> None:
+    """Train, track, save and write: what the first process does and the others do not."""
+    training = resolved.training
+    if trainer.step:
+        print(f"{job.experiment}: continuing at step {trainer.step} of {trainer.total_steps}", file=sys.stderr)
     picture = job.checkpoint.with_suffix(".views.png")
-    with Loader(manifest, resolved.dataset, views, batch_size=8, seed=training.seed, threads=1, shuffle=False) as few:
-        draw_views(few.next(), views, picture, mean=manifest.mean, std=manifest.std)
-    with tracking.start(
-        "pretrain",
-        job.experiment,
-        digest=provenance.digest(identity.spec + identity.code + identity.data),
-        parameters=resolved.model_dump(mode="json"),
-        run_id=state["tracking_run"] if state else None,
-    ) as tracked:
-        tracked.dataset(manifest.dataset, digest=identity.data, num_images=loader.num_images)
-        tracked.artifact(picture)
-        probe = _probe(resolved, manifest, job.threads)
+    _draw(resolved, manifest, views, picture)
+    settings = resolved.model_dump(mode="json")
+    with (
+        tracking.start(
+            "pretrain", job.experiment, digest=_version(identity), parameters=settings, run_id=tracking_run
+        ) as tracked,
+        _probe(resolved, manifest, job.threads) or nullcontext() as probe,
+    ):
+        tracked.dataset(manifest.dataset, identity.data, num_images=trainer.loader.num_images, source=job.manifest)
+        tracked.artifact(picture)  # now, so that it can be looked at while the run goes on
 
         def save() -> None:
             checkpoints.save(job.checkpoint, {**trainer.state(), "tracking_run": tracked.id}, identity)
 
         def log(row: dict[str, float]) -> None:
-            whole_epoch = trainer.step % trainer.steps_per_epoch == 0
-            epoch = trainer.step // trainer.steps_per_epoch
+            epoch, into = divmod(trainer.step, trainer.steps_per_epoch)
             last = trainer.step == trainer.total_steps
-            if probe is not None and (last or (whole_epoch and epoch % training.monitor_epochs == 0)):
-                row["online_knn"] = online_knn(method.backbone, probe, device)
-            speed = {"images_per_second": training.batch_size * trainer.step / trainer.seconds}
-            tracked.metrics({**row, **speed, "data_wait_share": trainer.waited / trainer.seconds}, step=trainer.step)
+            if probe is not None and (last or (into == 0 and epoch % training.monitor_epochs == 0)):
+                row["online/knn"] = online_knn(trainer.method.backbone, probe, trainer.device)
+            speed = {
+                "speed/images_per_second": training.batch_size * trainer.step / trainer.seconds,
+                "speed/data_wait_share": trainer.waited / trainer.seconds,
+            }
+            values = {name: value for name, value in row.items() if name != "step"}
+            tracked.metrics({**values, **speed}, step=trainer.step)
 
         trainer.run(save=save, log=log)
         report = _report(job, resolved, views, trainer, identity)
         _write(job, resolved, manifest, trainer, report, picture)
-        tracked.headline({f"pretrain_{name}": value for name, value in report["final"].items()})
+        tracked.headline({name: report["final"][name] for name in HEADLINES if name in report["final"]})
         for name in ("pretrain.json", "history.csv"):
             tracked.artifact(job.output / name)
+        tracked.model(job.output / "backbone.safetensors", settings)
+    picture.unlink()
     job.checkpoint.unlink(missing_ok=True)
+
+
+def _version(identity: checkpoints.Identity) -> str:
+    """Name this very pre-training: its evaluations find it by this."""
+    return provenance.digest(identity.spec + identity.code + identity.data)
 
 
 def _start_process(processes: int, threads: int) -> torch.device:
@@ -184,6 +218,13 @@ def _loader(job: Job, resolved: Experiment, manifest: Manifest, views: Views, de
     )
 
 
+def _draw(resolved: Experiment, manifest: Manifest, views: Views, picture: Path) -> None:
+    """Draw what each network sees of the first images."""
+    rows = min(8, resolved.dataset.subset.images if resolved.dataset.subset else 8)
+    with Loader(manifest, resolved.dataset, views, batch_size=rows, seed=resolved.training.seed, shuffle=False) as few:
+        draw_views(few.next(), views, picture, mean=manifest.mean, std=manifest.std)
+
+
 def _probe(resolved: Experiment, manifest: Manifest, threads: int) -> Loader | None:
     """Return the images that the online kNN looks at, or None where they have no labels."""
     split = manifest.split(resolved.dataset.split)
@@ -207,6 +248,7 @@ def _report(
     students = sum(view.count for view in views.values() if "student" in view.seen_by)
     return {
         "experiment": job.experiment,
+        "version": _version(identity),
         "resolved": resolved.model_dump(mode="json"),
         "num_images": trainer.loader.num_images,
         "steps": trainer.total_steps,
@@ -230,11 +272,14 @@ def _write(
     """Write all outputs under temporary names, then rename them together: half a result never stands there."""
     new = {name: job.output / f".new-{name}" for name in OUTPUTS}
     job.output.mkdir(parents=True, exist_ok=True)
-    write_tensors(new["model.safetensors"], trainer.method.state_dict(), {"experiment": job.experiment, **report["digests"]})
+    write_tensors(
+        new["model.safetensors"], trainer.method.state_dict(), {"experiment": job.experiment, **report["digests"]}
+    )
     write_text(new["history.csv"], _csv(trainer.history))
     write_json(new["pretrain.json"], report)
-    os.replace(picture, new["views.png"])
+    shutil.copyfile(picture, new["views.png"])  # the tracking may still be reading the first
     metadata = {
+        "version": report["version"],
         "seed": str(resolved.training.seed),
         "mean": json.dumps(manifest.mean),
         "std": json.dumps(manifest.std),

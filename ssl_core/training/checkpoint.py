@@ -38,7 +38,7 @@ def save(path: Path, state: dict[str, Any], identity: Identity) -> None:
 def load(path: Path, identity: Identity) -> dict[str, Any] | None:
     """Return the saved state, or None where there is none to continue from.
 
-    A checkpoint of another configuration, code or data, or a damaged one, is set aside under another name, with a message.
+    A checkpoint of another configuration, code or data, or a damaged one, is set aside under another name and said so.
     """
     if not path.exists():
         return None

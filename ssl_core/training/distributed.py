@@ -85,7 +85,9 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() not in (2, 4):
-            raise ValueError(f"expected (batch, channels) or (batch, channels, height, width), found {input.dim()} axes")
+            raise ValueError(
+                f"expected (batch, channels) or (batch, channels, height, width), found {input.dim()} axes"
+            )
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalise `input` (batch, channels[, height, width]) per channel."""
@@ -115,8 +117,10 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
 def synchronise_batchnorm(module: nn.Module) -> nn.Module:
     """Replace every plain BatchNorm in `module` by `SyncBatchNorm`, names in the state dict unchanged."""
     for name, child in module.named_children():
-        if type(child) in (nn.BatchNorm1d, nn.BatchNorm2d):
-            synced = SyncBatchNorm(child.num_features, child.eps, child.momentum, child.affine, child.track_running_stats)
+        if isinstance(child, nn.modules.batchnorm._BatchNorm) and type(child) in (nn.BatchNorm1d, nn.BatchNorm2d):
+            synced = SyncBatchNorm(
+                child.num_features, child.eps, child.momentum, child.affine, child.track_running_stats
+            )
             synced.load_state_dict(child.state_dict())
             for parameter, own in zip(child.parameters(), synced.parameters(), strict=True):
                 own.requires_grad_(parameter.requires_grad)

@@ -4,7 +4,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -41,7 +41,7 @@ class Trainer:
     """Trains `method` on `loader`; `state()` and `restore()` make an interrupted run continue exactly."""
 
     def __init__(self, method: Method, loader: Loader, training: Training, *, device: torch.device) -> None:
-        self.method = method.to(device, memory_format=torch.channels_last)
+        self.method: Method = method.to(device=device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         self.loader, self.training, self.device = loader, training, device
         self.optimizer = build_optimizer(self.method, training)
         self.dtype = autocast_type(training.precision, device)
@@ -56,12 +56,12 @@ class Trainer:
         self.history: list[dict[str, float]] = []
         self.seconds = self.waited = 0.0  # over all sittings of the run
         self._alarm = Alarm()
-        self._sums: dict[str, Tensor] = {}
+        self._sums: dict[str, Tensor] = {}  # of each part of the loss since the last look: (sum, count)
         self._module: nn.Module = self.method
         if training.compile:
             self._module.compile()
         if distributed.is_distributed():
-            # Buffers (queues, BatchNorm statistics) are kept equal by the methods themselves; syncing would hide faults.
+            # Methods keep their buffers (queues, BatchNorm statistics) equal; syncing them would hide faults.
             self._module = DistributedDataParallel(self._module, forward_sync_buffers=False)
 
     def state(self) -> dict[str, Any]:
@@ -89,7 +89,8 @@ class Trainer:
         """Continue from `state()`; the number of processes must be the same."""
         if len(state["ranks"]) != distributed.world_size():
             raise ValueError(
-                f"the checkpoint was written by {len(state['ranks'])} processes, training.gpus is {distributed.world_size()}"
+                f"the checkpoint was written by {len(state['ranks'])} processes, "
+                f"training.gpus is {distributed.world_size()}"
             )
         own = state["ranks"][distributed.rank()]
         self.method.load_state_dict(state["method"])
@@ -138,7 +139,7 @@ class Trainer:
             batch = self._to_device(self.loader.next())
             self.waited += time.monotonic() - started
             last = part == self.training.accumulation - 1
-            with nullcontext() if last or not distributed.is_distributed() else self._module.no_sync():
+            with nullcontext() if last else self._unsynchronised():
                 with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None):
                     losses: Losses = self._module(batch, progress)
                 (losses.total / self.training.accumulation).backward()
@@ -149,28 +150,34 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         self.method.after_step(progress)
 
+    def _unsynchronised(self) -> AbstractContextManager[None]:
+        """Let processes add up their own gradients; the last part of a step exchanges them."""
+        return self._module.no_sync() if isinstance(self._module, DistributedDataParallel) else nullcontext()
+
     def _to_device(self, batch: Batch) -> Batch:
         if self.device.type == "cpu":
             return batch
-        views = {name: [view.to(self.device, non_blocking=True) for view in group] for name, group in batch.views.items()}
+        views = {
+            name: [view.to(self.device, non_blocking=True) for view in group] for name, group in batch.views.items()
+        }
         return Batch(views, batch.labels, batch.indices.to(self.device, non_blocking=True))
 
     def _note(self, losses: Losses) -> None:
         """Add to the sums since the last look, on the device, so that no step waits for a number."""
         self._embedding = losses.embedding
-        for name, value in {"loss": losses.total.detach(), **losses.parts, "count": torch.ones_like(losses.total)}.items():
-            self._sums[name] = self._sums[name] + value.detach() if name in self._sums else value.detach()
+        for name, value in {"total": losses.total, **losses.parts}.items():
+            addend = torch.stack([value.detach(), torch.ones_like(value)])
+            self._sums[name] = self._sums[name] + addend if name in self._sums else addend
 
     def _look(self) -> dict[str, float]:
         """Return the next row of the history; raise where the run has diverged or collapsed."""
-        count = self._sums.pop("count")
         row = {"step": self.step, "epoch": round(self.step / self.steps_per_epoch, 4)}
-        row |= {name: (total / count).item() for name, total in self._sums.items()}
-        row["learning_rate"] = self.optimizer.param_groups[0]["lr"]
-        row["spread"] = spread(self._embedding).item()
-        row["effective_rank"] = effective_rank(self._embedding[:RANK_ROWS]).item()
+        row |= {f"loss/{name}": (total / count).item() for name, (total, count) in self._sums.items()}
+        row["schedule/learning_rate"] = self.optimizer.param_groups[0]["lr"]
+        row["embedding/spread"] = spread(self._embedding).item()
         self._sums = {}
-        self._alarm.check(self.step, row["loss"], row["spread"])
+        self._alarm.check(self.step, row["loss/total"], row["embedding/spread"])
+        row["embedding/effective_rank"] = effective_rank(self._embedding[:RANK_ROWS]).item()
         self.history.append(row)
         return row
 
@@ -189,7 +196,7 @@ class Trainer:
     def _postfix(self, row: dict[str, float]) -> str:
         images = self.training.batch_size * self.step / max(self.seconds, 1e-9)
         share = 100 * self.waited / max(self.seconds, 1e-9)
-        return f"epoch {row['epoch']:.1f} loss {row['loss']:.3f} {images:.0f} img/s data-wait {share:.1f}%"
+        return f"epoch {row['epoch']:.1f} loss {row['loss/total']:.3f} {images:.0f} img/s data-wait {share:.1f}%"
 
 
 @contextmanager
@@ -197,7 +204,8 @@ def _stop_signals() -> Iterator[list[int]]:
     """Collect SIGINT and SIGTERM in a list instead of dying in the middle of a step."""
     received: list[int] = []
     previous = {
-        number: signal.signal(number, lambda number, _: received.append(number)) for number in (signal.SIGINT, signal.SIGTERM)
+        number: signal.signal(number, lambda number, _: received.append(number))
+        for number in (signal.SIGINT, signal.SIGTERM)
     }
     try:
         yield received

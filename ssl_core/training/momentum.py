@@ -3,7 +3,7 @@
 import copy
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 def make_teacher(student: nn.Module) -> nn.Module:
@@ -17,4 +17,5 @@ def update_teacher(teacher: nn.Module, student: nn.Module, momentum: float) -> N
 
     Parameters only: the teacher's BatchNorm statistics come from its own forward passes (recipes rule 2).
     """
-    torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - momentum)
+    followers: list[Tensor] = [*teacher.parameters()]
+    torch._foreach_lerp_(followers, [*student.parameters()], 1 - momentum)  # pyright: ignore[reportPrivateImportUsage]

@@ -8,7 +8,9 @@ from torch import Tensor, nn
 
 from ssl_core.data.loader import Loader
 
-COLLAPSED = 0.02  # spread below which embeddings are all but equal; 1 is uniform on the sphere, ~0.8 an untrained network
+COLLAPSED = (
+    0.02  # spread below which embeddings are all but equal; 1 is uniform on the sphere, ~0.8 an untrained network
+)
 NEIGHBOURS = 20
 TEMPERATURE = 0.07
 

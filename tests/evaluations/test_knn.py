@@ -5,7 +5,7 @@ import torch
 from ssl_core.config import Dataset
 from ssl_core.data.shards import Manifest
 from ssl_core.evaluations.features import Features, Subjects
-from ssl_core.evaluations.knn import BEST_K, Config, _best, _weighted, neighbours, run, votes
+from ssl_core.evaluations.knn import BEST_K, Config, _best, _weighted, into_space, neighbours, run, unit, votes
 
 from .conftest import MEAN, STD, write_shards
 
@@ -68,18 +68,28 @@ def test_best_nn_agrees_with_brute_force_and_says_that_k_is_chosen_on_test(rows)
     assert settings["how"] == "highest top1 on the test split"
 
 
-@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
-def test_chunks_do_not_change_the_neighbours(rows, metric):
+@pytest.mark.parametrize("euclidean", [True, False])
+def test_chunks_do_not_change_the_neighbours(rows, euclidean):
     bank, queries, _, _ = rows
-    _, whole = neighbours(bank, queries, 20, metric=metric)
-    _, pieces = neighbours(bank, queries, 20, metric=metric, chunk=5, bank_chunk=7)
+    _, whole = neighbours(bank, queries, 20, prepare=unit, euclidean=euclidean)
+    _, pieces = neighbours(bank, queries, 20, prepare=unit, euclidean=euclidean, chunk=5, bank_chunk=7)
     assert torch.equal(whole, pieces)
 
 
 def test_distances_far_from_the_origin_are_exact_enough():
     bank = torch.linspace(0, 1, 50)[:, None] * torch.ones(4) * 1e-2 + 1000
-    _, nearest = neighbours(bank, bank, 1, metric="euclidean")
+    _, nearest = neighbours(bank, bank, 1, prepare=into_space(bank, "raw"), euclidean=True)
     assert nearest[:, 0].tolist() == list(range(50))
+
+
+@pytest.mark.parametrize(
+    ("space", "expected"), [("raw", [[3.0, 4.0]]), ("l2", [[0.6, 0.8]]), ("shift", [[2**-0.5, 2**-0.5]])]
+)
+def test_spaces_of_the_best_nn_differ_as_they_say(space, expected):
+    bank = torch.tensor([[0.0, 0.0], [4.0, 6.0]])  # mean (2, 3)
+    prepare = into_space(bank, space)
+    found = prepare(torch.tensor([[3.0, 4.0]])) + (bank.mean(dim=0) if space == "raw" else 0)
+    torch.testing.assert_close(found, torch.tensor(expected))
 
 
 def test_a_tie_goes_to_the_smallest_class():

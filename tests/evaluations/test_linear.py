@@ -165,6 +165,11 @@ def test_flips_are_off_where_they_change_the_label_unless_asked_for():
     assert flips == [0.5, 0.0, 0.3]
 
 
+def test_the_results_state_the_flip_that_was_used(subjects, manifest):
+    assert run(short(), subjects, manifest, quiet).hyperparameters["flip"] == 0.0  # the squares' card avoids it
+    assert "flip" not in run(short(cached=True), subjects, manifest, quiet).hyperparameters
+
+
 def test_last_blocks_end_with_the_features_of_the_whole_transformer():
     from timm.models.vision_transformer import VisionTransformer
 

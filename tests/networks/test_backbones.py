@@ -227,3 +227,11 @@ def test_broken_and_foreign_files_are_named(tmp_path: Path):
     write_tensors(path, nn.Linear(2, 2).state_dict(), {})
     with pytest.raises(ValueError, match=r"backbone.safetensors is no backbone of this project"):
         load_backbone(path)
+
+
+def test_a_stride_over_a_single_pixel_is_refused():
+    # Its bfloat16 weight gradient is garbage on CPUs (oneDNN), and there is nothing left to see.
+    config = Backbone(name="timm/test_resnet")
+    backbone = build_backbone(Backbone(name="timm/test_resnet"), 32)
+    with pytest.raises(ValueError, match="only one pixel is left before the last stride"):
+        check_image_size(backbone, config, 16)

@@ -23,7 +23,10 @@ def test_no_file_means_nothing_to_continue(tmp_path):
 @pytest.mark.parametrize(
     ("other", "words"),
     [
-        (Identity(spec='{"method":{"name":"ressl","queue_size":32}}', code="c", data="d"), "method.queue_size (was 32, is 64)"),
+        (
+            Identity(spec='{"method":{"name":"ressl","queue_size":32}}', code="c", data="d"),
+            "method.queue_size (was 32, is 64)",
+        ),
         (Identity(spec=MINE.spec, code="x", data="d"), "another run: code;"),
         (Identity(spec=MINE.spec, code="c", data="x"), "another run: data;"),
     ],

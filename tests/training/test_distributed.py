@@ -37,7 +37,10 @@ def train(changes, steps=3):
         module = nn.parallel.DistributedDataParallel(method, forward_sync_buffers=False)
     optimizer = torch.optim.SGD(method.parameters(), lr=0.1)
     generator = torch.Generator().manual_seed(1)
-    own = slice(distributed.rank() * ROWS // distributed.world_size(), (distributed.rank() + 1) * ROWS // distributed.world_size())
+    own = slice(
+        distributed.rank() * ROWS // distributed.world_size(),
+        (distributed.rank() + 1) * ROWS // distributed.world_size(),
+    )
     losses = []
     for step in range(steps):
         views = {name: [torch.randn(ROWS, 3, 8, 8, generator=generator)[own]] for name in ("student", "teacher")}

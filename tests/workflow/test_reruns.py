@@ -8,6 +8,7 @@ from .conftest import Project
 
 FIRST = {"results/first/backbone.safetensors", "results/first/linear.json", "results/first/knn.json"}
 SECOND = {"results/second/backbone.safetensors", "results/second/linear.json", "results/second/knn.json"}
+BOOKKEEPING = ("tracking", "files", "provenance", "cli", "schema")
 TABLE = {"results/table.csv"}
 
 
@@ -28,14 +29,6 @@ def test_a_temperature_runs_its_experiment_again(done: Project) -> None:
     assert done.pending() == FIRST | TABLE
 
 
-def test_the_same_words_in_another_order_change_nothing(done: Project) -> None:
-    config = done.config
-    experiment = config["experiments"]["first"]
-    config["experiments"]["first"] = {key: experiment[key] for key in sorted(experiment, reverse=True)}
-    done.configure(config)
-    assert done.pending() == set()
-
-
 def test_a_new_experiment_runs_alone(done: Project) -> None:
     config = done.config
     config["experiments"]["third"] = config["experiments"]["first"] | {"training": {"seed": 1}}
@@ -50,24 +43,29 @@ def test_an_option_of_an_evaluation_runs_that_evaluation_again(done: Project) ->
     assert done.pending() == {"results/first/knn.json", "results/second/knn.json"} | TABLE
 
 
-def test_comments_docstrings_and_a_new_checkout_change_nothing(done: Project) -> None:
-    for path in done.folder.rglob("*.py"):
+def test_what_computes_nothing_new_runs_nothing(done: Project) -> None:
+    for path in done.folder.rglob("*.py"):  # a comment, new times as after a checkout, and words in a docstring
         text = path.read_text()
-        path.write_text(f"# A remark.\n{text}" if text.lstrip().startswith("from") else f'"""New words."""\n{text}')
-    for path in [*done.folder.glob("workflow/**/*.smk"), done.folder / "Snakefile", done.folder / "config.yaml"]:
+        path.write_text("# A remark.\n" + text.replace('"""', '"""New words. ', 1))
+    for path in [*done.folder.glob("workflow/**/*.smk"), done.folder / "Snakefile"]:
         path.write_text(path.read_text() + "\n# A remark.\n")
+    for name in BOOKKEEPING:  # code that watches, stores or starts
+        path = done.folder / "ssl_core" / f"{name}.py"
+        path.write_text(path.read_text() + "\nCHANGED = 1\n")
     edit(done.folder / "datasets" / "tiny.yaml", "name: tiny", "name: tiny  # a remark")
+    manifest = done.folder / "shards" / "tiny" / "manifest.json"
+    manifest.write_text(manifest.read_text())
+    config = done.config
+    experiment = config["experiments"]["first"]
+    config["experiments"]["first"] = {key: experiment[key] for key in sorted(experiment, reverse=True)}
+    done.configure(config)
+    (done.folder / "checkpoints").mkdir()
+    (done.folder / "checkpoints" / "first.pt").write_text("state")
     assert done.pending() == set()
 
 
 def test_code_of_a_method_runs_its_experiments_again(done: Project) -> None:
     edit(done.folder / "ssl_core" / "methods" / "ressl.py", "class ReSSL", "CHANGED = 1\n\n\nclass ReSSL")
-    assert done.pending() == FIRST | TABLE
-
-
-def test_code_that_a_method_imports_runs_its_experiments_again(done: Project) -> None:
-    path = done.folder / "ssl_core" / "methods" / "moco.py"
-    path.write_text(path.read_text() + "\nCHANGED = 1\n")
     assert done.pending() == FIRST | TABLE
 
 
@@ -77,26 +75,7 @@ def test_code_of_a_protocol_runs_its_evaluations_again(done: Project) -> None:
     assert done.pending() == {"results/first/knn.json", "results/second/knn.json"} | TABLE
 
 
-def test_bookkeeping_code_changes_nothing(done: Project) -> None:
-    for name in ("tracking", "files", "provenance", "cli", "schema"):
-        path = done.folder / "ssl_core" / f"{name}.py"
-        path.write_text(path.read_text() + "\nCHANGED = 1\n")
-    assert done.pending() == set()
-
-
 def test_a_card_shards_its_data_set_again(done: Project) -> None:
     path = done.folder / "datasets" / "tiny.yaml"
     path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | {"image_size": 32}))
     assert done.pending() == {"shards/tiny/manifest.json"} | FIRST | SECOND | TABLE
-
-
-def test_a_manifest_with_the_same_content_changes_nothing(done: Project) -> None:
-    manifest = done.folder / "shards" / "tiny" / "manifest.json"
-    manifest.write_text(manifest.read_text())
-    assert done.pending() == set()
-
-
-def test_a_checkpoint_is_nobodys_output(done: Project) -> None:
-    (done.folder / "checkpoints").mkdir()
-    (done.folder / "checkpoints" / "first.pt").write_text("state")
-    assert done.pending() == set()

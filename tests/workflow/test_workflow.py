@@ -2,9 +2,6 @@
 
 import subprocess
 import sys
-from pathlib import Path
-
-import pytest
 
 from .conftest import Project
 
@@ -26,15 +23,6 @@ def test_a_misspelt_hyper_parameter_ends_in_one_line(fresh: Project) -> None:
     assert refusal(fresh) == "error: experiments.first.method.queue_sise: unknown key; did you mean 'queue_size'?"
 
 
-def test_an_unknown_data_set_ends_in_one_line(fresh: Project) -> None:
-    config = fresh.config
-    config["experiments"]["first"]["dataset"]["name"] = "tinny"
-    fresh.configure(config)
-    line = refusal(fresh)
-    assert line.startswith("error: experiments.first.dataset.name: there is no data set 'tinny'")
-    assert line.endswith("did you mean 'tiny'?")
-
-
 def test_a_fault_in_a_card_ends_in_one_line(fresh: Project) -> None:
     path = fresh.folder / "datasets" / "tiny.yaml"
     path.write_text(path.read_text() + "image_sise: 3\n")
@@ -44,25 +32,16 @@ def test_a_fault_in_a_card_ends_in_one_line(fresh: Project) -> None:
     assert "image_size" in line
 
 
-@pytest.mark.parametrize(
-    ("target", "words"),
-    [
-        ("results/frist/linear.json", "there is no experiment 'frist'; did you mean 'first'?"),
-        ("results/first/liner.json", "there is no evaluation 'liner'; did you mean 'linear'?"),
-        ("results/sweeps/heet.csv", "there is no sweep 'heet'; did you mean 'heat'?"),
-    ],
-)
-def test_a_misspelt_target_ends_in_one_line(fresh: Project, target: str, words: str) -> None:
-    assert refusal(fresh, target).startswith(f"error: {target}: {words}")
+def test_a_misspelt_target_ends_in_one_line(fresh: Project) -> None:
+    words = "error: results/frist/linear.json: there is no experiment 'frist'; did you mean 'first'?"
+    assert refusal(fresh, "results/frist/linear.json").startswith(words)
 
 
 def test_an_overlay_adds_its_experiments(fresh: Project) -> None:
-    overlay = fresh.folder / "overlay.yaml"
-    overlay.write_text(
-        "experiments: {third: {dataset: {name: tiny}, backbone: {name: resnet18}, method: {name: ressl}}}\n"
-    )
-    arguments = ("--configfile", "overlay.yaml", "results/third/knn.json", "results/first/knn.json")
-    assert {"results/third/knn.json", "results/first/knn.json"} <= fresh.pending(*arguments)
+    experiment = "{dataset: {name: tiny}, backbone: {name: resnet18}, method: {name: ressl}}"
+    (fresh.folder / "overlay.yaml").write_text(f"experiments: {{third: {experiment}}}\n")
+    targets = {"results/third/knn.json", "results/first/knn.json"}
+    assert targets <= fresh.pending(*targets, "--configfile", "overlay.yaml")
 
 
 def test_a_sweep_makes_its_experiments_and_one_table(fresh: Project) -> None:
@@ -72,8 +51,8 @@ def test_a_sweep_makes_its_experiments_and_one_table(fresh: Project) -> None:
     assert "results/sweeps/heat.csv" in pending
 
 
-def test_sweeps_run_only_when_asked_for(fresh: Project) -> None:
-    assert not any("heat" in path for path in fresh.pending())
+def test_sweeps_run_only_when_asked_for(finished: Project) -> None:
+    assert not any("heat" in call for call in finished.calls())
 
 
 def test_commands_carry_the_stages_own_section(finished: Project) -> None:
@@ -101,8 +80,10 @@ def test_one_job_at_a_time_uses_the_gpu(fresh: Project) -> None:
     rules.write_text(text.replace("\nGPU = ", "\nGPU = 1 or "))
     run = fresh.snakemake("--cores", "64")
     assert run.returncode == 0, run.stderr
-    assert "Provided resources: gpu=1" in run.stdout + run.stderr
-    assert (run.stdout + run.stderr).count("resources: tmpdir") < (run.stdout + run.stderr).count("gpu=1")
+    assert run.stderr.count("rule pretrain") == 2
+    # The rounds in which Snakemake starts jobs: one each for two pre-trainings and four evaluations.
+    assert "Execute 2 jobs" not in run.stderr
+    assert "Execute 4 jobs" not in run.stderr
 
 
 def test_a_failed_stage_fails_the_run(fresh: Project) -> None:
@@ -121,7 +102,3 @@ def test_a_dry_run_imports_neither_torch_nor_mlflow(fresh: Project) -> None:
     )
     run = subprocess.run([sys.executable, "-c", probe], cwd=fresh.folder, capture_output=True, text=True, timeout=60)
     assert run.stdout.splitlines()[-1] == "set()", run.stdout + run.stderr
-
-
-def test_rules_are_started_from_the_environment(root: Path) -> None:
-    assert (Path(sys.executable).parent / "ssl-core").exists()

@@ -1,6 +1,7 @@
 # The checked configuration, and what the rules ask of it. Torch-free, so that a dry run is quick.
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -67,8 +68,8 @@ def one_of(names):
 EXPERIMENTS = checked(config)
 EVALUATIONS = config.get("evaluations") or {}
 SWEEPS = config.get("sweeps") or {}
-# A machine without one trains on its processor, where threads alone say how many jobs fit.
-GPU = int(any(Path("/dev").glob("nvidia[0-9]*")))
+# A machine without one (its driver brings the tool) trains on its processor, where threads say how many jobs fit.
+GPU = int(shutil.which("nvidia-smi") is not None)
 
 
 wildcard_constraints:

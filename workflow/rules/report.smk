@@ -31,6 +31,7 @@ rule sweep:
     log:
         "logs/sweeps/{sweep}.log",
     params:
+        grid=lambda wildcards: canonical(schema.points(wildcards.sweep, config)),
         code=lambda wildcards: code_digest("ssl_core.stages.table"),
     shell:
-        "ssl-core table {input} --output {output.csv} --log {log}"
+        "ssl-core table {input} --grid {params.grid:q} --output {output.csv} --log {log}"

@@ -1,0 +1,322 @@
+"""Sources: every kind gives the same records, and what is wrong with one is told in one line."""
+
+import colorsys
+import gzip
+import io
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ssl_core.data.card import Card
+from ssl_core.data.sources import Record, open_source
+
+PLACES = ("train/cat/1.png", "train/cat/2.png", "train/ant/deep/3.png", "test/dog/4.png")
+
+
+def png(value: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (4, 4), (value, 0, 0)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def folder(root: Path, *places: str) -> Path:
+    for value, place in enumerate(places or PLACES):
+        (root / place).parent.mkdir(parents=True, exist_ok=True)
+        (root / place).write_bytes(png(value))
+    return root
+
+
+def tar(path: Path, members: dict[str, bytes], mode: str = "w") -> Path:
+    with tarfile.open(path, mode) as archive:  # type: ignore[call-overload]
+        for name, content in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return path
+
+
+def card(type: str, splits: dict[str, Any] | None = None, classes: list[str] | None = None, **source: Any) -> Card:
+    splits = splits or {"train": {"folder": "train"}, "test": {"folder": "test"}}
+    content = {"name": "x", "image_size": 4, "classes": classes, "source": {"type": type, "splits": splits, **source}}
+    return Card.model_validate(content)
+
+
+def records(card: Card, scratch: Path) -> tuple[tuple[str, ...] | None, dict[str, list[Record]]]:
+    with open_source(card, scratch=scratch) as opened:
+        return opened.classes, {
+            name: [split.read(index) for index in range(split.size)] for name, split in opened.splits.items()
+        }
+
+
+def labels(found: list[Record]) -> list[tuple[str, int]]:
+    return [(record.name, record.label) for record in found]
+
+
+def error(card: Card, scratch: Path) -> str:
+    with pytest.raises(ValueError, match=r".") as caught:
+        records(card, scratch)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_classes_are_sorted_and_label_ids_shared_by_the_splits(tmp_path: Path) -> None:
+    classes, splits = records(card("image_folder", path=str(folder(tmp_path))), tmp_path)
+    assert classes == ("ant", "cat", "dog")
+    assert labels(splits["train"]) == [("ant/deep/3.png", 0), ("cat/1.png", 1), ("cat/2.png", 1)]
+    assert labels(splits["test"]) == [("dog/4.png", 2)]
+    assert splits["test"][0].image == png(3)
+
+
+@pytest.mark.parametrize("mode", ["w", "w:gz", "w:bz2", "w:xz"])
+def test_a_tar_of_a_folder_gives_the_records_of_the_folder(tmp_path: Path, mode: str) -> None:
+    root = folder(tmp_path / "folder")
+    members = {f"./{place}": (root / place).read_bytes() for place in reversed(PLACES)}
+    archive = tar(tmp_path / "folder.tar", members, mode)
+    assert records(card("image_tar", path=str(archive)), tmp_path) == records(
+        card("image_folder", path=str(root)), tmp_path
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "folder.tar"]  # nothing was unpacked
+
+
+def test_the_cards_order_of_classes_wins(tmp_path: Path) -> None:
+    source = card("image_folder", path=str(folder(tmp_path)), classes=["dog", "cat", "ant"])
+    classes, splits = records(source, tmp_path)
+    assert classes == ("dog", "cat", "ant")
+    assert [record.label for record in splits["train"]] == [2, 1, 1]
+
+
+def test_a_class_that_the_card_does_not_know_is_named(tmp_path: Path) -> None:
+    source = card("image_folder", path=str(folder(tmp_path)), classes=["dogs", "cat", "ant"])
+    assert "the class 'dog' is not among the card's classes; did you mean 'dogs'?" in error(source, tmp_path)
+
+
+def test_a_flat_folder_is_unlabelled(tmp_path: Path) -> None:
+    folder(tmp_path, "b.png", "a.png")
+    classes, splits = records(card("image_folder", {"train": {"labels": "none"}}, path=str(tmp_path)), tmp_path)
+    assert classes is None
+    assert labels(splits["train"]) == [("a.png", -1), ("b.png", -1)]
+
+
+def test_files_that_are_no_images_by_name_are_left_out(tmp_path: Path) -> None:
+    folder(tmp_path, "cat/1.PNG")
+    for name in ("cat/Thumbs.db", "cat/notes.txt", "cat/._1.png", "cat/.hidden.png"):
+        (tmp_path / name).write_bytes(b"no image")
+    _, splits = records(card("image_folder", {"train": {}}, path=str(tmp_path)), tmp_path)
+    assert labels(splits["train"]) == [("cat/1.PNG", 0)]
+
+
+def test_annotations_label_the_images_of_a_folder(tmp_path: Path) -> None:
+    folder(tmp_path, "train/n1/images/a.png", "train/n2/images/b.png", "val/images/v0.png", "val/images/v1.png")
+    (tmp_path / "val" / "notes.txt").write_text("v1.png\tn1\t0\t0\nv0.png\tn2\t0\t0\n")
+    splits = {"train": {"folder": "train"}, "val": {"folder": "val/images", "annotations": {"file": "val/notes.txt"}}}
+    _, found = records(card("image_folder", splits, path=str(tmp_path)), tmp_path)
+    assert labels(found["val"]) == [("v0.png", 1), ("v1.png", 0)]
+    (tmp_path / "val" / "notes.txt").write_text("v1.png\tn1\n")
+    assert "says nothing about" in error(card("image_folder", splits, path=str(tmp_path)), tmp_path)
+
+
+def test_tiny_imagenet_in_its_original_layout(root: Path, shared_data: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    from ssl_core.data.card import load_card
+
+    monkeypatch.setenv("TINY_IMAGENET_TAR", str(shared_data / "tiny-imagenet-200-subset.tar.gz"))
+    with open_source(load_card(root / "datasets" / "tiny_imagenet_tar.yaml"), scratch=tmp_path) as opened:
+        assert opened.classes is not None
+        assert len(opened.classes) == 200
+        assert [split.size for split in opened.splits.values()] == [20_000, 10_000]
+        name, _, label = opened.splits["val"].read(0)
+        assert (name, opened.classes[label]) == ("val_0.JPEG", "n03444034")
+
+
+def test_links_devices_and_names_that_point_outside_are_left_out(tmp_path: Path) -> None:
+    archive = tar(
+        tmp_path / "evil.tar",
+        {"cat/1.png": png(1), "../out/2.png": png(2), "/abs/3.png": png(3), "cat/../../4.png": png(4)},
+    )
+    with tarfile.open(archive, "a") as file:
+        for name, kind in (
+            ("cat/5.png", tarfile.SYMTYPE),
+            ("cat/6.png", tarfile.LNKTYPE),
+            ("cat/7.png", tarfile.CHRTYPE),
+            ("cat/8.png", tarfile.FIFOTYPE),
+        ):
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = kind, "/etc/passwd"
+            file.addfile(member)
+    _, splits = records(card("image_tar", {"train": {}}, path=str(archive)), tmp_path)
+    assert labels(splits["train"]) == [("cat/1.png", 0)]
+
+
+def broken_archives(root: Path) -> dict[str, Path]:
+    members = {f"train/cat/{number}.png": png(number) for number in range(40)}
+    whole = tar(root / "whole.tar", members).read_bytes()
+    contents = {
+        "text": b"this is no archive" * 100,
+        "empty": b"",
+        "cut in a member": whole[: 20 * 1024 + 700],
+        "cut between members": whole[: 20 * 1024],
+        "header damaged": whole[: 20 * 1024] + b"\xff" * 512 + whole[20 * 1024 + 512 :],
+        "gzip cut": gzip.compress(whole)[:-200],
+        "gzip damaged": gzip.compress(whole, 0)[:5000] + b"\xff\xff\xff" + gzip.compress(whole, 0)[5003:],
+        "gzip of text": gzip.compress(b"no tar" * 1000),
+    }
+    for name, content in contents.items():
+        (root / name).write_bytes(content)
+    return {name: root / name for name in contents}
+
+
+def test_a_damaged_archive_is_named_in_one_line(tmp_path: Path) -> None:
+    for path in broken_archives(tmp_path).values():
+        found = error(card("image_tar", {"train": {}}, path=str(path)), tmp_path)
+        assert found.startswith(f"{path} is damaged or no tar"), path
+        assert found.endswith("get the archive again")
+    assert not list(tmp_path.glob(".spill*"))
+
+
+def test_another_archive_than_the_card_means_is_refused(tmp_path: Path) -> None:
+    archive = tar(tmp_path / "a.tar", {"cat/1.png": png(1)})
+    source = card("image_tar", {"train": {}}, path=str(archive), sha256="0" * 64)
+    assert "another sha256" in error(source, tmp_path)
+
+
+def test_what_is_wrong_with_a_folder_is_told(tmp_path: Path) -> None:
+    root = folder(tmp_path / "root", "train/loose.png", "other/a/1.png")
+    (root / "empty").mkdir()
+    archive = tar(tmp_path / "a.tar", {"cat/1.png": png(1)})
+    for kind, path, split, reason in (
+        ("image_folder", tmp_path / "nowhere", "", "nowhere does not exist: put the data there"),
+        ("image_tar", tmp_path / "nowhere.tar", "", "nowhere.tar does not exist: put the data there"),
+        ("image_folder", archive, "", "say type: image_tar"),
+        ("image_tar", root, "", "say type: image_folder"),
+        ("image_folder", root, "tran", "has no folder 'tran'; it has: empty, other, train"),
+        ("image_tar", archive, "train", "has no images below 'train'; folders in it: cat"),
+        ("image_folder", root, "empty", "empty has no images"),
+        ("image_folder", root, "train", "train/loose.png is in no class folder"),
+    ):
+        assert reason in error(card(kind, {"train": {"folder": split}}, path=str(path)), tmp_path)
+
+
+# WebDataset, tables
+
+
+def test_webdataset_tars_by_braces_and_by_glob(tmp_path: Path) -> None:
+    tar(tmp_path / "t-0.tar", {"a.jpg": png(1), "a.cls": b"3", "a.json": b"{}"})
+    tar(tmp_path / "t-1.tar", {"b.cls": b"0\n", "b.seg.png": png(2)})
+    for pattern in ("t-{0..1}.tar", "t-*.tar"):
+        source = card("webdataset", {"train": {"tars": str(tmp_path / pattern)}})
+        classes, splits = records(source, tmp_path)
+        assert classes is None
+        assert labels(splits["train"]) == [("t-0.tar/a.jpg", 3), ("t-1.tar/b.seg.png", 0)]
+
+
+def test_webdataset_labels_may_be_missing_only_if_the_card_says_so(tmp_path: Path) -> None:
+    tar(tmp_path / "t.tar", {"a.jpg": png(1)})
+    splits = {"train": {"tars": str(tmp_path / "t.tar")}}
+    assert "a has no .cls" in error(card("webdataset", splits), tmp_path)
+    _, found = records(card("webdataset", splits, label=None), tmp_path)
+    assert found["train"][0].label == -1
+
+
+def test_tables_of_paths(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    folder(tmp_path, "i/1.png", "i/2.png", "i/3.png")
+    rows = [("i/1.png", "b", "train"), ("i/2.png", "a", "train"), ("i/3.png", "b", "test")]
+    (tmp_path / "t.csv").write_text("\n".join(["path,label,part", *map(",".join, rows)]))
+    columns = dict(zip(("path", "label", "part"), map(list, zip(*rows))))
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "t.parquet")
+    for name in ("t.csv", "t.parquet"):
+        file = str(tmp_path / name)
+        splits = {part: {"file": file, "where": {"part": part}} for part in ("train", "test")}
+        classes, found = records(card("table", splits), tmp_path)
+        assert classes == ("a", "b")
+        assert labels(found["train"]) == [("i/1.png", 1), ("i/2.png", 0)]
+        assert found["test"] == [Record("i/3.png", png(2), 1)]
+
+
+def test_numbers_in_a_table_are_label_ids(tmp_path: Path) -> None:
+    folder(tmp_path, "1.png", "2.png")
+    (tmp_path / "t.csv").write_text("path,label\n1.png,10\n2.png,9\n")
+    classes, found = records(card("table", {"train": {"file": str(tmp_path / "t.csv")}}), tmp_path)
+    assert classes is None
+    assert [record.label for record in found["train"]] == [10, 9]
+
+
+def test_what_is_wrong_with_a_table_is_told(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("path,lable\n1.png,\n")
+    splits = {"train": {"file": str(tmp_path / "t.csv")}}
+    assert "has no column 'label'; did you mean 'lable'?" in error(card("table", splits), tmp_path)
+    assert "a row has no 'lable'" in error(card("table", splits, label="lable"), tmp_path)
+    (tmp_path / "t.parquet").write_bytes(b"nothing")
+    found = error(card("table", {"train": {"file": str(tmp_path / "t.parquet")}}), tmp_path)
+    assert "is no CSV or Parquet file" in found
+
+
+# Libraries
+
+
+def torchvision_card(dataset: str, root: Path | None = None, **arguments: Any) -> Card:
+    extra: dict[str, Any] = {} if root is None else {"root": str(root)}
+    return card("torchvision", {"train": {}}, dataset=dataset, arguments=arguments, **extra)
+
+
+def test_a_torchvision_data_set_by_name(tmp_path: Path) -> None:
+    _, splits = records(torchvision_card("FakeData", size=5, image_size=[3, 8, 6], num_classes=3), tmp_path)
+    assert [record.name for record in splits["train"]] == [f"FakeData.train[{index}]" for index in range(5)]
+    assert all(isinstance(record.image, Image.Image) and record.image.size == (6, 8) for record in splits["train"])
+    assert {record.label for record in splits["train"]} <= {0, 1, 2}
+
+
+def test_torchvision_data_sets_of_files_keep_the_bytes(tmp_path: Path) -> None:
+    classes, splits = records(torchvision_card("ImageFolder", folder(tmp_path, "cat/1.png", "dog/2.png")), tmp_path)
+    assert classes == ("cat", "dog")
+    assert splits["train"] == [Record("ImageFolder.train[0]", png(0), 0), Record("ImageFolder.train[1]", png(1), 1)]
+
+
+def test_what_is_wrong_with_a_torchvision_card_is_told(tmp_path: Path) -> None:
+    assert "no data set 'CIFAR11'; did you mean 'CIFAR10'?" in error(torchvision_card("CIFAR11", tmp_path), tmp_path)
+    assert "unexpected keyword argument 'sise'" in error(torchvision_card("FakeData", sise=3), tmp_path)
+    assert "You can use download=True" in error(torchvision_card("CIFAR10", tmp_path, download=False), tmp_path)
+    found = error(card("torchvision", {"train": {}}, dataset="VOCSegmentation", root=str(tmp_path)), tmp_path)
+    assert "torchvision.datasets.VOCSegmentation: " in found
+
+
+DIGITS = {"train": {"images": 1437}, "test": {"images": 360}}
+
+
+def test_the_coloured_digits_are_drawn_once_and_divided(tmp_path: Path) -> None:
+    with open_source(card("sklearn_digits", DIGITS), scratch=tmp_path) as opened:
+        assert [split.size for split in opened.splits.values()] == [1437, 360]
+        digits = [split.read(index) for split in opened.splits.values() for index in range(split.size)]
+    counts = np.bincount([record.label for record in digits])
+    assert counts.tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]  # each of scikit-learn's once
+    assert len({record.image.tobytes() for record in digits if isinstance(record.image, Image.Image)}) == 1797
+    first = digits[0].image
+    assert isinstance(first, Image.Image)
+    assert (first.mode, first.size) == ("RGB", (16, 16))
+
+
+def test_the_coloured_digits_depend_on_the_seed_alone(tmp_path: Path) -> None:
+    def some(seed: int) -> list[Record]:
+        with open_source(card("sklearn_digits", DIGITS, seed=seed), scratch=tmp_path) as opened:
+            return [opened.splits["test"].read(index) for index in range(20)]
+
+    assert some(0) == some(0)
+    assert some(0) != some(1)
+
+
+def test_the_ground_of_a_coloured_digit_is_dark(tmp_path: Path) -> None:
+    with open_source(card("sklearn_digits", DIGITS), scratch=tmp_path) as opened:
+        images = [opened.splits["test"].read(index).image for index in range(100)]
+    corners = [image.getpixel((0, 0)) for image in images if isinstance(image, Image.Image)]
+    values = [colorsys.rgb_to_hsv(*(channel / 255 for channel in corner))[2] for corner in corners]  # type: ignore[union-attr]
+    assert max(values) <= 0.46
+    assert np.ptp(values) > 0.3
+
+
+def test_more_digits_than_there_are_are_refused(tmp_path: Path) -> None:
+    assert "1797" in error(card("sklearn_digits", {"train": {"images": 1798}}), tmp_path)

@@ -1,0 +1,158 @@
+import csv
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from ssl_core.config import Backbone
+from ssl_core.files import read_json
+from ssl_core.networks.backbones import build_backbone, load_backbone
+from ssl_core.stages import pretrain, shard
+
+SPEC = {
+    "dataset": {"name": "demo", "subset": {"images": 96}},
+    "backbone": {"name": "mobilenet_v3_small", "stem": "small"},
+    "method": {"name": "ressl", "queue_size": 40, "projector_hidden": 32, "embedding_dim": 16, "warmup": 0.5},
+    "training": {"epochs": 4, "batch_size": 32, "warmup_epochs": 1, "monitor_epochs": 2, "precision": "fp32"},
+}
+
+
+def spec(**changes):
+    return {key: {**section, **changes.get(key, {})} for key, section in SPEC.items()}
+
+
+@pytest.fixture(scope="module")
+def manifest(root, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shards") / "demo"
+    shard.run(root / "datasets" / "demo.yaml", folder, threads=1)
+    return folder / "manifest.json"
+
+
+def run(manifest: Path, folder: Path, section: dict = SPEC) -> Path:
+    pretrain.run(
+        "tiny",
+        spec=section,
+        code="code",
+        manifest=manifest,
+        output=folder / "results",
+        checkpoint=folder / "checkpoints" / "tiny.pt",
+        threads=1,
+    )
+    return folder / "results"
+
+
+@pytest.fixture(scope="module")
+def finished(manifest, tmp_path_factory):
+    return run(manifest, tmp_path_factory.mktemp("finished"))
+
+
+def test_writes_every_output_and_leaves_no_checkpoint(finished):
+    assert sorted(path.name for path in finished.iterdir()) == sorted(pretrain.OUTPUTS)
+    assert list((finished.parent / "checkpoints").iterdir()) == []
+
+
+def test_a_rerun_gives_the_same_bytes(finished, manifest, tmp_path):
+    again = run(manifest, tmp_path)
+    for name in ("backbone.safetensors", "model.safetensors", "history.csv", "views.png"):
+        assert (again / name).read_bytes() == (finished / name).read_bytes(), name
+
+
+def test_the_backbone_loads_back_and_moved_from_where_it_began(finished):
+    network, header = load_backbone(finished / "backbone.safetensors")
+    torch.manual_seed(0)
+    untrained = build_backbone(Backbone(name="mobilenet_v3_small", stem="small"), 16)
+    names = dict(untrained.named_parameters())
+    assert all(not torch.equal(value, names[name]) for name, value in network.named_parameters() if value.dim() > 1)
+    assert header["seed"] == "0"
+
+
+def test_the_untrained_baseline_is_the_network_training_began_from(manifest, tmp_path):
+    slow = run(manifest, tmp_path, spec(training={"epochs": 2, "learning_rate": 1e-30, "weight_decay": 0.0}))
+    torch.manual_seed(0)
+    untrained = dict(build_backbone(Backbone(name="mobilenet_v3_small", stem="small"), 16).named_parameters())
+    network, _ = load_backbone(slow / "backbone.safetensors")
+    assert all(torch.equal(value, untrained[name]) for name, value in network.named_parameters())
+
+
+def test_history_has_a_row_a_look_and_the_online_knn_where_it_was_asked(finished):
+    rows = list(csv.DictReader((finished / "history.csv").open()))
+    assert [int(row["step"]) for row in rows] == [3, 6, 9, 12]
+    assert [bool(row["online/knn"]) for row in rows] == [False, True, False, True]
+    assert float(rows[0]["loss/contrast"]) > 0
+    assert rows[-1]["loss/contrast"] == ""  # faded out
+
+
+def test_the_summary_has_resolved_settings_and_cost(finished):
+    summary = read_json(finished / "pretrain.json")
+    assert summary["steps"] == 12
+    assert summary["resolved"]["method"]["teacher_temperature"] == 0.04
+    assert summary["cost"]["backward_passes"] == 12 * 32
+    assert summary["cost"]["images_per_second"] > 0
+
+
+def test_the_model_holds_teacher_and_queue_too(finished):
+    with safe_open(finished / "model.safetensors", framework="pt") as file:
+        assert {"queue.rows", "queue.position", "projector.0.weight", "teacher.0.features.0.0.weight"} <= set(
+            file.keys()
+        )
+
+
+def test_two_processes_train_from_the_same_recipe(manifest, tmp_path):
+    results = run(manifest, tmp_path, spec(training={"gpus": 2, "epochs": 2}))
+    assert read_json(results / "pretrain.json")["steps"] == 6
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"training": {"batch_size": 256}}, "a batch of 256 images .* is larger than the data set demo/train with 96"),
+        (
+            {"training": {"batch_size": 31, "accumulation": 2}},
+            "batch_size 31 is the global batch and must be a multiple",
+        ),
+        ({"training": {"warmup_epochs": 9}}, "warmup_epochs 9 must be below training.epochs 4"),
+        ({"method": {"queue_size": 97}}, "queue_size 97 is larger than the data set .96 images."),
+        ({"method": {"teacher_temperature": 0.3}}, "teacher_temperature 0.3 must be below student_temperature 0.1"),
+        ({"method": {"name": "resl"}}, "there is no method 'resl'; did you mean 'ressl'"),
+        ({"method": {"queue_sise": 8}}, "method.queue_sise: unknown key; did you mean 'queue_size'"),
+        ({"training": {"epoch": 8}}, "training.epoch: unknown key; did you mean 'epochs'"),
+        ({"backbone": {"name": "resnet81"}}, "resnet81.*resnet18"),
+        ({"dataset": {"split": "tran"}}, "tran.*train"),
+        ({"dataset": {"subset": {"images": 5000}}}, "subset.images 5000 is more than demo/train has .1437."),
+    ],
+)
+def test_a_mistake_is_one_clear_line_before_anything_is_written(changes, words, manifest, tmp_path):
+    with pytest.raises(ValueError, match=words) as error:
+        run(manifest, tmp_path, spec(**changes))
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "results").exists()
+
+
+def test_a_checkpoint_of_another_configuration_is_set_aside_and_says_so(manifest, tmp_path, capsys):
+    checkpoint = tmp_path / "checkpoints" / "tiny.pt"
+    stopped(manifest, tmp_path)
+    run(manifest, tmp_path, spec(method={"student_temperature": 0.2}))
+    words = capsys.readouterr()
+    assert "method.student_temperature (was not set, is 0.2)" in words.out + words.err
+    assert checkpoint.with_suffix(".other.pt").exists()
+
+
+def stopped(manifest: Path, folder: Path) -> None:
+    """Send this process a SIGTERM once the first checkpoint is there."""
+    checkpoint = folder / "checkpoints" / "tiny.pt"
+
+    def send() -> None:
+        while not checkpoint.exists():
+            time.sleep(0.005)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    sender = threading.Thread(target=send, daemon=True)
+    sender.start()
+    with pytest.raises(SystemExit) as stop:
+        run(manifest, folder, spec(training={"epochs": 400, "checkpoint_minutes": 1e-9}))
+    assert stop.value.code == 128 + signal.SIGTERM

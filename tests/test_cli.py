@@ -1,0 +1,101 @@
+"""The console script: exit codes, one-line errors, the log."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ssl_core import cli
+from ssl_core.stages import evaluate, pretrain
+
+PRETRAIN = ["pretrain", "x", "--spec", "{}", "--code", "c", "--manifest", "m", "--output", "o", "--checkpoint", "k"]
+
+
+def raising(error: BaseException):
+    """Return a stage that ends with `error`."""
+
+    def run(*arguments: object, **options: object) -> None:
+        print("\rstep 1\rstep 2\nunended", end="", file=sys.stderr)
+        raise error
+
+    return run
+
+
+def test_what_the_user_got_wrong_is_one_line_and_exit_code_2(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(pretrain, "run", raising(ValueError("data/x.tar:\n  is truncated")))
+    assert cli.main([*PRETRAIN, "--log", str(tmp_path / "logs" / "x.log")]) == 2
+    assert capsys.readouterr().err.endswith("error: data/x.tar: is truncated\n")
+
+
+def test_the_log_keeps_the_traceback_that_the_terminal_is_spared(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(pretrain, "run", raising(ValueError("no")))
+    cli.main([*PRETRAIN, "--log", str(tmp_path / "x.log")])
+    assert "Traceback" in (tmp_path / "x.log").read_text()
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_the_log_keeps_a_progress_line_as_it_was_last_seen(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(pretrain, "run", raising(KeyboardInterrupt()))
+    cli.main([*PRETRAIN, "--log", str(tmp_path / "x.log")])
+    assert (tmp_path / "x.log").read_text() == "step 2\nunended"
+    assert "\rstep 1\rstep 2\n" in capsys.readouterr().err
+
+
+def test_an_interrupt_is_quiet(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(pretrain, "run", raising(KeyboardInterrupt()))
+    assert cli.main(PRETRAIN) == 130
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_a_fault_of_ours_shows_its_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(pretrain, "run", raising(TypeError("ours")))
+    assert cli.main(PRETRAIN) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_stage_gets_what_its_rule_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    seen = {}
+    monkeypatch.setattr(evaluate, "run", lambda *names, **options: seen.update(options, names=names))
+    spec = {"protocol": "knn", "dataset": {"name": "demo"}}
+    words = ["--code", "c", "--backbone", "b", "--manifest", "m", "--output", "o", "--threads", "3"]
+    assert cli.main(["evaluate", "first", "knn", "--spec", json.dumps(spec), *words]) == 0
+    paths = {name: Path(name[0]) for name in ("backbone", "manifest", "output")}
+    assert seen == {"names": ("first", "knn"), "spec": spec, "code": "c", "threads": 3, **paths}
+
+
+def test_a_table_of_no_results_is_written_with_its_page(tmp_path: Path) -> None:
+    assert cli.main(["table", "--output", str(tmp_path / "table.csv"), "--grid", "{}"]) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"table.csv", "table.html"}
+
+
+def test_it_starts_without_torch_and_mlflow() -> None:
+    code = "import sys; from ssl_core import cli; print({'torch', 'mlflow'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
+
+
+def test_explain_shows_what_an_experiment_leaves_unsaid(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], root: Path
+) -> None:
+    monkeypatch.chdir(root)
+    assert cli.main(["explain", "ressl_r18"]) == 0
+    told = capsys.readouterr().out
+    assert "student_temperature: 0.1\n" in told
+    assert "# learning rate after warm-up: 0.001" in told
+
+
+def test_explain_names_the_nearest_experiment(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], root: Path
+) -> None:
+    monkeypatch.chdir(root)
+    assert cli.main(["explain", "ressl_r19"]) == 2
+    assert capsys.readouterr().err == "error: there is no experiment 'ressl_r19'; did you mean 'ressl_r18'?\n"

@@ -1,0 +1,116 @@
+"""Stopping anywhere and going on changes no bit (T6)."""
+
+import contextlib
+import io
+
+import pytest
+import torch
+
+from ssl_core.config import Backbone, Dataset, Training
+from ssl_core.data.loader import Loader
+from ssl_core.data.shards import Manifest
+from ssl_core.methods.ressl import Config, ReSSL
+from ssl_core.networks.backbones import build_backbone
+from ssl_core.stages import shard
+from ssl_core.training.loop import Trainer, autocast_type
+
+
+@pytest.fixture(scope="module")
+def manifest(root, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shards") / "demo"
+    shard.run(root / "datasets" / "demo.yaml", folder, threads=1)
+    return Manifest.load(folder / "manifest.json")
+
+
+@pytest.fixture
+def trainer(manifest):
+    with contextlib.ExitStack() as open_loaders:
+        yield lambda method=None, **training: build(open_loaders, manifest, method, **training)
+
+
+def build(open_loaders, manifest, method=None, **training):
+    settings = Training(**{"epochs": 2, "batch_size": 16, "warmup_epochs": 0.5, "precision": "fp32", **training})
+    config = Config(**{"queue_size": 40, "projector_hidden": 32, "embedding_dim": 16, "warmup": 0.5, **(method or {})})
+    dataset = Dataset(name="demo", subset={"images": 100, "seed": 1})
+    views = ReSSL.views(config, 16)
+    loader = Loader(manifest, dataset, views, batch_size=16 // settings.accumulation, seed=5)
+    open_loaders.enter_context(loader)
+    torch.manual_seed(0)
+    backbone = build_backbone(Backbone(name="mobilenet_v3_small", stem="small"), 16)
+    model = ReSSL(config, backbone, num_images=100, batch_size=16, seed=5)
+    result = Trainer(model, loader, settings, device=torch.device("cpu"))
+    result.log_steps = 1
+    return result
+
+
+class PowerCut(Exception):
+    """The process is gone."""
+
+
+def final(trained: Trainer) -> dict[str, torch.Tensor]:
+    moments = {
+        f"{number}.{name}": value
+        for number, buffers in trained.optimizer.state_dict()["state"].items()
+        for name, value in buffers.items()
+        if isinstance(value, torch.Tensor)
+    }
+    return {**trained.method.state_dict(), **moments}
+
+
+@pytest.mark.parametrize(
+    ("method", "training"),
+    [
+        ({}, {}),
+        ({"predictor": False, "batchnorm_splits": 2}, {"optimizer": "lars", "decay_exclusion": "norm_bias"}),
+        (
+            {"crops": "two", "final_teacher_momentum": 1.0},
+            {"optimizer": "adamw", "accumulation": 2, "learning_rate": 1e-3},
+        ),
+        ({"crops": "multi"}, {"nesterov": True, "gradient_clip": 1.0, "precision": "bf16"}),
+    ],
+    ids=["plain", "split, lars", "two crops, adamw, accumulated", "five crops, bf16"],
+)
+@pytest.mark.parametrize("stop", [4, 6])
+def test_training_resumed_in_or_between_epochs_equals_training_undisturbed(method, training, stop, trainer):
+    whole = trainer(method, **training)
+    whole.run(save=lambda: None, log=lambda row: None)
+    assert whole.total_steps == 12
+
+    first, saved = trainer(method, **training), io.BytesIO()
+
+    def cut(row):
+        if row["step"] == stop:
+            torch.save(first.state(), saved)
+            raise PowerCut
+
+    with pytest.raises(PowerCut):
+        first.run(save=lambda: None, log=cut)
+    second = trainer(method, **training)
+    second.restore(torch.load(io.BytesIO(saved.getvalue()), weights_only=True))
+    second.run(save=lambda: None, log=lambda row: None)
+
+    expected, found = final(whole), final(second)
+    assert expected.keys() == found.keys()
+    assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
+    assert second.history == whole.history
+
+
+def test_accumulation_takes_one_step_and_one_teacher_update_for_all_parts(trainer):
+    accumulated = trainer(accumulation=4)
+    accumulated.run(save=lambda: None, log=lambda row: None)
+    assert accumulated.step == 12
+    assert int(accumulated.method.queue.position) == 12 * 16 % 40
+
+
+def test_another_number_of_processes_is_refused(trainer):
+    one = trainer()
+    state = one.state()
+    state["ranks"] = state["ranks"] * 2
+    with pytest.raises(ValueError, match=r"written by 2 processes, training\.gpus is 1"):
+        one.restore(state)
+
+
+def test_precision_says_what_it_does():
+    cpu = torch.device("cpu")
+    assert autocast_type("fp32", cpu) is None
+    assert autocast_type("bf16", cpu) is torch.bfloat16

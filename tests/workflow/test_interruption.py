@@ -1,0 +1,103 @@
+"""Whatever ends a run, the plain command continues it, and the weights are those of a run that nothing disturbed."""
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+TARGET = "results/tiny/backbone.safetensors"
+CONFIG = {
+    "experiments": {
+        "tiny": {
+            "dataset": {"name": "demo", "subset": {"images": 128}},
+            "backbone": {"name": "mobilenet_v3_small", "stem": "small"},
+            "method": {"name": "ressl", "queue_size": 64, "projector_hidden": 32, "embedding_dim": 16, "warmup": 0.5},
+            # A checkpoint at every look, which is every fourth step.
+            "training": {"epochs": 30, "batch_size": 32, "warmup_epochs": 2, "checkpoint_minutes": 1e-6},
+        }
+    }
+}
+
+
+def command(folder: Path, *arguments: str) -> subprocess.Popen[str]:
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    return subprocess.Popen(
+        ["snakemake", "--cores", "1", "--nocolor", *arguments],
+        cwd=folder,
+        env={**os.environ, "PATH": path, "SSL_TRACKING": "off"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finish(folder: Path, *arguments: str) -> str:
+    process = command(folder, *arguments)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    return output
+
+
+@pytest.fixture(scope="module")
+def sharded(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("project")
+    shutil.copy(root / "Snakefile", folder)
+    for name in ("workflow", "datasets"):
+        shutil.copytree(root / name, folder / name)
+    (folder / "config.yaml").write_text(yaml.safe_dump(CONFIG))
+    finish(folder, "shards/demo/manifest.json")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def undisturbed(sharded: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    folder = tmp_path_factory.mktemp("undisturbed") / "project"
+    shutil.copytree(sharded, folder)
+    finish(folder, TARGET)
+    return (folder / TARGET).read_bytes()
+
+
+@pytest.mark.parametrize(
+    "number",
+    [
+        signal.SIGKILL,
+        pytest.param(signal.SIGINT, marks=pytest.mark.long),
+        pytest.param(signal.SIGTERM, marks=pytest.mark.long),
+    ],
+    ids=lambda number: number.name,
+)
+def test_an_interrupted_run_continues_to_the_same_bytes(number, sharded, undisturbed, tmp_path):
+    folder = tmp_path / "project"
+    shutil.copytree(sharded, folder)
+    process = command(folder, TARGET)
+    interrupt(process, number, folder / "checkpoints" / "tiny.pt", saves=random.Random(number).randint(1, 15))
+    assert process.returncode != 0
+    assert not (folder / TARGET).exists()
+    if number == signal.SIGKILL:  # which leaves Snakemake's lock behind
+        finish(folder, "--unlock")
+    output = finish(folder, TARGET)
+    assert "continuing at step" in output
+    assert (folder / TARGET).read_bytes() == undisturbed
+    assert not (folder / "checkpoints" / "tiny.pt").exists()
+
+
+def interrupt(process: subprocess.Popen[str], number: int, checkpoint: Path, *, saves: int) -> None:
+    """Send the signal to the whole process group once the checkpoint has been written `saves` times."""
+    seen: set[int] = set()
+    deadline = time.monotonic() + 120
+    while len(seen) < saves:
+        assert process.poll() is None, f"ended before the signal: {process.communicate()[0]}"
+        assert time.monotonic() < deadline
+        if checkpoint.exists():
+            seen.add(checkpoint.stat().st_ino)
+        time.sleep(0.005)  # between looks; the condition, not the time, ends the loop
+    os.killpg(process.pid, number)
+    process.communicate(timeout=60)
