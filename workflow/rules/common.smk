@@ -1,5 +1,6 @@
 # The checked configuration, and what the rules ask of it. Torch-free, so that a dry run is quick.
 import json
+import os
 import re
 import shutil
 import sys
@@ -10,6 +11,9 @@ import yaml
 from ssl_core import schema
 from ssl_core.data.card import load_card
 from ssl_core.provenance import canonical, code_digest
+
+# The jobs find `ssl-core` beside the Python that runs Snakemake, activated or not.
+os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
 
 
 def checked(config):
