@@ -7,6 +7,9 @@ from pathlib import Path
 # Before torch or MLflow are imported anywhere, in this process or in one that a test starts.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+os.environ["SSL_TRACKING"] = (
+    "off"  # costs seconds a stage; its own tests and the one of the whole workflow switch it on
+)
 _tracking = tempfile.TemporaryDirectory(prefix="ssl-core-mlflow-")
 os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{_tracking.name}/mlflow.db"
 

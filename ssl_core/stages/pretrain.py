@@ -84,7 +84,7 @@ def run(
         max_restarts=0,
     )
     try:
-        elastic_launch(launch, _work)(job)
+        elastic_launch(launch, _work_as_rank)(job)
     except ChildFailedError as error:
         failure = next(iter(error.failures.values()))
         reason = dict(failure.message)["message"] if isinstance(failure.message, dict) else str(failure.message)
@@ -92,6 +92,10 @@ def run(
 
 
 @record  # leaves a failure's words where the launcher finds them
+def _work_as_rank(job: Job) -> None:
+    _work(job)
+
+
 def _work(job: Job) -> None:
     """Train in this process: the only one, or one rank of several."""
     resolved = resolve(job.spec)

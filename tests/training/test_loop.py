@@ -9,10 +9,12 @@ import torch
 from ssl_core.config import Backbone, Dataset, Training
 from ssl_core.data.loader import Loader
 from ssl_core.data.shards import Manifest
+from ssl_core.data.views import View
 from ssl_core.methods.ressl import Config, ReSSL
 from ssl_core.networks.backbones import build_backbone
 from ssl_core.stages import shard
 from ssl_core.training.loop import Trainer, autocast_type
+from ssl_core.training.monitor import online_knn
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +102,18 @@ def test_accumulation_takes_one_step_and_one_teacher_update_for_all_parts(traine
     accumulated.run(save=lambda: None, log=lambda row: None)
     assert accumulated.step == 12
     assert int(accumulated.method.queue.position) == 12 * 16 % 40
+
+
+def test_the_online_knn_leaves_no_trace(trainer, manifest):
+    model = trainer().method.train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    probe = View(size=16, resize=16, crop="center", seen_by=("probe",))
+    dataset = Dataset(name="demo", subset={"images": 60})
+    with Loader(manifest, dataset, {"probe": probe}, batch_size=32, seed=0, shuffle=False) as images:
+        accuracy = [online_knn(model.backbone, images, torch.device("cpu")) for _ in range(2)]
+    assert 0 < accuracy[0] == accuracy[1] < 100
+    assert model.backbone.training
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_another_number_of_processes_is_refused(trainer):
