@@ -40,9 +40,11 @@ class Config(MethodConfig):
     predictor: bool = True
     # Without a predictor a view must not recognise its batch by its statistics; 8 as in MoCo's CIFAR notebook.
     batchnorm_splits: PositiveInt | None = None
-    teacher_momentum: float = Field(0.99, ge=0, le=1)
-    final_teacher_momentum: float | None = Field(None, ge=0, le=1)  # reached on a cosine; None keeps it constant
-    warmup: float = Field(0.1, ge=0, le=1)  # share of the run on which InfoNCE fades out (eq. 7; length: recipes A8)
+    teacher_momentum: float = Field(default=0.99, ge=0, le=1)
+    final_teacher_momentum: float | None = Field(default=None, ge=0, le=1)  # on a cosine; None: constant
+    warmup: float = Field(
+        default=0.1, ge=0, le=1
+    )  # share of the run on which InfoNCE fades out (eq. 7; length: recipes A8)
     warmup_temperature: PositiveFloat = 0.2  # nobody says; MoCo v2's (recipes A8)
     student_area: tuple[float, float] = (0.2, 1.0)
     student_augmentation: Augmentation = POLICIES["contrastive"]

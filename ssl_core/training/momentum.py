@@ -1,12 +1,15 @@
 """The momentum teacher: a copy of the student that follows it slowly."""
 
 import copy
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
+Student = TypeVar("Student", bound=nn.Module)
 
-def make_teacher(student: nn.Module) -> nn.Module:
+
+def make_teacher(student: Student) -> Student:
     """Return a copy of `student` that no gradient reaches."""
     return copy.deepcopy(student).requires_grad_(False)
 

@@ -1,3 +1,6 @@
+# Attributes of modules are whatever was assigned to them.
+# pyright: reportIndexIssue=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportArgumentType=false
+# pyright: reportOptionalMemberAccess=false, reportOperatorIssue=false
 import math
 
 import numpy as np

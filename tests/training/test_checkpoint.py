@@ -12,6 +12,7 @@ MINE = Identity(spec='{"method":{"name":"ressl","queue_size":64}}', code="c", da
 def test_gives_back_what_was_saved(tmp_path):
     checkpoint.save(tmp_path / "run.pt", {"step": 3, "rows": torch.arange(3)}, MINE)
     state = checkpoint.load(tmp_path / "run.pt", MINE)
+    assert state is not None
     assert state["step"] == 3
     assert torch.equal(state["rows"], torch.arange(3))
 

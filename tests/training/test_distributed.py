@@ -3,18 +3,19 @@
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
 from torch import nn
+from torch.multiprocessing.spawn import spawn
 
 from ssl_core.data.loader import Batch
 from ssl_core.methods.base import Progress
 from ssl_core.methods.ressl import Config, ReSSL
+from ssl_core.networks.backbones import Network
 from ssl_core.training import distributed
 
 ROWS = 16  # of the whole batch
 
 
-class Tiny(nn.Module):
+class Tiny(Network):
     num_features = 6
 
     def __init__(self):
@@ -69,7 +70,7 @@ def in_process(rank, changes, path):
     "changes", [{}, {"predictor": False, "batchnorm_splits": 2}], ids=["synchronised", "shuffled and split"]
 )
 def test_two_processes_equal_one_on_the_concatenated_batch(tmp_path, changes):
-    multiprocessing.spawn(in_process, (changes, tmp_path / "two.pt"), nprocs=2)
+    spawn(in_process, (changes, tmp_path / "two.pt"), nprocs=2)
     two, one = torch.load(tmp_path / "two.pt"), train(changes)
     assert two.keys() == one.keys()
     for name, value in one.items():

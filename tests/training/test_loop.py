@@ -6,7 +6,7 @@ import io
 import pytest
 import torch
 
-from ssl_core.config import Backbone, Dataset, Training
+from ssl_core.config import Backbone, Dataset, Subset, Training
 from ssl_core.data.loader import Loader
 from ssl_core.data.shards import Manifest
 from ssl_core.data.views import View
@@ -33,7 +33,7 @@ def trainer(manifest):
 def build(open_loaders, manifest, method=None, **training):
     settings = Training(**{"epochs": 2, "batch_size": 16, "warmup_epochs": 0.5, "precision": "fp32", **training})
     config = Config(**{"queue_size": 40, "projector_hidden": 32, "embedding_dim": 16, "warmup": 0.5, **(method or {})})
-    dataset = Dataset(name="demo", subset={"images": 100, "seed": 1})
+    dataset = Dataset(name="demo", subset=Subset(images=100, seed=1))
     views = ReSSL.views(config, 16)
     loader = Loader(manifest, dataset, views, batch_size=16 // settings.accumulation, seed=5)
     open_loaders.enter_context(loader)
@@ -108,7 +108,7 @@ def test_the_online_knn_leaves_no_trace(trainer, manifest):
     model = trainer().method.train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     probe = View(size=16, resize=16, crop="center", seen_by=("probe",))
-    dataset = Dataset(name="demo", subset={"images": 60})
+    dataset = Dataset(name="demo", subset=Subset(images=60))
     with Loader(manifest, dataset, {"probe": probe}, batch_size=32, seed=0, shuffle=False) as images:
         accuracy = [online_knn(model.backbone, images, torch.device("cpu")) for _ in range(2)]
     assert 0 < accuracy[0] == accuracy[1] < 100
