@@ -1,7 +1,7 @@
 """What views cost: DALI against torchvision v2 on PIL images, and the loader's share of a ResNet-18 training step.
 
-The unit is CPU microseconds a sample (getrusage), which a busy machine distorts less than wall-clock. torchvision is timed at
-its best: bytes in memory, one thread, no worker processes. Repeats alternate, and ratios are medians over them.
+The unit is CPU microseconds a sample (getrusage), which a busy machine distorts less than wall-clock. torchvision is
+timed at its best: bytes in memory, one thread, no worker processes. Repeats alternate, ratios are medians over them.
 
     python benchmarks/loader.py --output loader.json
 """
@@ -28,21 +28,24 @@ from torchvision.transforms import InterpolationMode, v2
 from ssl_core.config import Dataset
 from ssl_core.data.loader import Loader
 from ssl_core.data.shards import Manifest, Split, new_shard
-from ssl_core.data.views import View, Views
+from ssl_core.data.views import POLICIES, View, Views
 from ssl_core.files import write_text
 
-# Side in px, archive, how many of its images, DALI's batch, samples a repeat, and how many times cheaper DALI has to be.
+# Side in px, archive, how many of its images (whole batches, else DALI also makes what an epoch drops), DALI's batch,
+# samples a repeat, and how many times cheaper it has to be.
 SIZES = [
-    (32, "cifar10.tar.gz", 4000, 256, 4096, 8.0),
-    (64, "tiny-imagenet-200-subset.tar.gz", 2000, 256, 2048, 4.0),
-    (224, "imagenet-sample.tar", 240, 32, 96, 2.5),
+    (32, "cifar10.tar.gz", 4096, 256, 4096, 8.0),
+    (64, "tiny-imagenet-200-subset.tar.gz", 2048, 128, 2048, 4.0),
+    (224, "imagenet-sample.tar", 240, 24, 240, 2.5),
 ]
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder of the archives; else synthetic images")
+    parser.add_argument(
+        "--data", type=Path, default=Path("../shared/data"), help="of the archives; else synthetic images"
+    )
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2, help="of the training step")
     parser.add_argument("--sizes", type=int, nargs="+", default=[32, 64, 224])
@@ -118,7 +121,10 @@ def write_shards(folder: Path, images: list[bytes], size: int) -> Manifest:
 
 
 def make_views(size: int) -> Views:
-    return {"student": View(size=size, augmentation="contrastive"), "teacher": View(size=size, augmentation="weak")}
+    return {
+        "student": View(size=size, augmentation=POLICIES["contrastive"]),
+        "teacher": View(size=size, augmentation=POLICIES["weak"]),
+    }
 
 
 def compare(
@@ -127,7 +133,7 @@ def compare(
     """Measure both sides in turn; return the medians of their costs and of their ratio."""
     costs: list[tuple[float, float]] = []
     transform = torchvision_views(size)
-    few = max(16, samples // 8)
+    few = min(samples, 480)  # photographs differ in size, so both sides see them all
     with make_loader(manifest, size, batch_size) as loader:
         cpu_microseconds(loader.next, 4)  # fills the shuffle buffer and the queue
         for _ in range(repeats):
@@ -168,7 +174,8 @@ def step_share(manifest: Manifest, repeats: int, threads: int) -> dict[str, floa
     torch.set_num_threads(threads)
     batch_size, steps = 64, 2
     network = resnet18(num_classes=128)
-    network.conv1, network.maxpool = nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.Identity()
+    network.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+    network.maxpool = nn.MaxPool2d(1)  # no pooling
     network = network.to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9)
 
@@ -186,7 +193,13 @@ def step_share(manifest: Manifest, repeats: int, threads: int) -> dict[str, floa
             rows.append((step, cpu_microseconds(loader.next, 40) / batch_size))
         wait = waiting_share(loader, train, steps * repeats)
     step, own = (statistics.median(column) for column in zip(*rows, strict=True))
-    return {"step": step, "loader": own, "share_percent": 100 * own / step, "wait_percent": 100 * wait, "threads": threads}
+    return {
+        "step": step,
+        "loader": own,
+        "share_percent": 100 * own / step,
+        "wait_percent": 100 * wait,
+        "threads": threads,
+    }
 
 
 def waiting_share(loader: Loader, train: Callable[[torch.Tensor], None], steps: int) -> float:

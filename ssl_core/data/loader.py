@@ -1,12 +1,14 @@
-"""Batches of views from shards: exact epochs, ranks that share the data, and a state from which a run continues exactly."""
+"""Batches of views from shards: exact epochs, ranks that share the data, a state from which a run continues exactly."""
 
 import functools
 import hashlib
 import json
 import math
 import re
+import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -63,24 +65,25 @@ class Loader:
         split = manifest.split(dataset.split)
         # DALI's decoder may crash on a damaged image instead of failing, so damage is looked for where that is quick.
         verify(manifest, dataset.split, deep=split.bytes <= HASHED_BYTES)
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
         tars, indices = manifest.tars(dataset.split), manifest.indices(dataset.split)
         self.num_images = split.images
+        self._remove_folder: Callable[[], Any] = lambda: None
         self._position: Tensor | None = None  # dataset index -> position in the sorted subset
         if dataset.subset is not None:
             chosen = draw_subset(split.images, dataset.subset, f"{dataset.name}/{dataset.split}")
             self.num_images = len(chosen)
             self._position = torch.full((split.images,), -1, dtype=torch.int64)
             self._position[torch.from_numpy(chosen)] = torch.arange(len(chosen))
-            self._folder = tempfile.TemporaryDirectory(prefix="ssl-core-subset-")
-            tars, indices = _filter_indices(tars, indices, set(chosen.tolist()), Path(self._folder.name))
+            folder = tempfile.mkdtemp(prefix="ssl-core-subset-")
+            self._remove_folder = weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+            tars, indices = _filter_indices(tars, indices, set(chosen.tolist()), Path(folder))
         start, end = (self.num_images * part // world_size for part in (rank, rank + 1))  # as DALI cuts the data
         most = math.ceil(self.num_images / world_size)  # ranks trade their parts from epoch to epoch when shuffling
         images = self.num_images // world_size if shuffle else end - start
         if shuffle and batch_size > images:
             raise ValueError(
-                f"a batch of {batch_size} images (a process) is larger than the data set {dataset.name}/{dataset.split} "
-                f"with {images} (a process): give a batch_size of {images} or less"
+                f"a batch of {batch_size} images (a process) is larger than {dataset.name}/{dataset.split} with "
+                f"{images} images (a process): give a batch_size of {images * world_size} or less"
             )
         self.batch_size, self.shuffle, self.views = batch_size, shuffle, views
         self.steps_per_epoch = images // batch_size if shuffle else math.ceil(images / batch_size)
@@ -114,7 +117,10 @@ class Loader:
         meta, *tensors = (torch.from_dlpack(output.as_tensor()) for output in outputs)
         if not self.shuffle and position == self.steps_per_epoch - 1 and self._last_batch < self.batch_size:
             meta, *tensors = (tensor[: self._last_batch] for tensor in (meta, *tensors))
-        indices = meta[:, 1] if self._position is None else self._position.to(meta.device)[meta[:, 1]]
+        indices = meta[:, 1]
+        if self._position is not None:
+            self._position = self._position.to(meta.device)
+            indices = self._position[indices]
         images = (tensor.permute(0, 3, 1, 2) for tensor in tensors)
         views = {group: [next(images) for _ in range(view.count)] for group, view in self.views.items()}
         return Batch(views, meta[:, 0], indices)
@@ -145,8 +151,7 @@ class Loader:
     def close(self) -> None:
         """Stop the pipeline and remove the subset's temporary index files."""
         self._stop()
-        if self._folder is not None:
-            self._folder.cleanup()
+        self._remove_folder()
 
     def __enter__(self) -> Self:
         return self
@@ -156,7 +161,7 @@ class Loader:
 
     @functools.cached_property
     def _identity(self) -> dict[str, Any]:
-        """Return what must agree for a state to fit; DALI itself would take another seed or batch size without a word."""
+        """Return what must agree for a state to fit; DALI would take another seed or batch size without a word."""
         plan = self._plan
         names = {"tars": _names(plan.tars), "indices": _names(plan.indices)}  # wherever the folder lies
         graph = pipeline.serialize(replace(plan, **names), batch_size=self.batch_size)
@@ -175,7 +180,11 @@ class Loader:
         try:
             if self._pipeline is None:
                 self._pipeline = pipeline.build(
-                    self._plan, batch_size=self.batch_size, threads=self._threads, checkpoint=self._checkpoint
+                    self._plan,
+                    batch_size=self.batch_size,
+                    threads=self._threads,
+                    device_id=torch.cuda.current_device() if self._plan.gpu else None,
+                    checkpoint=self._checkpoint,
                 )
             return self._pipeline.run()
         except RuntimeError as error:

@@ -4,6 +4,7 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -25,7 +26,7 @@ def draw_views(
     largest = max(view.size for view in views.values())
     widths = [CELL * max(0.5, views[group].size / largest) for group, _ in columns]
     lefts = [sum(widths[:k]) + 0.06 * k + GAP * _groups_before(columns, k) for k in range(len(columns))]
-    margin, header, cell = 0.2, 0.95, max(widths) + 0.06
+    margin, header, cell = 0.2, 0.9, max(widths) + 0.06
     width, height = lefts[-1] + widths[-1] + 2 * margin, rows * cell + header + margin
     figure = Figure(figsize=(width, height), dpi=110, facecolor="white")
     for (group, index), left, side in zip(columns, lefts, widths, strict=True):
@@ -49,10 +50,10 @@ def _groups_before(columns: Sequence[tuple[str, int]], column: int) -> int:
     return len({group for group, _ in columns[: column + 1]}) - 1
 
 
-def _pixels(images: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
+def _pixels(images: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
     """Undo the normalisation of (rows, 3, size, size); return (rows, size, size, 3) in 0..1."""
     images = images.detach().float().cpu().permute(0, 2, 3, 1)
-    return (images * torch.tensor(std) + torch.tensor(mean)).clamp(0, 1)
+    return (images * torch.tensor(std) + torch.tensor(mean)).clamp(0, 1).numpy()
 
 
 def _title(figure: Figure, group: str, view: View, left: float, right: float, bottom: float) -> None:
@@ -63,8 +64,8 @@ def _title(figure: Figure, group: str, view: View, left: float, right: float, bo
     if view.seen_by != (group,):
         lines.append("seen by " + ", ".join(view.seen_by))
     lines = [part for line in lines for part in textwrap.wrap(line, width=max(12, int(width / 0.062)))]
-    figure.text(left, bottom + 0.7 / inches, group, fontsize=10, fontweight="bold", va="bottom", ha="left")
-    figure.text(left, bottom + 0.66 / inches, "\n".join(lines), fontsize=7, color="0.35", va="top", ha="left")
+    figure.text(left, bottom + 0.65 / inches, group, fontsize=10, fontweight="bold", va="bottom", ha="left")
+    figure.text(left, bottom + 0.61 / inches, "\n".join(lines), fontsize=7, color="0.35", va="top", ha="left")
 
 
 def _augmentation_name(augmentation: Augmentation) -> str:

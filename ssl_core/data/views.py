@@ -30,7 +30,7 @@ class Augmentation(Strict):
     brightness: NonNegativeFloat = 0.0  # a factor from [max(0, 1 - b), 1 + b]; contrast and saturation alike
     contrast: NonNegativeFloat = 0.0
     saturation: NonNegativeFloat = 0.0
-    hue: float = Field(0.0, ge=0, le=0.5)  # in turns: 0.5 may give any hue
+    hue: Annotated[float, Field(ge=0, le=0.5)] = 0.0  # in turns: 0.5 may give any hue
     grayscale: Probability = 0.0
     blur: Probability = 0.0
     blur_sigma: tuple[PositiveFloat, PositiveFloat] = (0.1, 2.0)  # pixels
