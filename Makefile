@@ -13,7 +13,7 @@ unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV CONDA_PREFIX
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 export MLFLOW_DISABLE_TELEMETRY := true
 
-.PHONY: all install test test-long check format schema ui lock clean
+.PHONY: all install test test-long bench check format schema ui lock clean
 .DELETE_ON_ERROR:
 .SUFFIXES:
 
@@ -38,11 +38,15 @@ $(INSTALLED): requirements.lock pyproject.toml
 	VIRTUAL_ENV=$(CURDIR)/.venv $(BIN)/python -m uv pip install --no-deps --no-build-isolation --editable .
 	touch $@
 
+# One process a core, one thread each; the tests of a file share its fixtures.
 test: $(INSTALLED)
-	pytest $(ARGS)
+	pytest --numprocesses auto --dist loadfile $(ARGS)
 
 test-long: $(INSTALLED)
-	pytest --long $(ARGS)
+	pytest --numprocesses auto --dist loadfile --long $(ARGS)
+
+bench: $(INSTALLED)
+	python benchmarks/loader.py $(ARGS)
 
 check: $(INSTALLED)
 	ruff check
@@ -62,6 +66,7 @@ schema: $(INSTALLED)
 
 # One worker and no job executor: a sixth of the processes and memory of the default.
 ui: $(INSTALLED)
+	@echo "The leaderboard: http://127.0.0.1:5000/#/experiments/1/runs?workflowType=machine_learning&viewStateShareKey=leaderboard"
 	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false mlflow ui --host 127.0.0.1 --workers 1 \
 	  --backend-store-uri $${MLFLOW_TRACKING_URI:-sqlite:///mlflow.db} $(ARGS)
 
