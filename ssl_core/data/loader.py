@@ -60,8 +60,12 @@ class Loader:
         threads: int = 1,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
+        only: Sequence[int] | None = None,
     ) -> None:
-        """Plan the reading; `batch_size` is per rank, `mean` and `std` (of pixels in 0..1) replace the manifest's."""
+        """Plan the reading; `batch_size` is per rank, `mean` and `std` (of pixels in 0..1) replace the manifest's.
+
+        `only` names images of the split by their index, in the place of the dataset's subset.
+        """
         split = manifest.split(dataset.split)
         # DALI's decoder may crash on a damaged image instead of failing, so damage is looked for where that is quick.
         verify(manifest, dataset.split, deep=split.bytes <= HASHED_BYTES)
@@ -69,8 +73,12 @@ class Loader:
         self.num_images = split.images
         self._remove_folder: Callable[[], Any] = lambda: None
         self._position: Tensor | None = None  # dataset index -> position in the sorted subset
-        if dataset.subset is not None:
-            chosen = draw_subset(split.images, dataset.subset, f"{dataset.name}/{dataset.split}")
+        if only is not None or dataset.subset is not None:
+            if only is not None:
+                chosen = np.unique(np.asarray(only, dtype=np.int64))
+            else:
+                assert dataset.subset is not None
+                chosen = draw_subset(split.images, dataset.subset, f"{dataset.name}/{dataset.split}")
             self.num_images = len(chosen)
             self._position = torch.full((split.images,), -1, dtype=torch.int64)
             self._position[torch.from_numpy(chosen)] = torch.arange(len(chosen))
@@ -104,8 +112,14 @@ class Loader:
             gpu=device == "cuda",
         )
         self._content = [shard.sha256 for shard in split.shards] + [str(dataset.subset)]
+        self._content += [] if only is None else [str(sorted(only))]
         self._pipeline: Pipeline | None = None
         self._checkpoint: bytes | None = None  # where the pipeline starts once it is built
+
+    @property
+    def normalisation(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and standard deviation by channel, of pixels in 0..1, that make up a view's numbers."""
+        return self._plan.mean, self._plan.std
 
     def next(self) -> Batch:
         """Return the next batch; epochs follow each other without end."""

@@ -142,6 +142,9 @@ def _crop(image: DataNode, view: View, seed: int) -> DataNode:
     if view.crop == "center":
         image = fn.resize(image, resize_shorter=view.resize or view.size, interp_type=interpolation)
         return fn.crop(image, crop=(view.size, view.size))
+    if view.region is not None:
+        left, top, right, bottom = view.region
+        image = fn.slice(image, rel_start=[top, left], rel_end=[bottom, right], axis_names="HW")
     return fn.random_resized_crop(
         image,
         size=(view.size, view.size),

@@ -177,6 +177,17 @@ def read_shard(path: Path) -> Iterator[tuple[int, str, bytes, int]]:
             yield number, extension, os.pread(tar.fileno(), int(size), int(offset)), label
 
 
+def read_labels(manifest: Manifest, split: str) -> list[int]:
+    """Return the labels of a split's images in the order of their indices (-1: none), without reading the images."""
+    labels = [-1] * manifest.split(split).images
+    for path in manifest.tars(split):
+        with open(path, "rb") as tar:
+            for line in path.with_suffix(".idx").read_text().splitlines()[1:]:
+                label, number = struct.unpack("<qq", os.pread(tar.fileno(), 16, int(line.split(" ")[5])))
+                labels[number] = label
+    return labels
+
+
 def renumber(path: Path, number: Callable[[int], int]) -> Shard:
     """Write a shard again with the dataset indices that `number` makes of its own."""
     with new_shard(path) as writer:

@@ -84,7 +84,9 @@ class View(Strict):
     count: PositiveInt = 1
     size: PositiveInt
     crop: Literal["random", "center"] = "random"
-    area: tuple[float, float] = (0.2, 1.0)  # share of the image that a random crop covers
+    # the part of the image that a random crop is made of: left, top, right, bottom as shares of the sides
+    region: tuple[Probability, Probability, Probability, Probability] | None = None
+    area: tuple[float, float] = (0.2, 1.0)  # share of the image (or region) that a random crop covers
     ratio: tuple[PositiveFloat, PositiveFloat] = (3 / 4, 4 / 3)  # width over height of a random crop
     resize: PositiveInt | None = None  # the shorter side before a center crop; None is `size`
     interpolation: Literal["linear", "cubic"] = "linear"
@@ -97,6 +99,10 @@ class View(Strict):
         _check_range("ratio", self.ratio)
         if self.area[0] <= 0 or self.area[1] > 1:
             raise ValueError(f"area {list(self.area)} is a share of the image: give 0 < smallest <= largest <= 1")
+        if self.region is not None and not (self.region[0] < self.region[2] and self.region[1] < self.region[3]):
+            raise ValueError(f"region {list(self.region)} is empty: give left < right and top < bottom, from 0 to 1")
+        if self.region is not None and self.crop == "center":
+            raise ValueError("region belongs to `crop: random`")
         if self.resize is not None and self.crop == "random":
             raise ValueError("resize belongs to `crop: center`; a random crop is resized to `size` anyway")
         if self.resize is not None and self.resize < self.size:

@@ -2,11 +2,12 @@
 
 import json
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -40,7 +41,7 @@ class Subjects:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a protocol found out; `metrics` has one entry a network, in percent."""
+    """What a protocol found out; `metrics` has one entry a network, accuracies in percent."""
 
     protocol: str
     split: str
@@ -48,6 +49,8 @@ class Outcome:
     hyperparameters: dict[str, Any]
     num_train: int
     num_test: int
+    headline: str = "top1"  # the metric, in percent, that stands for the evaluation
+    details: dict[str, Any] = field(default_factory=dict)  # what is too long for a table, for example which images
 
 
 @dataclass(frozen=True)
@@ -140,8 +143,12 @@ def make_loader(
     shuffle: bool = False,
     batch_size: int = BATCH_SIZE,
     seed: int = 0,
+    only: Sequence[int] | None = None,
 ) -> Loader:
-    """Read `dataset` through one view, normalised as the pre-training normalised; close it after use."""
+    """Read `dataset`, or `only` these of its images, through one view, normalised as the pre-training normalised.
+
+    Close it after use.
+    """
     return Loader(
         manifest,
         dataset,
@@ -153,7 +160,30 @@ def make_loader(
         threads=1 if subjects.device == "cpu" else subjects.threads,  # networks need the CPU's cores more
         mean=subjects.mean,
         std=subjects.std,
+        only=only,
     )
+
+
+def draw_by_class(
+    labels: Sequence[int], candidates: Sequence[int], count: Callable[[int], int], seed: int
+) -> list[int]:
+    """Draw `count(n)` of the n candidates of each class, by their order and the seed alone; return them sorted.
+
+    `labels` are those of the whole split, `candidates` indices into it; no class gives more than it has.
+    """
+    generator = np.random.default_rng(seed)
+    members, truth = np.sort(np.asarray(candidates)), np.asarray(labels)
+    drawn = []
+    for label in np.unique(truth[members]):
+        own = generator.permutation(members[truth[members] == label])
+        drawn.append(own[: count(len(own))])
+    return np.sort(np.concatenate(drawn)).tolist()
+
+
+def hold_out(indices: Tensor, share: float, seed: int) -> Tensor:
+    """Draw the images that choose a hyper-parameter, by their indices and the seed alone; at least one."""
+    order = np.random.default_rng(seed).permutation(np.sort(indices.numpy()))
+    return torch.from_numpy(order[: max(1, round(share * len(order)))])
 
 
 @contextmanager
@@ -184,7 +214,7 @@ def extract(networks: Mapping[str, nn.Module], loader: Loader, *, describe: str 
             for name, network in networks.items():
                 features = network(images)
                 if name not in of:
-                    of[name] = _allocate(loader.num_images, features.shape[1])
+                    of[name] = allocate(loader.num_images, features.shape[1])
                 of[name][start:stop] = features
             labels.append(batch.labels.cpu())
             indices.append(batch.indices.cpu())
@@ -201,6 +231,13 @@ def correct(logits: Tensor, labels: Tensor) -> dict[str, float]:
     return metrics
 
 
+def mean_per_class(predicted: Tensor, labels: Tensor) -> float:
+    """Return the mean over the classes that occur in `labels` of the accuracy on each, 0-100, to four decimals."""
+    counts = labels.bincount()
+    hits = labels[predicted == labels].bincount(minlength=len(counts))
+    return round(100 * (hits[counts > 0] / counts[counts > 0]).double().mean().item(), 4)
+
+
 def percent(hits: Tensor) -> float:
     """Return the share of true entries, 0-100, to four decimals."""
     return round(100 * hits.sum().item() / len(hits), 4)
@@ -213,7 +250,7 @@ def _said(header: Mapping[str, str], key: str) -> Any:
     return json.loads(header[key])
 
 
-def _allocate(rows: int, dim: int) -> Tensor:
+def allocate(rows: int, dim: int) -> Tensor:
     """Make room for (rows, dim) float32, in memory or, for large sets, in a file that vanishes with the tensor."""
     if rows * dim * 4 <= MEMORY_LIMIT:
         return torch.empty(rows, dim)

@@ -68,7 +68,9 @@ def run(config: Config, subjects: Subjects, manifest: Manifest, log: Log) -> Out
     )
     protocol = "knn-best/v1" if config.variant == "best" else "knn/v1"
     shared = {"variant": config.variant, "image_size": subjects.image_size, "resize": config.resize}
-    return Outcome(protocol, split, metrics, shared | hyperparameters, len(bank.labels), len(queries.labels))
+    counts = (len(bank.labels), len(queries.labels))
+    headline = "best_nn_top1" if config.variant == "best" else "top1"
+    return Outcome(protocol, split, metrics, shared | hyperparameters, *counts, headline)
 
 
 def _weighted(config: Config, subjects: Subjects, bank: Features, queries: Features, classes: int):
@@ -114,26 +116,28 @@ def neighbours(
     chunk: int = 1024,
     bank_chunk: int = 16384,
 ) -> tuple[Tensor, Tensor]:
-    """Find the k nearest rows of `bank` (n, dim) for each query, nearest first, in memory for `chunk` x `bank_chunk`.
+    """Find the k nearest rows of `bank` (n, dim) for each query, nearest first.
 
+    In memory for `chunk` x `bank_chunk` similarities and queries x k results; the bank is read once.
     `prepare` brings rows of both into the space of the comparison. Returns similarities and rows, both (queries, k):
     inner products, or if `euclidean` q.b - b.b / 2, which orders the bank as the distance to q does.
     """
-    found = []
-    for asked in queries.split(chunk):
-        asked = prepare(asked).to(device)
-        values = torch.empty(len(asked), 0, device=device)
-        rows = torch.empty(len(asked), 0, dtype=torch.int64, device=device)
-        for number, part in enumerate(bank.split(bank_chunk)):
-            part = prepare(part).to(device)
-            similarity = asked @ part.T
-            if euclidean:
-                similarity -= part.square().sum(dim=1) / 2
-            part_values, part_rows = similarity.topk(min(k, len(part)), dim=1)
-            values = torch.cat([values, part_values], dim=1)
+    found: list[tuple[Tensor, Tensor]] = []  # for each chunk of queries, the best so far
+    for start in range(0, len(bank), bank_chunk):
+        part = prepare(bank[start : start + bank_chunk]).to(device)  # each once: it may come from a file
+        offset = part.square().sum(dim=1) / 2 if euclidean else None
+        for number, asked in enumerate(queries.split(chunk)):
+            similarity = prepare(asked).to(device) @ part.T
+            if offset is not None:
+                similarity -= offset
+            values, rows = similarity.topk(min(k, len(part)), dim=1)
+            values, rows = values.cpu(), rows.cpu() + start
+            if start == 0:
+                found.append((values, rows))
+                continue
+            values, rows = (torch.cat(pair, dim=1) for pair in zip(found[number], (values, rows)))
             values, order = values.topk(min(k, values.shape[1]), dim=1)
-            rows = torch.cat([rows, part_rows + number * bank_chunk], dim=1).gather(1, order)
-        found.append((values.cpu(), rows.cpu()))
+            found[number] = (values, rows.gather(1, order))
     return torch.cat([values for values, _ in found]), torch.cat([rows for _, rows in found])
 
 

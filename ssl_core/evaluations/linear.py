@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Any, Literal, NamedTuple
 
-import numpy as np
 import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
@@ -30,6 +29,7 @@ from ssl_core.evaluations.features import (
     extract,
     find_test_split,
     frozen,
+    hold_out,
     labelled_split,
     make_loader,
     num_classes,
@@ -203,7 +203,7 @@ def run(config: Config, subjects: Subjects, manifest: Manifest, log: Log) -> Out
     if config.cached or config.several():
         with make_loader(subjects, manifest, config.dataset, center) as loader:
             train = extract(networks, loader, describe="linear: train")
-        held_out = _hold_out(train.indices, config) if config.several() else None
+        held_out = hold_out(train.indices, config.holdout, config.seed) if config.several() else None
 
     view = training_view(config, subjects.image_size, manifest.avoid)
     with _epochs(networks, subjects, manifest, config, view, train) as epochs:
@@ -335,9 +335,3 @@ def _cached(train: Features, batch_size: int, seed: int, device: str) -> Epochs:
             yield features, train.labels[rows].to(device), train.indices[rows]
 
     return Epochs(batches, num_images, batch_size, -(-num_images // batch_size))
-
-
-def _hold_out(indices: Tensor, config: Config) -> Tensor:
-    """Draw the images that choose the learning rate, by their indices and the seed alone."""
-    order = np.random.default_rng(config.seed).permutation(np.sort(indices.numpy()))
-    return torch.from_numpy(order[: max(1, round(config.holdout * len(order)))])

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ssl_core.config import Experiment, Strict, Training, nearest, parse
-from ssl_core.data.loader import Batch
+from ssl_core.data.loader import Batch, Loader
 from ssl_core.data.views import Views
 from ssl_core.networks.backbones import Network
 
@@ -51,6 +51,8 @@ class Method(nn.Module):
     """A pre-training method around `backbone`; all its state is parameters and buffers from construction on."""
 
     Config: ClassVar[type[MethodConfig]]
+    constant_rate: tuple[str, ...] = ()  # submodules whose learning rate never falls (SimSiam's predictor)
+    undecayed: tuple[str, ...] = ()  # parameters that weight decay spares, whatever `training.decay_exclusion`
     backbone: Network  # the student's, which evaluations use
 
     def __init__(self, config: Any, backbone: Network, *, num_images: int, batch_size: int, seed: int) -> None:
@@ -62,9 +64,15 @@ class Method(nn.Module):
         """Say which views of an image are made and who sees them."""
         raise NotImplementedError
 
+    def prepare(self, loader: Loader, device: torch.device) -> None:
+        """Look at the data once before the first step of a new run; where this leaves the loader is of no account."""
+
     def forward(self, batch: Batch, progress: Progress) -> Losses:
         """Return the losses of one batch, using memory as it stood before this batch."""
         raise NotImplementedError
+
+    def before_step(self, progress: Progress) -> None:
+        """Look at the gradients before the optimizer uses them; a parameter whose gradient is None stays as it is."""
 
     def after_step(self, progress: Progress) -> None:
         """Move teacher, queue and schedules; called once after every optimizer step."""

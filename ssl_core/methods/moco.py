@@ -1,8 +1,201 @@
-"""MoCo's loss; ReSSL warms up with it."""
+"""MoCo v2: momentum contrast (He et al., 2020; Chen et al., 2020), https://arxiv.org/abs/2003.04297.
+
+A query must find its own image's key, made by a slowly moving teacher, among the keys of a queue. Presets add what
+others made of it: multi-crop with SSLight's view sampling (Tan et al., 2023), https://arxiv.org/abs/2210.02808, and the
+settings for small networks of Shi et al. (2022), https://arxiv.org/abs/2107.14762.
+"""
+
+import sys
+from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from pydantic import Field, PositiveFloat, PositiveInt
+from torch import Tensor, nn
+
+from ssl_core.data.loader import Batch
+from ssl_core.data.views import POLICIES, Augmentation, Probability, View, Views
+from ssl_core.methods.base import Losses, Method, MethodConfig, Preset, Progress, full_precision
+from ssl_core.networks.backbones import Network, load_strictly, read_tensors
+from ssl_core.networks.heads import mlp
+from ssl_core.networks.split_batchnorm import split_batchnorm
+from ssl_core.training import distributed
+from ssl_core.training.momentum import make_teacher, update_teacher
+from ssl_core.training.multicrop import SIX_LOCALS, SSLIGHT, SSLIGHT_TRAINING, MultiCrop, encode, local_views
+from ssl_core.training.queue import Queue
+from ssl_core.training.schedules import cosine_momentum
+
+
+class Config(MultiCrop, MethodConfig):
+    """Defaults are those of the baseline that SSQL and Cao & Wu run on CIFAR (recipes M4); local views are queries."""
+
+    name: Literal["moco"] = "moco"
+    preset: Literal["small", "moco_v2", "notebook", "sslight_baseline", "sslight", "shi"] = "small"
+    temperature: PositiveFloat = 0.2
+    queue_size: PositiveInt = 2048
+    teacher_momentum: Probability = 0.999
+    final_teacher_momentum: Probability | None = None  # reached on a cosine; None keeps it constant
+    # Both views are query and key: the sum of both directions (MoCo's notebook) or their mean (solo-learn).
+    symmetric: Literal["sum", "mean"] | None = None
+    projector_layers: PositiveInt = 2
+    projector_hidden: PositiveInt | Literal["d", "2d"] = 2048  # d: the width of the features
+    projector_dropout: float = Field(default=0.0, ge=0, lt=1)  # in front of the last layer (an ablation of Shi et al.)
+    projector_weights: Literal["default", "truncated_normal"] = "default"  # the latter with zero biases (SSLight)
+    embedding_dim: PositiveInt = 256
+    # Parts of the global batch with BatchNorm statistics of their own, keys shuffled over them; 1: of the whole batch.
+    batchnorm_splits: PositiveInt = 4
+    area: tuple[float, float] = (0.2, 1.0)
+    interpolation: Literal["linear", "cubic"] = "linear"
+    query_augmentation: Augmentation = POLICIES["contrastive_no_blur"]
+    key_augmentation: Augmentation = POLICIES["contrastive_no_blur"]
+    local_augmentation: Augmentation = POLICIES["contrastive_no_blur"]
+    # A backbone.safetensors or model.safetensors to start from, distilled for example (Shi et al., section 3.4).
+    initial: Path | None = None
+
+
+_OFFICIAL = {
+    "queue_size": 65536, "projector_hidden": "d", "embedding_dim": 128, "batchnorm_splits": 8,
+    "query_augmentation": "contrastive", "key_augmentation": "contrastive",
+}  # fmt: skip
+_SSLIGHT = {
+    "queue_size": 65536, "projector_weights": "truncated_normal", "embedding_dim": 128, "batchnorm_splits": 1,
+    "interpolation": "cubic", "key_augmentation": "dino_global_first", "query_augmentation": "dino_global_second",
+    "local_augmentation": "dino_local",  # DINO's colours as in SSLight's code; its paper says MoCo's (recipes A13)
+}  # fmt: skip
+_SGD = {
+    "optimizer": "sgd", "learning_rate_scaling": "none", "weight_decay": 1e-4, "warmup_epochs": 0,
+    "schedule_unit": "epoch",
+}  # fmt: skip
+_LARS = {**SSLIGHT_TRAINING, "learning_rate": 0.48}
+
+PRESETS = {
+    "small": Preset(method={}, training={**_SGD, "learning_rate": 0.3, "batch_size": 256, "epochs": 400}),
+    "moco_v2": Preset(
+        method=_OFFICIAL, training={**_SGD, "learning_rate": 0.03, "batch_size": 256, "epochs": 200}
+    ),
+    "notebook": Preset(  # Facebook's CIFAR-10 notebook: kNN 82.6 % after 200 epochs, 85.3 with `symmetric: sum`
+        method={
+            "temperature": 0.1, "queue_size": 4096, "teacher_momentum": 0.99, "projector_layers": 1,
+            "embedding_dim": 128, "batchnorm_splits": 8, "area": (0.08, 1.0),
+        },
+        training={**_SGD, "learning_rate": 0.06, "weight_decay": 5e-4, "batch_size": 512, "epochs": 200},
+    ),
+    "sslight_baseline": Preset(method={**_SSLIGHT, **SIX_LOCALS}, training=_LARS),  # its MoCo v2*
+    "sslight": Preset(method={**_SSLIGHT, **SSLIGHT}, training=_LARS),
+    "shi": Preset(
+        method={
+            **_OFFICIAL, "temperature": 0.1, "projector_hidden": "2d", "query_augmentation": "aug_plus",
+            "key_augmentation": "aug_plus",
+        },
+        training={**_SGD, "learning_rate": 0.06, "batch_size": 512, "epochs": 800},
+    ),
+}  # fmt: skip
+
+
+class MoCo(Method):
+    """Student, momentum teacher and a queue of the teacher's past embeddings, the keys."""
+
+    Config = Config
+
+    def __init__(self, config: Config, backbone: Network, *, num_images: int, batch_size: int, seed: int) -> None:
+        super().__init__(config, backbone, num_images=num_images, batch_size=batch_size, seed=seed)
+        if config.queue_size > num_images:
+            raise ValueError(
+                f"method.queue_size {config.queue_size} is larger than the data set ({num_images} images): queries "
+                f"would be told apart from old keys of their own image; choose {num_images} or less"
+            )
+        self.config = config
+        self.seed = seed
+        self.backbone: Network = backbone
+        self.projector = _projector(config, backbone.num_features)
+        if config.initial is not None:
+            start_from(config.initial, self.backbone, self.projector)
+        if config.batchnorm_splits > 1:
+            split_batchnorm(self, max(1, config.batchnorm_splits // distributed.world_size()))
+        self.teacher = make_teacher(nn.Sequential(self.backbone, self.projector))
+        self.queue = Queue(config.queue_size, config.embedding_dim)
+        self.keys: list[Tensor] = []  # this step's, enqueued after it
+
+    @staticmethod
+    def views(config: Config, image_size: int) -> Views:
+        """One view for the key, one for the query and, with multi-crop, small ones for further queries."""
+        queried, answered = ("student",), ("teacher",)
+        if config.symmetric:
+            queried = answered = ("student", "teacher")
+        augmentations = {
+            "query": (config.query_augmentation, queried),
+            "key": (config.key_augmentation, answered),
+        }
+        views = {
+            group: View(
+                size=image_size,
+                area=config.area,
+                interpolation=config.interpolation,
+                augmentation=augmentation,
+                seen_by=seen_by,
+            )
+            for group, (augmentation, seen_by) in augmentations.items()
+        }
+        return {
+            **views,
+            **local_views(config, image_size, config.local_augmentation, interpolation=config.interpolation),
+        }
+
+    def forward(self, batch: Batch, progress: Progress) -> Losses:
+        """Return the contrast of each global view with the other's key, and of local views with every key."""
+        (first,), (second,), small = batch.views["query"], batch.views["key"], batch.views.get("local", [])
+        query, *locals_ = self._queries([first, *small])
+        queries, keys = [query], [self._key(second, progress.step)]
+        if self.config.symmetric:
+            queries += self._queries([second])
+            keys.append(self._key(first, progress.step))
+        self.keys += reversed(keys)  # those of the first view come first, as in MoCo's notebook
+        with full_precision(query):
+            return self._losses(queries, locals_, keys)
+
+    def _losses(self, queries: list[Tensor], locals_: list[Tensor], keys: list[Tensor]) -> Losses:
+        total = self._contrast(queries, keys)
+        parts = {"global": total.detach()}
+        if locals_:
+            every = torch.cat(locals_)  # (num_locals * batch, dim)
+            contrast = self._contrast([every] * len(keys), [key.repeat(len(locals_), 1) for key in keys])
+            parts["local"] = contrast.detach()
+            alpha = 1 / (1 + len(locals_)) if self.config.alpha is None else self.config.alpha
+            total = alpha * total + (1 - alpha) * contrast  # SSLight eq. 3
+        return Losses(total, parts, embedding=queries[0].detach())
+
+    def _contrast(self, queries: list[Tensor], keys: list[Tensor]) -> Tensor:
+        """Return InfoNCE on the queue as it stood before this batch, over the directions."""
+        temperature = self.config.temperature
+        directions = torch.stack(
+            [
+                info_nce(query, key, self.queue.rows, temperature=temperature)
+                for query, key in zip(queries, keys, strict=True)
+            ]
+        )
+        return directions.sum() if self.config.symmetric == "sum" else directions.mean()
+
+    def _queries(self, views: list[Tensor]) -> list[Tensor]:
+        embedding = self.projector(encode(self.backbone, views))
+        return [*F.normalize(embedding.float(), dim=1).chunk(len(views))]  # q of each view: (batch, dim)
+
+    @torch.no_grad()
+    def _key(self, view: Tensor, step: int) -> Tensor:
+        if self.config.batchnorm_splits == 1:
+            return F.normalize(self.teacher(view).float(), dim=1)  # k: (batch, dim)
+        shuffled, order = distributed.shuffle(view, seed=self.seed, step=step)
+        return distributed.unshuffle(F.normalize(self.teacher(shuffled).float(), dim=1), order)
+
+    @torch.no_grad()
+    def after_step(self, progress: Progress) -> None:
+        """Move the teacher towards the student and put this step's keys into the queue."""
+        start, end = self.config.teacher_momentum, self.config.final_teacher_momentum
+        momentum = start if end is None else cosine_momentum(progress.step, progress.total_steps, start, end)
+        update_teacher(self.teacher, nn.Sequential(self.backbone, self.projector), momentum)
+        for keys in self.keys:
+            self.queue.enqueue(distributed.gather(keys))
+        self.keys.clear()
 
 
 def info_nce(query: Tensor, key: Tensor, queue: Tensor, *, temperature: float) -> Tensor:
@@ -14,3 +207,37 @@ def info_nce(query: Tensor, key: Tensor, queue: Tensor, *, temperature: float) -
     logits = torch.cat([positive, query @ queue.T], dim=1) / temperature  # (batch, 1 + size)
     target = torch.zeros(len(query), dtype=torch.long, device=query.device)
     return F.cross_entropy(logits, target)
+
+
+def start_from(path: Path, backbone: nn.Module, projector: nn.Module) -> None:
+    """Load a backbone.safetensors, or a model.safetensors whose projector is taken too if it fits.
+
+    Raises `ValueError` where the backbone does not fit exactly; says so where the projector starts anew.
+    """
+    weights, header = read_tensors(path)
+    if "backbone" in header:
+        weights = {f"backbone.{name}": weight for name, weight in weights.items()}
+    parts: dict[str, dict[str, Tensor]] = {"backbone": {}, "projector": {}}
+    for name, weight in weights.items():
+        part, _, rest = name.partition(".")
+        parts.setdefault(part, {})[rest] = weight
+    load_strictly(backbone, parts["backbone"], path)
+    own, found = projector.state_dict(), parts["projector"]
+    if own.keys() == found.keys() and all(weight.shape == found[name].shape for name, weight in own.items()):
+        projector.load_state_dict(found)
+    elif distributed.rank() == 0:
+        print(f"method.initial: {path} has no projector of these shapes; ours starts from random", file=sys.stderr)
+
+
+def _projector(config: Config, width: int) -> nn.Sequential:
+    hidden = {"d": width, "2d": 2 * width}.get(str(config.projector_hidden), config.projector_hidden)
+    hidden_widths = [int(hidden)] * (config.projector_layers - 1)
+    projector = mlp([width, *hidden_widths, config.embedding_dim], batch_norm=False)
+    if config.projector_dropout:
+        projector.insert(len(projector) - 1, nn.Dropout(config.projector_dropout))
+    if config.projector_weights == "truncated_normal":
+        for layer in projector:
+            if isinstance(layer, nn.Linear):
+                nn.init.trunc_normal_(layer.weight, std=0.02)
+                nn.init.zeros_(layer.bias)
+    return projector

@@ -234,7 +234,7 @@ def load_backbone(path: Path) -> tuple[Network, dict[str, str]]:
     except ValidationError as error:
         raise ValueError(f"{path}: its header describes no known backbone: {error.errors()[0]['msg']}") from None
     module = build_backbone(config, int(header["image_size"]))
-    _load_strictly(module, weights, path)
+    load_strictly(module, weights, path)
     return module, header
 
 
@@ -246,7 +246,7 @@ def load_weights(module: nn.Module, path: Path) -> None:
     weights, _ = read_tensors(path)
     own = module.state_dict()
     known = {name: weight for name, weight in weights.items() if name in own or name.split(".")[0] not in CLASSIFIERS}
-    _load_strictly(module, known, path)
+    load_strictly(module, known, path)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -273,7 +273,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise ValueError(f"{path} is truncated or no safetensors file ({error}): write it again") from None
 
 
-def _load_strictly(module: nn.Module, weights: Mapping[str, Tensor], path: Path) -> None:
+def load_strictly(module: nn.Module, weights: Mapping[str, Tensor], path: Path) -> None:
     """Copy the weights into the module if names and shapes agree exactly, else raise ValueError."""
     own = module.state_dict()
     problems = [f"{name} is missing" for name in own if name not in weights]

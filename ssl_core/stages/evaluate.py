@@ -87,12 +87,14 @@ def describe(experiment: str, evaluation: str, outcome: Outcome, *, dataset: str
         "protocol": outcome.protocol,
         "dataset": dataset,
         "split": outcome.split,
+        "headline": outcome.headline,
         "metrics": outcome.metrics["pretrained"],
         "baselines": baselines,
         "hyperparameters": outcome.hyperparameters,
         "num_train": outcome.num_train,
         "num_test": outcome.num_test,
         "seed": seed,
+        **({"details": outcome.details} if outcome.details else {}),
     }
 
 
@@ -103,6 +105,5 @@ def numbers(metrics: dict[str, Any]) -> dict[str, float]:
 
 def summary(outcome: Outcome, dataset: str, output: Path) -> str:
     """Say in one line what came out, in percent."""
-    (metric,) = [name for name in outcome.metrics["pretrained"] if name in ("top1", "best_nn_top1")]
-    scores = ", ".join(f"{name} {metrics[metric]:.1f}" for name, metrics in outcome.metrics.items())
-    return f"{outcome.protocol} on {dataset}/{outcome.split}, {metric} in %: {scores} -> {output}"
+    scores = ", ".join(f"{name} {metrics[outcome.headline]:.1f}" for name, metrics in outcome.metrics.items())
+    return f"{outcome.protocol} on {dataset}/{outcome.split}, {outcome.headline} in %: {scores} -> {output}"

@@ -7,6 +7,7 @@ import os
 import resource
 import shutil
 import sys
+import time
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,10 +127,21 @@ def _work(job: Job) -> None:
         state = checkpoints.load(job.checkpoint, identity)
         if state is not None:
             trainer.restore(state)
+        else:
+            _prepare(trainer)
         if distributed.rank() == 0:
             _lead(job, resolved, manifest, views, trainer, identity, state["tracking_run"] if state else None)
         else:
             trainer.run(save=lambda: _discard(trainer.state()), log=lambda row: None)
+
+
+def _prepare(trainer: Trainer) -> None:
+    """Let the method look at the data; training then sees the same batches as if it had not."""
+    started, start = time.monotonic(), trainer.loader.state()
+    with torch.autocast(trainer.device.type, dtype=trainer.dtype, enabled=trainer.dtype is not None):
+        trainer.method.prepare(trainer.loader, trainer.device)
+    trainer.loader.restore(start)
+    trainer.seconds += time.monotonic() - started
 
 
 def _lead(
@@ -190,6 +202,7 @@ def _version(identity: checkpoints.Identity) -> str:
 
 def _start_process(processes: int, threads: int) -> torch.device:
     torch.set_num_threads(max(1, threads // processes))
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not deterministic
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.set_float32_matmul_precision("high")
     cuda = torch.cuda.is_available()

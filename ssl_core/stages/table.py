@@ -125,8 +125,10 @@ def _parameters(rows: Sequence[Row]) -> list[str]:
 
 
 def _accuracy(result: dict[str, Any]) -> str:
-    """Name the metric that stands for an evaluation: top1, or what a protocol measures in its place (best_nn_top1)."""
+    """Name the metric that stands for an evaluation: what it says itself, else top1 or what is like it."""
     metrics = result["metrics"]
+    if "headline" in result:
+        return result["headline"]
     return "top1" if "top1" in metrics else next((name for name in sorted(metrics) if name.endswith("top1")), "top1")
 
 

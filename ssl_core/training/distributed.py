@@ -32,6 +32,15 @@ def gather(tensor: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
+def gather_with_gradient(tensor: Tensor) -> Tensor:
+    """Concatenate `tensor` (batch, ...) of all processes in rank order; gradients find their way back to each.
+
+    For losses that every process averages over its own batch: with DistributedDataParallel's mean over processes the
+    gradient is that of one process on the concatenated batch.
+    """
+    return _Gather.apply(tensor) if is_distributed() else tensor
+
+
 def shuffle(images: Tensor, *, seed: int, step: int) -> tuple[Tensor, Tensor]:
     """Permute the images (batch, ...) of all processes among them and return this process's share and the order.
 
@@ -57,6 +66,20 @@ def agree(value: bool, device: torch.device) -> bool:
     flag = torch.tensor(int(value), device=device)
     dist.broadcast(flag, 0)
     return bool(flag.item())
+
+
+class _Gather(torch.autograd.Function):
+    """The tensors of all processes; backward, the sum over processes of what each wants of this process's tensor."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        return gather(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        total = gradients[0].clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total.chunk(world_size())[rank()]
 
 
 class _Average(torch.autograd.Function):

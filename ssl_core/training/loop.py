@@ -43,7 +43,9 @@ class Trainer:
     def __init__(self, method: Method, loader: Loader, training: Training, *, device: torch.device) -> None:
         self.method: Method = method.to(device=device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         self.loader, self.training, self.device = loader, training, device
-        self.optimizer = build_optimizer(self.method, training)
+        self.optimizer = build_optimizer(
+            self.method, training, constant=method.constant_rate, undecayed=method.undecayed
+        )
         self.dtype = autocast_type(training.precision, device)
         self.steps_per_epoch = loader.steps_per_epoch // training.accumulation
         if self.steps_per_epoch == 0:
@@ -146,6 +148,7 @@ class Trainer:
             self._note(losses)
         if self.training.gradient_clip is not None:
             nn.utils.clip_grad_norm_(self.method.parameters(), self.training.gradient_clip)
+        self.method.before_step(progress)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.method.after_step(progress)

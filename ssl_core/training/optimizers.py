@@ -14,13 +14,16 @@ from ssl_core.config import Training
 from ssl_core.training.schedules import effective_learning_rate
 
 
-def build_optimizer(module: nn.Module, training: Training, *, constant: Sequence[str] = ()) -> Optimizer:
+def build_optimizer(
+    module: nn.Module, training: Training, *, constant: Sequence[str] = (), undecayed: Sequence[str] = ()
+) -> Optimizer:
     """Build the optimizer of all parameters that are trained; frozen ones are left out.
 
     Its groups start at the peak learning rate. Those of submodules named in `constant` (SimSiam's predictor) stay
-    there through `set_learning_rate`. AdamW takes `momentum` as its first beta.
+    there through `set_learning_rate`; parameters named in `undecayed` (PID's class weights) never decay. AdamW takes
+    `momentum` as its first beta.
     """
-    groups = parameter_groups(module, training, constant=constant)
+    groups = parameter_groups(module, training, constant=constant, undecayed=undecayed)
     rate, momentum, nesterov = effective_learning_rate(training), training.momentum, training.nesterov
     if nesterov and training.optimizer != "sgd":
         raise ValueError(f"training.nesterov exists for sgd only, not for {training.optimizer}: leave it out")
@@ -38,7 +41,9 @@ def set_learning_rate(optimizer: Optimizer, rate: float) -> None:
             group["lr"] = rate
 
 
-def parameter_groups(module: nn.Module, training: Training, *, constant: Sequence[str] = ()) -> list[dict[str, Any]]:
+def parameter_groups(
+    module: nn.Module, training: Training, *, constant: Sequence[str] = (), undecayed: Sequence[str] = ()
+) -> list[dict[str, Any]]:
     """Sort the trained parameters by what `decay_exclusion` spares them; empty groups are left out.
 
     `norm_bias`: one-dimensional parameters and biases, no decay and no trust ratio. `norm_bias_depthwise`: also
@@ -50,7 +55,8 @@ def parameter_groups(module: nn.Module, training: Training, *, constant: Sequenc
         if not parameter.requires_grad:
             continue
         spared = _spared(name, parameter, training.decay_exclusion)
-        decayed = not spared and not (training.decay_exclusion == "norm_bias_depthwise" and _is_depthwise(parameter))
+        kept = training.decay_exclusion == "norm_bias_depthwise" and _is_depthwise(parameter)
+        decayed = not (spared or kept or name in undecayed)
         fixed = any(name == prefix or name.startswith(f"{prefix}.") for prefix in constant)
         new = {
             "params": [],

@@ -199,6 +199,17 @@ def test_random_crops_have_torchvisions_areas_and_ratios(tmp_path: Path, make_sh
     assert _distance(found[:, 0, 32, 32] / 2 - width / 2, _offsets(expected[0], side)) < 1.5 * limit
 
 
+def test_a_region_is_all_that_a_crop_sees(tiny: Manifest, pictures: list[Image.Image]) -> None:
+    whole = {"area": (1.0, 1.0), "ratio": (1.0, 1.0), "augmentation": Augmentation(flip=0.0)}  # pixels as they are
+    corners = {"top_right": (0.5, 0.0, 1.0, 0.5), "bottom_left": (0.0, 0.25, 0.75, 1.0)}
+    views = {
+        name: View(size=round(32 * (region[2] - region[0])), region=region, **whole) for name, region in corners.items()
+    }
+    found, images = render(tiny, views), stacked(pictures)
+    assert difference(found["top_right"][0], images[:, :, :16, 16:]) < 0.01
+    assert difference(found["bottom_left"][0], images[:, :, 8:, :24]) < 0.01
+
+
 def test_jitter_draws_torchvisions_factors() -> None:
     how = Augmentation(jitter=0.8, brightness=0.4, saturation=1.5, hue=0.1, grayscale=0.2)
     hue, saturation, brightness, share = draw_colours(how, 5, 0, 20_000)

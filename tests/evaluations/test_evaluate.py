@@ -6,6 +6,12 @@ from ssl_core.stages import evaluate
 
 SPEC = {"protocol": "knn", "k": 5, "dataset": {"name": "squares"}}
 LINEAR = {"protocol": "linear", "epochs": 2, "learning_rate": 0.1, "dataset": {"name": "squares"}}
+OTHERS = [
+    {"protocol": "logistic", "l2_steps": 3, "dataset": {"name": "squares"}},
+    {"protocol": "low_shot", "shots": [4], "draws": 1, "max_iterations": 50, "dataset": {"name": "squares"}},
+    {"protocol": "metrics", "images_per_class": 4, "dataset": {"name": "squares"}},
+    {"protocol": "semi_supervised", "variant": "ressl_10", "epochs": 1, "dataset": {"name": "squares"}},
+]
 
 
 @pytest.fixture(autouse=True)
@@ -31,7 +37,7 @@ def run(backbone_path, manifest_path, tmp_path):
     return run
 
 
-@pytest.mark.parametrize("spec", [SPEC, LINEAR, {**LINEAR, "variant": "features"}])
+@pytest.mark.parametrize("spec", [SPEC, LINEAR, {**LINEAR, "variant": "features"}, *OTHERS])
 def test_a_second_run_writes_the_same_bytes(run, spec):
     assert run(spec).read_bytes() == run(spec, "again.json").read_bytes()
 
@@ -44,6 +50,7 @@ def test_the_results_say_what_was_measured_and_how(run, capsys):
         "protocol",
         "dataset",
         "split",
+        "headline",
         "metrics",
         "baselines",
         "hyperparameters",
@@ -62,6 +69,17 @@ def test_the_results_say_what_was_measured_and_how(run, capsys):
     assert results["hyperparameters"]["overridden"] == ["epochs", "learning_rate"]
     assert set(results["digests"]) == {"spec", "code", "data", "backbone"}
     assert "linear/v1 on squares/test, top1 in %: pretrained" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("spec", [SPEC, {**SPEC, "variant": "best"}, *OTHERS])
+def test_every_protocol_names_the_percentage_that_stands_for_it(run, spec, capsys):
+    results = json.loads(run(spec).read_text())
+    headline = results["headline"]
+    assert set(results["baselines"]) == {"untrained", "pixels"}
+    for metrics in (results["metrics"], *results["baselines"].values()):
+        assert 0 <= metrics[headline] <= 100
+    assert results["hyperparameters"]["how"]
+    assert f"{headline} in %: pretrained" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -1,19 +1,48 @@
 import math
+from collections import deque
+from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 
-from ssl_core.methods.moco import info_nce
+from ssl_core.config import Backbone, parse
+from ssl_core.data.loader import Batch
+from ssl_core.methods.base import Progress, resolve
+from ssl_core.methods.moco import Config, MoCo, info_nce
+from ssl_core.networks.backbones import build_backbone, save_backbone
+from tests.methods.harness import START, Tiny, batch, collapse_alarms, make, resume_is_exact, two_processes_equal_one
+
+SMALL: dict[str, Any] = {"queue_size": 32, "projector_hidden": 12, "embedding_dim": 5, "batchnorm_splits": 1}
+CROPS: dict[str, Any] = {"num_locals": 3, "local_size": 5}
+
+
+def build(**changes):
+    return make(MoCo, Config(**{**SMALL, **changes}))
+
+
+def noise(model, seed=0, images=16):
+    return batch(MoCo.views(model.config, 8), seed=seed, images=images)
 
 
 def test_matches_a_numpy_oracle_in_double_precision():
     rng = np.random.default_rng(0)
     query, key, queue = (unit(rng.normal(size=shape)) for shape in [(3, 5), (3, 5), (7, 5)])
-    logits = np.concatenate([(query * key).sum(1, keepdims=True), query @ queue.T], axis=1) / 0.2
-    expected = np.mean(np.log(np.exp(logits).sum(1)) - logits[:, 0])
     found = info_nce(*map(torch.from_numpy, (query, key, queue)), temperature=0.2)
-    assert abs(found.item() - expected) < 1e-12
+    assert abs(found.item() - oracle(query, key, queue, 0.2)) < 1e-12
+
+
+def test_agrees_with_lightly():
+    # With a memory bank its negatives are that bank's.
+    from lightly.loss import NTXentLoss
+
+    torch.manual_seed(0)
+    query, key = F.normalize(torch.randn(8, 6), dim=1), F.normalize(torch.randn(8, 6), dim=1)
+    theirs = NTXentLoss(temperature=0.3, memory_bank_size=(16, 6))
+    expected = theirs(query, key)  # without a gradient it leaves the bank alone
+    assert abs(expected - info_nce(query, key, theirs.memory_bank.bank, temperature=0.3)) < 1e-5
 
 
 def test_orthogonal_negatives_and_a_perfect_positive_leave_almost_no_loss():
@@ -40,6 +69,309 @@ def test_permuting_the_batch_permutes_the_losses():
     each = torch.stack([info_nce(query[i : i + 1], key[i : i + 1], queue, temperature=0.1) for i in (2, 0, 3, 1)])
     order = torch.tensor([2, 0, 3, 1])
     assert torch.allclose(each.mean(), info_nce(query[order], key[order], queue, temperature=0.1))
+
+
+def test_the_total_is_the_oracles_of_the_models_own_embeddings():
+    model = build()
+    losses = model(noise(model), START)
+    expected = oracle(losses.embedding.double().numpy(), double(model.keys[0]), double(model.queue.rows), 0.2)
+    assert abs(losses.total.item() - expected) < 1e-6
+
+
+def test_the_temperature_reaches_the_loss():
+    first, second = (build(temperature=t) for t in (0.1, 0.2))
+    assert not torch.isclose(first(noise(first), START).total, second(noise(second), START).total)
+
+
+def test_the_first_view_asks_and_the_second_answers():
+    model = build()
+    one, other = noise(model, seed=0), noise(model, seed=1)
+    model(one, START)
+    mixed = Batch({"query": other.views["query"], "key": one.views["key"]}, one.labels, one.indices)
+    model(mixed, START)
+    assert torch.equal(*model.keys)
+
+
+@pytest.mark.parametrize(("reduction", "factor"), [("sum", 1.0), ("mean", 0.5)])
+def test_symmetric_adds_or_averages_both_directions_against_the_same_queue(reduction, factor):
+    both, one = build(symmetric=reduction).eval(), build().eval()
+    there = noise(one)
+    back = Batch({"query": there.views["key"], "key": there.views["query"]}, there.labels, there.indices)
+    expected = factor * (one(there, START).total + one(back, START).total)
+    assert torch.allclose(both(there, START).total, expected)
+    assert torch.allclose(torch.cat(both.keys), torch.cat(one.keys[::-1]))  # keys of the first view come first
+
+
+def test_a_symmetric_view_is_seen_by_both_networks():
+    assert MoCo.views(Config(symmetric="mean"), 32)["key"].seen_by == ("student", "teacher")
+    views = MoCo.views(Config(), 32)
+    assert (views["query"].seen_by, views["key"].seen_by) == (("student",), ("teacher",))
+
+
+@pytest.mark.parametrize(("alpha", "weight"), [(None, 1 / 4), (0.4, 0.4)])
+def test_alpha_weighs_the_global_query_against_the_mean_of_the_locals(alpha, weight):
+    model = build(**CROPS, alpha=alpha).eval()
+    one = noise(model)
+    total = model(one, START).total
+    (key,) = model.keys
+    embed = lambda view: F.normalize(model.projector(model.backbone(view)), dim=1)  # noqa: E731
+    terms = [
+        info_nce(embed(view), key, model.queue.rows, temperature=0.2)
+        for view in one.views["query"] + one.views["local"]
+    ]
+    expected = weight * terms[0] + (1 - weight) * torch.stack(terms[1:]).mean()
+    assert torch.allclose(total, expected)
+
+
+def test_a_seventh_and_six_locals_are_the_plain_mean():
+    # recipes section 7, fixture 8
+    plain, weighed = (build(num_locals=6, local_size=5, alpha=alpha) for alpha in (None, 1 / 7))
+    assert torch.isclose(plain(noise(plain), START).total, weighed(noise(weighed), START).total)
+
+
+def test_multicrop_costs_two_student_passes_and_one_teacher_pass():
+    model = build(**CROPS)
+    model(noise(model), START)
+    assert model.backbone.seen == [(16, 3, 8, 8), (48, 3, 5, 5)]
+    assert model.teacher[0].seen == [(16, 3, 8, 8)]
+
+
+def test_sslights_views_have_the_papers_sizes_and_areas():
+    sizes = {}
+    for preset, smallest in [("sslight_baseline", 0.14), ("sslight", 0.3)]:
+        views = MoCo.views(resolved(preset=preset).method, 224)
+        assert (views["query"].area, views["local"].area) == ((smallest, 1.0), (0.05, smallest))
+        assert (views["key"].augmentation.blur, views["query"].augmentation.solarize) == (1.0, 0.2)
+        sizes[preset] = (views["query"].size, views["local"].size, views["local"].count)
+    assert sizes == {"sslight_baseline": (224, 96, 6), "sslight": (224, 128, 6)}
+
+
+def test_local_views_as_large_as_the_image_are_refused():
+    with pytest.raises(ValueError, match=r"local views of 32 pixels are no smaller than the images \(32\)"):
+        MoCo.views(resolved(preset="sslight").method, 32)
+
+
+def test_alpha_without_local_views_is_refused():
+    with pytest.raises(ValueError, match="method: alpha weighs pairs of global views against local ones"):
+        parse(Config, {"alpha": 0.4}, "method")
+
+
+def test_no_gradient_reaches_the_teacher_and_one_reaches_student_and_projector():
+    model = build(projector_layers=2)
+    model(noise(model), START).total.backward()
+    assert all(parameter.grad is None for parameter in model.teacher.parameters())
+    assert model.backbone.layer.weight.grad.abs().sum() > 0
+    assert all(parameter.grad.abs().sum() > 0 for parameter in model.projector.parameters())
+
+
+@pytest.mark.parametrize("changes", [{}, {"symmetric": "mean"}, CROPS])
+def test_the_loss_uses_the_queue_as_it_stood_before_the_batch(changes):
+    model = build(**changes)
+    before = model.queue.rows.clone()
+    model(noise(model), START).total.backward()
+    assert torch.equal(model.queue.rows, before)
+    model.after_step(START)
+    assert not torch.isclose(model.queue.rows[:16], before[:16]).any(dim=1).all()
+
+
+@pytest.mark.parametrize("size", [32, 20, 7])
+def test_the_queue_is_the_last_keys_in_order_whatever_its_size(size):
+    model = build(queue_size=size)
+    reference = deque(model.queue.rows.clone(), maxlen=size)
+    for step in range(4):
+        model(noise(model, seed=step), Progress(step, 4))
+        reference.extend(model.keys[0].clone())
+        model.after_step(Progress(step, 4))
+    position = int(model.queue.position)
+    assert position == 64 % size
+    assert torch.equal(torch.roll(model.queue.rows, -position, 0), torch.stack(list(reference)))
+    assert torch.allclose(model.queue.rows.norm(dim=1), torch.ones(size))
+
+
+def test_keys_of_the_first_step_come_from_the_student_before_its_gradient():
+    # recipes section 7, fixture 12
+    model = build(teacher_momentum=0.0)
+    old = model.backbone.layer.weight.detach().clone()
+    model(noise(model), START).total.backward()
+    torch.optim.SGD(model.backbone.parameters(), lr=1.0).step()
+    assert torch.equal(model.teacher[0].layer.weight, old)
+    model.after_step(START)
+    assert torch.equal(model.teacher[0].layer.weight, model.backbone.layer.weight)
+
+
+def test_the_teacher_follows_in_closed_form_once_a_step_under_accumulation():
+    model = build(teacher_momentum=0.5)
+    with torch.no_grad():
+        model.backbone.layer.weight.add_(1)
+    start = model.teacher[0].layer.weight.clone()
+    for step in range(5):
+        model(noise(model, seed=step, images=8), Progress(step, 5))
+        model(noise(model, seed=step + 9, images=8), Progress(step, 5))
+        model.after_step(Progress(step, 5))
+    assert torch.allclose(model.teacher[0].layer.weight, start + 1 - 0.5**5)
+    assert int(model.queue.position) == 5 * 16 % 32
+
+
+def test_the_teachers_momentum_reaches_its_end_on_a_cosine():
+    model = build(teacher_momentum=0.0, final_teacher_momentum=1.0)
+    start = model.teacher[0].layer.weight.clone()
+    with torch.no_grad():
+        model.backbone.layer.weight.add_(1)
+    model.after_step(Progress(10, 10))
+    assert torch.equal(model.teacher[0].layer.weight, start)
+    model.after_step(Progress(5, 10))
+    assert torch.allclose(model.teacher[0].layer.weight, start + 0.5)
+
+
+def test_split_statistics_make_the_shuffle_matter():
+    # recipes section 7, fixture 11: over the whole batch a permutation changes nothing.
+    keys = {}
+    for splits in (1, 4):
+        for seed in (0, 1):
+            model = build(batchnorm_splits=splits)
+            model.seed = seed
+            model(noise(model), START)
+            keys[splits, seed] = model.keys[0]
+    assert torch.equal(keys[1, 0], keys[1, 1])
+    assert not torch.allclose(keys[4, 0], keys[4, 1])
+
+
+def test_evaluation_mode_leaves_the_state_as_it_is():
+    model = build(**CROPS).eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    model(noise(model), START)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_losses_are_computed_in_float32_under_autocast():
+    model = build()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        losses = model(noise(model), START)
+    assert torch.equal(losses.total, info_nce(losses.embedding, model.keys[0], model.queue.rows, temperature=0.2))
+
+
+def test_a_constant_encoder_alarms_and_pays_the_log_of_the_candidates_it_cannot_tell_apart():
+    # T19; the log is that of all candidates once the queue is full of the one key.
+    assert collapse_alarms(MoCo, Config(**SMALL)) > 0
+    model = build()
+    model.queue.rows[:] = (row := F.normalize(torch.ones(1, 5)))
+    assert abs(info_nce(row, row, model.queue.rows, temperature=0.2).item() - math.log(33)) < 1e-5
+
+
+def test_a_queue_larger_than_the_data_set_is_refused():
+    with pytest.raises(ValueError, match=r"queue_size 81 is larger than the data set \(80 images\)"):
+        build(queue_size=81)
+
+
+@pytest.mark.parametrize(
+    ("changes", "shapes"),
+    [
+        ({"projector_layers": 1}, [(5, 6)]),
+        ({"projector_hidden": "d"}, [(6, 6), (5, 6)]),
+        ({"projector_hidden": "2d"}, [(12, 6), (5, 12)]),
+        ({"projector_layers": 3, "projector_dropout": 0.5}, [(12, 6), (12, 12), (5, 12)]),
+    ],
+)
+def test_the_projector_has_the_layers_asked_for(changes, shapes):
+    weights = [p for p in build(**changes).projector.parameters() if p.dim() == 2]
+    assert [tuple(weight.shape) for weight in weights] == shapes
+
+
+def test_truncated_normal_weights_are_sslights():
+    model = build(projector_hidden=256, projector_weights="truncated_normal")
+    assert abs(model.projector[2].weight.std().item() - 0.02) < 0.002
+    assert model.projector[0].bias.abs().sum() == 0
+
+
+def test_presets_say_what_their_sources_say_and_the_user_wins():
+    facts = {
+        name: (m.temperature, m.queue_size, m.teacher_momentum, t.learning_rate, t.batch_size, t.epochs)
+        for name in ("small", "moco_v2", "notebook", "sslight_baseline", "sslight", "shi")
+        for m, t in [(resolved(preset=name).method, resolved(preset=name).training)]
+    }
+    assert facts == {
+        "small": (0.2, 2048, 0.999, 0.3, 256, 400),
+        "moco_v2": (0.2, 65536, 0.999, 0.03, 256, 200),
+        "notebook": (0.1, 4096, 0.99, 0.06, 512, 200),
+        "sslight_baseline": (0.2, 65536, 0.999, 0.48, 1024, 200),
+        "sslight": (0.2, 65536, 0.999, 0.48, 1024, 200),
+        "shi": (0.1, 65536, 0.999, 0.06, 512, 800),
+    }
+    assert resolved(preset="shi", temperature=0.05).method.temperature == 0.05
+
+
+class TestInitial:
+    def start(self, path, **changes) -> Any:
+        torch.manual_seed(1)
+        network = build_backbone(Backbone(name="mobilenet_v3_small", stem="small"), 16)
+        config = Config(**{**SMALL, "initial": path, **changes})
+        return MoCo(config, network, num_images=80, batch_size=16, seed=0)
+
+    @pytest.fixture
+    def network(self):
+        torch.manual_seed(2)
+        return build_backbone(Backbone(name="mobilenet_v3_small", stem="small"), 16)
+
+    def test_a_backbone_file_gives_student_and_teacher_its_weights(self, network, tmp_path):
+        save_backbone(tmp_path / "b", network, Backbone(name="mobilenet_v3_small", stem="small"), 16, {})
+        model = self.start(tmp_path / "b")
+        expected = network.state_dict()
+        for found in (model.backbone, model.teacher[0]):
+            assert all(torch.equal(value, expected[name]) for name, value in found.state_dict().items())
+
+    @pytest.mark.parametrize("fits", [True, False])
+    def test_a_method_file_gives_its_projector_only_if_it_fits(self, fits, network, tmp_path, capsys):
+        donor: Any = MoCo(Config(**SMALL), network, num_images=80, batch_size=16, seed=0)
+        save_file({name: value.clone() for name, value in donor.state_dict().items()}, tmp_path / "m")
+        model = self.start(tmp_path / "m", **({} if fits else {"projector_hidden": "2d"}))
+        assert torch.equal(model.backbone.features[0][0].weight, donor.backbone.features[0][0].weight)
+        assert (model.projector[0].weight.shape == donor.projector[0].weight.shape) == fits
+        if fits:
+            assert torch.equal(model.projector[0].weight, donor.projector[0].weight)
+        assert ("ours starts from random" in capsys.readouterr().err) != fits
+
+    def test_another_backbone_is_refused(self, tmp_path):
+        save_file({f"backbone.{name}": value.clone() for name, value in Tiny().state_dict().items()}, tmp_path / "t")
+        with pytest.raises(ValueError, match="does not fit MobileNetV3"):
+            self.start(tmp_path / "t")
+
+
+@pytest.mark.parametrize(
+    ("method", "training"),
+    [
+        ({"batchnorm_splits": 4}, {"accumulation": 2}),
+        ({"symmetric": "sum", "final_teacher_momentum": 1.0}, {"optimizer": "adamw", "learning_rate": 1e-3}),
+        ({**CROPS, "alpha": 0.4}, {"optimizer": "lars", "decay_exclusion": "norm_bias_depthwise"}),
+        ({"projector_dropout": 0.5}, {"precision": "bf16"}),
+    ],
+    ids=["split, accumulated", "symmetric, adamw", "multi-crop, lars", "dropout, bf16"],
+)
+def test_resumed_training_equals_training_undisturbed(method, training):
+    resume_is_exact(MoCo, Config(**{**SMALL, **method}), **training)
+
+
+@pytest.mark.parametrize(
+    ("changes", "ignore"),
+    [({}, ()), ({"batchnorm_splits": 2}, ("running",)), ({"symmetric": "sum"}, ()), ({**CROPS, "alpha": 0.4}, ())],
+    ids=["synchronised", "shuffled and split", "symmetric", "multi-crop"],
+)
+def test_two_processes_equal_one(changes, ignore, tmp_path):
+    two_processes_equal_one(MoCo, Config(**{**SMALL, **changes}), tmp_path, ignore=ignore)
+
+
+def resolved(**method):
+    return resolve(
+        {"dataset": {"name": "demo"}, "backbone": {"name": "resnet18"}, "method": {"name": "moco", **method}}
+    )
+
+
+def oracle(query, key, queue, temperature):
+    logits = np.concatenate([(query * key).sum(1, keepdims=True), query @ queue.T], axis=1) / temperature
+    return np.mean(np.log(np.exp(logits).sum(1)) - logits[:, 0])
+
+
+def double(rows):
+    return rows.double().numpy()
 
 
 def unit(rows):

@@ -1,0 +1,118 @@
+"""What the losses over all N instances cost, streamed over the bank and written down naively: time and peak memory.
+
+Each case runs in a fresh process, forward and backward: the shortest and the median CPU time of the repeats, which a
+busy machine distorts less than wall-clock, and by how much the peak of resident memory rose above the bank's.
+
+    python benchmarks/instance_loss.py --output instance_loss.json
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ssl_core.files import write_text
+from ssl_core.training.instance_softmax import instance_softmax
+
+TEMPERATURE, WEIGHT = 0.2, 20.0
+LOSSES = {"cross-entropy": None, "+ SqrtKL": TEMPERATURE, "+ SqrtKL at 1": 1.0}  # temperature of SqrtKL
+TENSORS = 8  # of batch x N numbers that the naive losses hold at most, rounded up
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, nargs="+", default=[10_000, 50_000, 200_000, 1_281_167])
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--dim", type=int, default=128)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--case", help=argparse.SUPPRESS)  # one case as JSON, in a process of its own
+    arguments = parser.parse_args()
+    if arguments.case:
+        print(json.dumps(measure(**json.loads(arguments.case))))
+        return
+    print(f"batch {arguments.batch}, dim {arguments.dim}, {arguments.threads} thread(s), forward and backward")
+    print(f"{'N':>9} {'loss':<14} {'streamed ms':>17} {'MB':>6} {'naive ms':>17} {'MB':>6} {'time':>6}")
+    results = []
+    for images in arguments.images:
+        for loss in LOSSES:
+            case = {name: vars(arguments)[name] for name in ("batch", "dim", "threads", "repeats")}
+            case |= {"images": images, "loss": loss}
+            row: dict[str, Any] = {**case, "streamed": in_own_process({**case, "naive": False}), "naive": None}
+            if 4 * TENSORS * arguments.batch * images < psutil.virtual_memory().available:
+                row["naive"] = in_own_process({**case, "naive": True})
+            results.append(row)
+            print(f"{images:>9} {loss:<14} {_line(row['streamed'])} {_line(row['naive'])} {_ratio(row):>6}", flush=True)
+    if arguments.output:
+        write_text(arguments.output, json.dumps(results, indent=2) + "\n")
+
+
+def in_own_process(case: dict[str, Any]) -> dict[str, float]:
+    command = [sys.executable, __file__, "--case", json.dumps(case)]
+    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+
+
+def measure(
+    *, images: int, batch: int, dim: int, loss: str, naive: bool, threads: int, repeats: int
+) -> dict[str, float]:
+    """Time forward and backward; return milliseconds and the rise of the peak memory in MB."""
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    bank = torch.empty(images, dim).normal_()
+    bank /= torch.linalg.vector_norm(bank, dim=1, keepdim=True)
+    embedding, target = F.normalize(torch.randn(batch, dim), dim=1), torch.randint(images, (batch,))
+    compute = naive_loss if naive else streamed_loss
+    compute(embedding.requires_grad_(), bank[:1000], target % 1000, LOSSES[loss]).backward()  # loads the libraries
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    times = []
+    for _ in range(repeats):
+        start = time.process_time()
+        compute(embedding, bank, target, LOSSES[loss]).backward()
+        times.append(1000 * (time.process_time() - start))
+    rise = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    return {"milliseconds": min(times), "median": statistics.median(times), "megabytes": rise}
+
+
+def streamed_loss(embedding: Tensor, bank: Tensor, target: Tensor, sqrtkl_temperature: float | None) -> Tensor:
+    """As NPID computes it: one pass over the bank for both losses."""
+    softmax = instance_softmax(embedding, bank, temperature=TEMPERATURE, entropy_temperature=sqrtkl_temperature)
+    loss = (softmax.log_normalizer - (embedding * bank[target]).sum(dim=1) / TEMPERATURE).mean()
+    if sqrtkl_temperature is None:
+        return loss
+    entropy = softmax.negative_entropy
+    return loss + WEIGHT * (entropy + softmax.to_square_root - 0.5 * (entropy - entropy.detach())).mean()
+
+
+def naive_loss(embedding: Tensor, bank: Tensor, target: Tensor, sqrtkl_temperature: float | None) -> Tensor:
+    similarity = embedding @ bank.T
+    loss = F.cross_entropy(similarity / TEMPERATURE, target)
+    if sqrtkl_temperature is None:
+        return loss
+    log_p = F.log_softmax(similarity / sqrtkl_temperature, dim=1)
+    log_u = F.log_softmax(similarity.detach() / (2 * sqrtkl_temperature), dim=1)
+    return loss + WEIGHT * (log_p.exp() * (log_p - log_u)).sum(dim=1).mean()
+
+
+def _line(result: dict[str, float] | None) -> str:
+    if result is None:
+        return f"{'does not fit':>17} {'':>6}"
+    return f"{result['milliseconds']:>8.1f} {result['median']:>8.1f} {result['megabytes']:>6.0f}"
+
+
+def _ratio(row: dict[str, Any]) -> str:
+    return f"{row['streamed']['milliseconds'] / row['naive']['milliseconds']:.2f}" if row["naive"] else ""
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,224 @@
+"""Semi-supervised classification: a classifier, and if asked the backbone, trained on few labels (recipes E6).
+
+ReSSL freezes the backbone at 1 % of the labels and fine-tunes it at 10 %. The labelled images are a fixed draw, as many
+of each class as its share, or a number a class; which ones stands in the results.
+"""
+
+import copy
+import math
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ssl_core.config import Dataset, Strict, parse
+from ssl_core.data.loader import Loader, draw_subset
+from ssl_core.data.shards import Manifest, read_labels
+from ssl_core.data.views import View, adjust
+from ssl_core.evaluations.features import (
+    Log,
+    Outcome,
+    Subjects,
+    center_view,
+    correct,
+    draw_by_class,
+    extract,
+    find_test_split,
+    frozen,
+    labelled_split,
+    make_loader,
+    num_classes,
+)
+
+# What each published protocol changes in the defaults of `Config`, which are ReSSL's at 1 %.
+_FINE_TUNED = {"fraction": 0.1, "backbone_learning_rate": 0.02, "learning_rate": 0.2, "epochs": 20}
+_STEPS = {"schedule": "step", "milestones": (12 / 20, 16 / 20), "decay_factor": 0.2, "epochs": 20}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "ressl_1": {},
+    "ressl_10": _FINE_TUNED,
+    "swav_1": {**_STEPS, "backbone_learning_rate": 0.02, "learning_rate": 5.0},
+    "swav_10": {**_STEPS, **_FINE_TUNED, "backbone_learning_rate": 0.01},
+}
+
+
+class Config(Strict):
+    """A protocol: the variant fills in what a paper says, each key said beside it replaces that."""
+
+    protocol: Literal["semi_supervised"] = "semi_supervised"
+    dataset: Dataset
+    test_split: str | None = None  # nothing said: test, else val
+    variant: Literal[*VARIANTS] = "ressl_1"  # pyright: ignore
+    fraction: float = Field(default=0.01, gt=0, le=1)  # of each class's images, at least one
+    labels_per_class: PositiveInt | None = None  # instead of a fraction
+    seed: int = 0  # of the labelled images, the views and the classifier's first weights
+
+    backbone_learning_rate: NonNegativeFloat = 0.0  # 0: frozen, in eval mode
+    learning_rate: PositiveFloat = 0.1  # of the classifier; absolute
+    momentum: NonNegativeFloat = 0.9
+    nesterov: bool = False
+    weight_decay: NonNegativeFloat = 0.0
+    schedule: Literal["cosine", "step"] = "cosine"  # the cosine moves every step, the steps come at milestones
+    milestones: tuple[PositiveFloat, ...] = (0.6, 0.8)  # shares of the run
+    decay_factor: PositiveFloat = 0.2
+    epochs: PositiveInt = 60
+    batch_size: PositiveInt = 256  # ReSSL does not say; capped at the number of labelled images
+    image_size: PositiveInt | None = None  # nothing said: the pre-training's
+    area: tuple[PositiveFloat, PositiveFloat] = (0.08, 1.0)
+    resize: float = Field(default=1.0, ge=1)  # test images: shorter side before the crop, times the size; 224: 1.143
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in_variant(cls, section: Any) -> Any:
+        if not isinstance(section, dict):
+            return section
+        return {**VARIANTS.get(section.get("variant", "ressl_1"), {}), **section}
+
+    def protocol_name(self) -> str:
+        """Name the protocol with how many labels it has, where that is not the variant's own number."""
+        own = type(self)(dataset=self.dataset, variant=self.variant)
+        labels = f"-{self.labels_per_class}_a_class" if self.labels_per_class else ""
+        if not labels and self.fraction != own.fraction:
+            labels = f"-{100 * self.fraction:g}_percent"
+        return f"semi_supervised-{self.variant}{labels}/v1"
+
+    def overridden(self) -> list[str]:
+        """List the settings that differ from the variant's own."""
+        own = type(self)(dataset=self.dataset, variant=self.variant)
+        chosen = type(self).model_fields.keys() - {"protocol", "dataset", "test_split", "variant", "seed", "image_size"}
+        return sorted(key for key in chosen if getattr(self, key) != getattr(own, key))
+
+
+def run(config: Config, subjects: Subjects, manifest: Manifest, log: Log) -> Outcome:
+    """Train a copy of each network on the same views of the same labelled images, and score it on the test split."""
+    split = find_test_split(manifest, config.test_split)
+    images = choose(manifest, config)
+    classes = num_classes(manifest, config.dataset.split)
+    view = training_view(config, subjects.image_size, manifest.avoid)
+    tests = Dataset(name=config.dataset.name, split=split)
+    center = center_view(subjects.image_size, resize=config.resize)
+    whole = Dataset(name=config.dataset.name, split=config.dataset.split)
+    batch_size = min(config.batch_size, len(images))
+    options: Any = {"shuffle": True, "batch_size": batch_size, "seed": config.seed, "only": images}
+    models = {
+        name: Model(subjects.networks[name], width, classes, config, device=subjects.device)
+        for name, width in _widths(subjects).items()
+    }
+    with make_loader(subjects, manifest, whole, view, **options) as loader:
+        _train(models, loader, config)
+    with make_loader(subjects, manifest, tests, center) as loader:
+        logits = extract(models, loader, describe="semi-supervised: test")
+    metrics = {name: correct(rows, logits.labels) for name, rows in logits.of.items()}
+    hyperparameters = {
+        "variant": config.variant,
+        "overridden": config.overridden(),
+        "how": "fixed by the configuration",
+        "labelled_images": len(images),
+        "labels": f"{config.labels_per_class} a class"
+        if config.labels_per_class
+        else f"{config.fraction} of each class",
+        "seed": config.seed,
+        "backbone": "fine-tuned" if config.backbone_learning_rate else "frozen",
+        "backbone_learning_rate": config.backbone_learning_rate,
+        "learning_rate": config.learning_rate,
+        "schedule": config.schedule,
+        "epochs": config.epochs,
+        "batch_size": batch_size,
+        "flip": view.augmentation.flip,
+        "image_size": subjects.image_size,
+        "resize": config.resize,
+    }
+    details = {"labelled_images": " ".join(map(str, images))}
+    counts = (len(images), len(logits.labels))
+    return Outcome(config.protocol_name(), split, metrics, hyperparameters, *counts, details=details)
+
+
+def choose(manifest: Manifest, config: Config) -> list[int]:
+    """Draw the labelled images: the same share, or number, of every class; sorted indices of the split."""
+    split = labelled_split(manifest, config.dataset.split)
+    count, subset = manifest.split(split).images, config.dataset.subset
+    candidates = range(count) if subset is None else draw_subset(count, subset, manifest.dataset).tolist()
+    wanted = config.labels_per_class
+
+    def number(available: int) -> int:
+        if wanted is None:
+            return max(1, round(config.fraction * available))
+        if wanted > available:
+            raise ValueError(f"labels_per_class {wanted}: a class of '{split}' has only {available} images")
+        return wanted
+
+    return draw_by_class(read_labels(manifest, split), candidates, number, config.seed)
+
+
+class Model(nn.Module):
+    """A copy of a network under a new classifier: (batch, 3, h, w) -> (batch, classes)."""
+
+    def __init__(self, network: nn.Module, dim: int, classes: int, config: Config, *, device: str) -> None:
+        super().__init__()
+        self.backbone = copy.deepcopy(network)
+        self.tuned = config.backbone_learning_rate > 0 and any(True for _ in network.parameters())
+        self.backbone.requires_grad_(self.tuned)
+        self.classifier = nn.Linear(dim, classes)
+        nn.init.normal_(self.classifier.weight, std=0.01, generator=torch.Generator().manual_seed(config.seed))
+        nn.init.zeros_(self.classifier.bias)
+        self.classifier.to(device)
+        groups = [{"params": list(self.classifier.parameters()), "lr": config.learning_rate}]
+        if self.tuned:
+            groups.append({"params": list(self.backbone.parameters()), "lr": config.backbone_learning_rate})
+        optimizer = {"momentum": config.momentum, "nesterov": config.nesterov, "weight_decay": config.weight_decay}
+        self.optimizer = torch.optim.SGD(groups, **optimizer)
+        self.rates = [group["lr"] for group in groups]
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return logits."""
+        return self.classifier(self.backbone(images))
+
+    def step(self, images: Tensor, labels: Tensor, share: float) -> None:
+        """Take one step at `share` of the learning rates; a frozen backbone stays in eval mode."""
+        if self.tuned:
+            self.train()
+            features = self.backbone(images)
+        else:
+            with frozen({"backbone": self.backbone}):
+                features = self.backbone(images)
+        for group, rate in zip(self.optimizer.param_groups, self.rates):
+            group["lr"] = share * rate
+        self.optimizer.zero_grad()
+        F.cross_entropy(self.classifier(features), labels).backward()
+        self.optimizer.step()
+
+
+def shares(config: Config, steps: int) -> Iterator[float]:
+    """Yield what part of the learning rate each of so many steps has."""
+    for step in range(steps):
+        done = step / steps
+        if config.schedule == "cosine":
+            yield (1 + math.cos(math.pi * done)) / 2
+        else:
+            yield config.decay_factor ** sum(done >= milestone for milestone in config.milestones)
+
+
+def training_view(config: Config, image_size: int, avoid: tuple[str, ...]) -> View:
+    """Describe the augmented view: random resized crop and flip, unless flipping changes the label."""
+    view = parse(View, {"size": image_size, "area": config.area, "augmentation": "weak"}, "the training view")
+    return adjust({"view": view}, {}, avoid=avoid)["view"]
+
+
+def _train(models: dict[str, Model], loader: Loader, config: Config) -> None:
+    plan = shares(config, config.epochs * loader.steps_per_epoch)
+    for _ in tqdm(range(config.epochs), desc="semi-supervised", unit=" epochs", disable=None):
+        for batch in loader.epoch():
+            ((images,),) = batch.views.values()
+            labels, share = batch.labels.to(images.device), next(plan)
+            for model in models.values():
+                model.step(images, labels, share)
+
+
+def _widths(subjects: Subjects) -> dict[str, int]:
+    """Find how many features each network gives."""
+    image = torch.zeros(1, 3, subjects.image_size, subjects.image_size, device=subjects.device)
+    with frozen(subjects.networks):
+        return {name: network(image).shape[1] for name, network in subjects.networks.items()}

@@ -1,0 +1,211 @@
+"""DINO: self-distillation with no labels (Caron et al., 2021), https://arxiv.org/abs/2104.14294.
+
+A momentum teacher sees the global views; the student must give every view of an image the teacher's distribution over
+learned outputs. Centring the teacher's outputs keeps one from dominating, sharpening them keeps them apart.
+"""
+
+from typing import Literal, Self
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from torch import Tensor, nn
+
+from ssl_core.data.loader import Batch
+from ssl_core.data.views import POLICIES, Augmentation, View, Views
+from ssl_core.methods.base import Losses, Method, MethodConfig, Preset, Progress, full_precision
+from ssl_core.networks.backbones import Network
+from ssl_core.networks.heads import mlp
+from ssl_core.training import distributed
+from ssl_core.training.momentum import make_teacher, update_teacher
+from ssl_core.training.multicrop import (
+    SIX_LOCALS,
+    SSLIGHT,
+    SSLIGHT_TRAINING,
+    MultiCrop,
+    balance,
+    cross_entropies,
+    encode,
+    local_views,
+)
+from ssl_core.training.schedules import cosine_momentum
+
+
+class Config(MultiCrop, MethodConfig):
+    """Defaults are SSLight's for convolutional networks, on two small views as in solo-learn (recipes M10, 5.8)."""
+
+    name: Literal["dino"] = "dino"
+    preset: Literal["small", "official", "sslight_baseline", "sslight"] = "small"
+    student_temperature: PositiveFloat = 0.1
+    teacher_temperature: PositiveFloat = 0.07
+    initial_teacher_temperature: PositiveFloat = 0.04
+    temperature_warmup: float = Field(default=0.25, ge=0, le=1)  # share of the run: 50 of SSLight's 200 epochs
+    centre_momentum: float = Field(default=0.9, ge=0, le=1)
+    teacher_momentum: float = Field(default=0.9995, ge=0, le=1)  # rises to 1 on a cosine; lower for large batches
+    num_outputs: PositiveInt = 4096
+    head_hidden: PositiveInt = 2048
+    head_batchnorm: bool = True  # for convolutional networks; not for transformers
+    bottleneck_dim: PositiveInt = 256
+    norm_last_layer: bool = True  # logits are cosines; False learns a length for each output
+    freeze: float = Field(default=0.005, ge=0, le=1)  # share of the run before the last layer moves: 1 of 200 epochs
+    area: tuple[float, float] = (0.08, 1.0)  # solo-learn's on CIFAR
+    first_augmentation: Augmentation = POLICIES["dino_global_first"].model_copy(update={"blur": 0.0})
+    second_augmentation: Augmentation = POLICIES["dino_global_second"].model_copy(update={"blur": 0.0})
+    local_augmentation: Augmentation = POLICIES["dino_local"].model_copy(update={"blur": 0.0})
+
+    @model_validator(mode="after")
+    def _teacher_is_sharper(self) -> Self:
+        highest = max(self.teacher_temperature, self.initial_teacher_temperature)
+        if highest >= self.student_temperature:
+            raise ValueError(
+                f"the teacher's temperatures, up to {highest}, must be below student_temperature "
+                f"{self.student_temperature}: a target as flat as the prediction ends in one that is uniform"
+            )
+        return self
+
+
+_LARGE = {
+    "first_augmentation": "dino_global_first", "second_augmentation": "dino_global_second",
+    "local_augmentation": "dino_local", "teacher_momentum": 0.996,
+}  # fmt: skip
+_SSLIGHT = {**SSLIGHT_TRAINING, "learning_rate": 0.48}
+
+PRESETS = {
+    # Nobody's paper: views and momentum as in solo-learn on CIFAR, the rest as in SSLight at a small batch.
+    "small": Preset(method={}, training={**_SSLIGHT, "batch_size": 256}),
+    "official": Preset(  # its ResNet-50 command; what that leaves unsaid are its ViT's defaults
+        method={
+            **_LARGE, **SIX_LOCALS, "num_locals": 8, "num_outputs": 65536, "head_batchnorm": False, "freeze": 0.01,
+            "teacher_temperature": 0.04, "temperature_warmup": 0.0,
+        },
+        training={
+            "optimizer": "sgd", "learning_rate": 0.03, "minimum_learning_rate": 1e-6, "weight_decay": 1e-4,
+            "batch_size": 512, "epochs": 100, "warmup_epochs": 10, "decay_exclusion": "norm_bias",
+        },
+    ),
+    "sslight_baseline": Preset(method={**_LARGE, **SIX_LOCALS}, training=_SSLIGHT),
+    "sslight": Preset(method={**_LARGE, **SSLIGHT}, training=_SSLIGHT),
+}  # fmt: skip
+
+
+class Head(nn.Module):
+    """Three layers to a bottleneck of unit rows, then cosines with one learned direction an output."""
+
+    def __init__(self, num_features: int, config: Config) -> None:
+        super().__init__()
+        dims = [num_features, config.head_hidden, config.head_hidden, config.bottleneck_dim]
+        self.layers = mlp(dims, batch_norm=config.head_batchnorm, activation=nn.GELU)
+        for layer in self.layers:
+            if isinstance(layer, nn.Linear):
+                nn.init.trunc_normal_(layer.weight, std=0.02)
+                nn.init.zeros_(layer.bias)
+        bound = config.bottleneck_dim**-0.5  # as nn.Linear draws its weight
+        self.direction = nn.Parameter(torch.empty(config.num_outputs, config.bottleneck_dim).uniform_(-bound, bound))
+        self.length = nn.Parameter(torch.ones(config.num_outputs, 1), requires_grad=not config.norm_last_layer)
+
+    def embed(self, features: Tensor) -> Tensor:
+        """Return unit rows (rows, bottleneck)."""
+        return F.normalize(self.layers(features).float(), dim=1)
+
+    def classify(self, embedding: Tensor) -> Tensor:
+        """Return logits (rows, outputs) of unit rows, in float32 since temperatures will magnify them."""
+        with full_precision(embedding):
+            return F.linear(embedding, self.length * F.normalize(self.direction, dim=1))
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.classify(self.embed(features))
+
+
+class DINO(Method):
+    """Student, momentum teacher, and the centre of the teacher's outputs."""
+
+    Config = Config
+    centre: Tensor
+
+    def __init__(self, config: Config, backbone: Network, *, num_images: int, batch_size: int, seed: int) -> None:
+        super().__init__(config, backbone, num_images=num_images, batch_size=batch_size, seed=seed)
+        self.config = config
+        self.backbone: Network = backbone
+        self.head = Head(backbone.num_features, config)
+        self.teacher = make_teacher(nn.Sequential(self.backbone, self.head))
+        self.register_buffer("centre", torch.zeros(config.num_outputs))
+        self.means: list[Tensor] = []  # of this step's teacher outputs
+
+    @staticmethod
+    def views(config: Config, image_size: int) -> Views:
+        """Two differently augmented global views for both networks, local ones for the student."""
+
+        def global_view(augmentation: Augmentation) -> View:
+            return View(
+                size=image_size,
+                area=config.area,
+                interpolation="cubic",
+                augmentation=augmentation,
+                seen_by=("student", "teacher"),
+            )
+
+        return {
+            "global_first": global_view(config.first_augmentation),
+            "global_second": global_view(config.second_augmentation),
+            **local_views(config, image_size, config.local_augmentation, interpolation="cubic"),
+        }
+
+    def forward(self, batch: Batch, progress: Progress) -> Losses:
+        """Return the loss of giving, from every view, the teacher's outputs for the global views other than itself."""
+        both = [view for group in batch.views if group != "local" for view in batch.views[group]]
+        views = [*both, *batch.views.get("local", [])]
+        embedding = self.head.embed(encode(self.backbone, views))
+        student = self.head.classify(embedding).unflatten(0, (len(views), -1))  # (views, batch, outputs)
+        teacher = self._teach(both)
+        with full_precision(student):
+            pairs = distillation_loss(
+                student,
+                teacher,
+                self.centre,
+                student_temperature=self.config.student_temperature,
+                teacher_temperature=self._teacher_temperature(progress),
+            )
+            total, parts = balance(pairs, self.config.alpha)
+        return Losses(total, parts, embedding=embedding[: student.shape[1]].detach())
+
+    @torch.no_grad()
+    def _teach(self, views: list[Tensor]) -> Tensor:
+        backbone, head = self.teacher
+        teacher = head(encode(backbone, views)).unflatten(0, (len(views), -1))  # (global views, batch, outputs)
+        self.means.append(teacher.mean(dim=(0, 1)))
+        return teacher
+
+    def _teacher_temperature(self, progress: Progress) -> float:
+        """Rise linearly, every step (the official code moves every epoch)."""
+        start, end, warmup = (
+            self.config.initial_teacher_temperature,
+            self.config.teacher_temperature,
+            self.config.temperature_warmup,
+        )
+        return start + (end - start) * min(1.0, progress.fraction / warmup) if warmup else end
+
+    def before_step(self, progress: Progress) -> None:
+        """Keep the student's last layer as it is at first."""
+        if progress.step < round(self.config.freeze * progress.total_steps):
+            self.head.direction.grad = self.head.length.grad = None
+
+    @torch.no_grad()
+    def after_step(self, progress: Progress) -> None:
+        """Move the centre towards the mean of this step's teacher outputs and the teacher towards the student."""
+        mean = distributed.gather(torch.stack(self.means)).mean(dim=0)
+        self.centre.lerp_(mean, 1 - self.config.centre_momentum)
+        self.means.clear()
+        momentum = cosine_momentum(progress.step, progress.total_steps, self.config.teacher_momentum)
+        update_teacher(self.teacher, nn.Sequential(self.backbone, self.head), momentum)
+
+
+def distillation_loss(
+    student: Tensor, teacher: Tensor, centre: Tensor, *, student_temperature: float, teacher_temperature: float
+) -> Tensor:
+    """Return the cross-entropy (teacher views, student views) from centred, sharpened teacher to student (eq. 2-3).
+
+    `student` are logits (views, batch, outputs), `teacher` (global views, batch, outputs), `centre` (outputs,); no
+    gradient reaches the teacher. `balance` picks the pairs of different views, two times (1 + local views) of them.
+    """
+    target = F.softmax((teacher.detach() - centre) / teacher_temperature, dim=2)
+    return cross_entropies(target, F.log_softmax(student / student_temperature, dim=2))

@@ -1,0 +1,125 @@
+"""JigClu: jigsaw clustering with a single batch (Chen et al., 2021), https://arxiv.org/abs/2104.00323.
+
+The patches of a batch are shuffled into montages, so that one forward pass of one batch sees every image four times.
+The network has to tell which patches were one image, and which corner of it each patch was.
+"""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, PositiveFloat, PositiveInt
+from torch import Tensor, nn
+
+from ssl_core.data.loader import Batch
+from ssl_core.data.views import POLICIES, Augmentation, View, Views
+from ssl_core.methods.base import Losses, Method, MethodConfig, Preset, Progress, full_precision
+from ssl_core.networks.backbones import Network
+from ssl_core.networks.heads import mlp
+from ssl_core.networks.maps import feature_map, pooled_features, quadrants
+from ssl_core.training import distributed
+
+CORNERS = ("top_left", "top_right", "bottom_left", "bottom_right")
+
+
+class Config(MethodConfig):
+    """Defaults are the paper's, the temperature its README's (recipes M12)."""
+
+    name: Literal["jigclu"] = "jigclu"
+    preset: Literal["small", "official"] = "small"
+    temperature: PositiveFloat = 0.3  # the code's default is 0.07
+    base_temperature: PositiveFloat = 0.07  # temperature / this multiplies the clustering loss, 4.29 by default
+    cluster_weight: float = Field(default=1.0, ge=0)
+    location_weight: float = Field(default=1.0, ge=0)
+    overlap: float = Field(default=0.3, ge=0, le=0.5)  # how far a patch reaches beyond the middle, share of the side
+    embedding_dim: PositiveInt = 128
+    area: tuple[float, float] = (0.2, 1.0)  # of a patch
+    augmentation: Augmentation = POLICIES["contrastive"]
+
+
+_TRAINING = {
+    "optimizer": "sgd", "learning_rate": 0.03, "weight_decay": 1e-4, "batch_size": 256, "warmup_epochs": 0,
+    "schedule_unit": "epoch",
+}  # fmt: skip
+PRESETS = {
+    # Cao & Wu compare with 400 epochs on CIFAR and print no more; blur is what their other methods leave out there.
+    "small": Preset(method={"augmentation": "contrastive_no_blur"}, training={**_TRAINING, "epochs": 400}),
+    "official": Preset(method={}, training={**_TRAINING, "epochs": 200}),
+}
+
+
+class JigClu(Method):
+    """A network that sees montages, with a head for clusters and one for locations."""
+
+    Config = Config
+
+    def __init__(self, config: Config, backbone: Network, *, num_images: int, batch_size: int, seed: int) -> None:
+        super().__init__(config, backbone, num_images=num_images, batch_size=batch_size, seed=seed)
+        self.config, self.seed = config, seed
+        self.backbone: Network = backbone
+        width = backbone.num_features
+        self.projector = mlp([width, width, config.embedding_dim], batch_norm=False)
+        self.locator = nn.Linear(width, len(CORNERS))
+
+    @staticmethod
+    def views(config: Config, image_size: int) -> Views:
+        """Four overlapping corners of the image, each at half its size and augmented by itself."""
+        first, last = (0.0, 0.5 + config.overlap), (0.5 - config.overlap, 1.0)
+        spans = [(first, first), (last, first), (first, last), (last, last)]  # (left and right, top and bottom)
+        return {
+            corner: View(
+                size=image_size // 2,
+                region=(left, top, right, bottom),
+                area=config.area,
+                augmentation=config.augmentation,
+            )
+            for corner, ((left, right), (top, bottom)) in zip(CORNERS, spans)
+        }
+
+    def forward(self, batch: Batch, progress: Progress) -> Losses:
+        """Return the clustering and the location loss of this process's montages."""
+        patches = [batch.views[corner][0] for corner in CORNERS]
+        total = len(patches[0]) * distributed.world_size()
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + progress.step)
+        order = torch.randperm(4 * total, generator=generator).to(patches[0].device).view(4, -1)  # slot, montage
+        own = slice(distributed.rank() * len(patches[0]), (distributed.rank() + 1) * len(patches[0]))
+        cells = quadrants(feature_map(self.backbone, montage(patches, order[:, own])))
+        features = pooled_features(self.backbone, cells)  # (4 * batch, width), slot by slot
+        embedding = F.normalize(self.projector(features).float(), dim=1)
+        images = distributed.gather((order[:, own] % total).flatten())
+        location = self.locator(features).float()
+        with full_precision(embedding):
+            cluster = clustering_loss(
+                distributed.gather_with_gradient(embedding),
+                images,
+                temperature=self.config.temperature,
+                base_temperature=self.config.base_temperature,
+            )
+            locate = F.cross_entropy(location, (order[:, own] // total).flatten())
+            loss = self.config.cluster_weight * cluster + self.config.location_weight * locate
+        return Losses(loss, {"cluster": cluster.detach(), "location": locate.detach()}, embedding.detach())
+
+
+@torch.no_grad()
+def montage(patches: list[Tensor], order: Tensor) -> Tensor:
+    """Lay four patches a picture: (4, batch) positions in the patches of all processes, corner by corner.
+
+    `patches` are the corners of images, each (batch, 3, size, size); the montages have twice the side.
+    """
+    everyone = torch.cat([distributed.gather(corner) for corner in patches])
+    top_left, top_right, bottom_left, bottom_right = (everyone[slot] for slot in order)
+    top, bottom = torch.cat([top_left, top_right], dim=3), torch.cat([bottom_left, bottom_right], dim=3)
+    return torch.cat([top, bottom], dim=2).contiguous(memory_format=torch.channels_last)
+
+
+def clustering_loss(embedding: Tensor, images: Tensor, *, temperature: float, base_temperature: float = 0.07) -> Tensor:
+    """Return the contrastive loss that pulls the patches of an image together (eq. 2), mean over patches.
+
+    `embedding` is (patches, dim) with unit rows, `images` (patches,) says which image each comes from. A patch is left
+    out of its own softmax. As in supervised contrastive learning's code, temperature / base_temperature scales it.
+    """
+    itself = torch.eye(len(embedding), dtype=torch.bool, device=embedding.device)
+    logits = (embedding @ embedding.T / temperature).masked_fill(itself, -torch.inf)
+    positive = (images[:, None] == images[None, :]) & ~itself
+    likelihood = F.log_softmax(logits, dim=1).masked_fill(~positive, 0).sum(dim=1) / positive.sum(dim=1)
+    return -temperature / base_temperature * likelihood.mean()

@@ -1,0 +1,123 @@
+"""PID: parametric instance discrimination (Exemplar-CNN, Dosovitskiy et al., 2014), https://arxiv.org/abs/1406.6909.
+
+Every image is a class of its own with a trained class vector: plain classification into as many classes as images. PIC
+(Cao et al., 2020, https://arxiv.org/abs/2006.14618) compares by cosine, behind a projector.
+"""
+
+from typing import Literal, Self
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from pydantic import PositiveFloat, PositiveInt, model_validator
+from torch import Tensor, nn
+
+from ssl_core.data.loader import Batch
+from ssl_core.data.views import POLICIES, Augmentation, View, Views
+from ssl_core.methods.base import Losses, Method, MethodConfig, Preset, Progress, full_precision
+from ssl_core.methods.npid import instance_loss
+from ssl_core.networks.backbones import Network
+from ssl_core.networks.heads import mlp
+from ssl_core.training.cutmix import Mixed, cutmix
+
+
+class Config(MethodConfig):
+    """Defaults are the frame of Cao & Wu's other baselines, since they do not document PID's (recipes M2)."""
+
+    name: Literal["pid"] = "pid"
+    preset: Literal["pid", "pic"] = "pid"
+    head: Literal["none", "linear", "mlp"] = "none"  # none: class vectors lie among the backbone's features
+    projector_hidden: PositiveInt = 2048  # of the mlp
+    embedding_dim: PositiveInt = 128  # of linear and mlp (PIC)
+    cosine: bool = False  # PIC: unit features and class vectors
+    temperature: PositiveFloat = 1.0
+    bias: bool = False  # one number a class beside its vector
+    weight_init: PositiveFloat | None = None  # standard deviation, 0.01 in PIC; None is nn.Linear's
+    # Decay shrinks every class vector at every step, also those of images that are not in the batch.
+    decay_weights: bool = True
+    cutmix: PositiveFloat | None = None  # alpha; 0.5 in Cao's code for 2040 images
+    area: tuple[float, float] = (0.2, 1.0)
+    augmentation: Augmentation = POLICIES["contrastive_no_blur"]
+
+    @model_validator(mode="after")
+    def _cosine_has_no_bias(self) -> Self:
+        if self.cosine and self.bias:
+            raise ValueError("a cosine has no bias: set cosine or bias, not both")
+        return self
+
+
+PRESETS = {
+    "pid": Preset(
+        method={},
+        training={
+            "optimizer": "sgd", "learning_rate": 0.1, "learning_rate_scaling": "none", "weight_decay": 1e-4,
+            "batch_size": 512, "epochs": 400, "warmup_epochs": 0,
+        },
+    ),
+    "pic": Preset(  # without its sliding window over the data, which makes an image come back soon (recipes M2)
+        method={
+            "head": "mlp", "cosine": True, "temperature": 0.2, "weight_init": 0.01, "area": (0.08, 1.0),
+            "augmentation": {"policy": "contrastive"},
+        },
+        training={
+            "optimizer": "sgd", "learning_rate": 0.03, "weight_decay": 1e-4, "batch_size": 256, "epochs": 200,
+            "warmup_epochs": 0,
+        },
+    ),
+}  # fmt: skip
+
+
+class PID(Method):
+    """A network and one trained vector a training image."""
+
+    Config = Config
+
+    def __init__(self, config: Config, backbone: Network, *, num_images: int, batch_size: int, seed: int) -> None:
+        super().__init__(config, backbone, num_images=num_images, batch_size=batch_size, seed=seed)
+        self.config = config
+        self.seed = seed
+        self.backbone: Network = backbone
+        hidden = [config.projector_hidden] if config.head == "mlp" else []
+        dim = backbone.num_features if config.head == "none" else config.embedding_dim
+        self.projector = (
+            nn.Identity() if config.head == "none" else mlp([backbone.num_features, *hidden, dim], batch_norm=False)
+        )
+        weights = torch.empty(num_images, dim + config.bias)  # the bias is the weight of a feature that is always 1
+        if config.weight_init is None:
+            nn.init.uniform_(weights, -(dim**-0.5), dim**-0.5)
+        else:
+            nn.init.normal_(weights, std=config.weight_init)
+        self.weights = nn.Parameter(weights)
+        self.undecayed = () if config.decay_weights else ("weights",)
+        self.parts = 0  # forwards since the last step
+
+    @staticmethod
+    def views(config: Config, image_size: int) -> Views:
+        """One view; an experiment may ask for more of it."""
+        return {"student": View(size=image_size, area=config.area, augmentation=config.augmentation)}
+
+    def forward(self, batch: Batch, progress: Progress) -> Losses:
+        """Return the cross-entropy over all images, averaged over the views."""
+        generator = np.random.default_rng([self.seed, progress.step, self.parts])  # the same on all processes
+        self.parts += 1
+        losses, embeddings = [], []
+        for images in batch.views["student"]:
+            mixed = cutmix(images, alpha=self.config.cutmix, generator=generator)
+            embedding = self.projector(self.backbone(mixed.images)).float()  # (batch, dim)
+            with full_precision(embedding):
+                losses.append(self._classify(embedding, batch.indices, mixed))
+            embeddings.append(embedding.detach())
+        total = torch.stack(losses).mean()
+        return Losses(total, {"instance": total.detach()}, embedding=embeddings[0])
+
+    def _classify(self, embedding: Tensor, indices: Tensor, mixed: Mixed) -> Tensor:
+        weights = self.weights
+        if self.config.cosine:
+            embedding, weights = F.normalize(embedding, dim=1), F.normalize(weights, dim=1)
+        if self.config.bias:
+            embedding = F.pad(embedding, (0, 1), value=1.0)
+        return instance_loss(embedding, weights, indices, temperature=self.config.temperature, mixed=mixed)
+
+    def after_step(self, progress: Progress) -> None:
+        """Count the next step's forwards from 0."""
+        self.parts = 0

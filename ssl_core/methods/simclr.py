@@ -1,0 +1,137 @@
+"""SimCLR: contrast within the batch (Chen et al., 2020), https://arxiv.org/abs/2002.05709.
+
+Each view must find the other view of its image among all views of the batch. No memory and no teacher, so the batch
+must be large; negatives come from all processes, with gradient.
+"""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import PositiveFloat, PositiveInt
+from torch import Tensor
+
+from ssl_core.data.loader import Batch
+from ssl_core.data.views import POLICIES, Augmentation, View, Views
+from ssl_core.methods.base import Losses, Method, MethodConfig, Preset, Progress, full_precision
+from ssl_core.networks.backbones import Network
+from ssl_core.networks.heads import mlp
+from ssl_core.networks.split_batchnorm import split_batchnorm
+from ssl_core.training import distributed
+
+
+class Config(MethodConfig):
+    """Defaults are those of the official command for CIFAR-10 (recipes M6)."""
+
+    name: Literal["simclr"] = "simclr"
+    preset: Literal["cifar", "imagenet", "cao_wu"] = "cifar"
+    temperature: PositiveFloat = 0.5
+    # Each view plays anchor once. The official code adds the mean losses of first and second views, others average all.
+    directions: Literal["sum", "mean"] = "sum"
+    # Parts of the global batch that see no negatives of each other: what several processes without a gather do.
+    negative_groups: PositiveInt = 1
+    projector_hidden: PositiveInt = 2048
+    projector_batchnorm: bool = True  # behind both layers, as in the code; the paper does not say
+    embedding_dim: PositiveInt = 128
+    batchnorm_splits: PositiveInt = 1  # parts of the global batch with BatchNorm statistics of their own
+    area: tuple[float, float] = (0.08, 1.0)
+    augmentation: Augmentation = POLICIES["simclr_small"]
+
+
+PRESETS = {
+    "cifar": Preset(  # about 91 % linear after 1,000 epochs of ResNet-18, says its README
+        method={},
+        training={
+            "optimizer": "lars", "learning_rate": 1.0, "weight_decay": 1e-4, "batch_size": 512, "epochs": 1000,
+            "warmup_epochs": 10, "decay_exclusion": "norm_bias",
+        },
+    ),
+    "imagenet": Preset(
+        method={"temperature": 0.1, "augmentation": "simclr"},
+        training={
+            "optimizer": "lars", "learning_rate": 0.3, "weight_decay": 1e-6, "batch_size": 4096, "epochs": 1000,
+            "warmup_epochs": 10, "decay_exclusion": "norm_bias",
+        },
+    ),
+    "cao_wu": Preset(  # SSQL's code on four GPUs, which Cao & Wu run: negatives and statistics of 128 images
+        method={
+            "directions": "mean", "negative_groups": 4, "batchnorm_splits": 4, "projector_batchnorm": False,
+            "embedding_dim": 256, "area": (0.2, 1.0), "augmentation": "contrastive_no_blur",
+        },
+        training={
+            "optimizer": "sgd", "learning_rate": 0.5, "learning_rate_scaling": "none", "weight_decay": 1e-4,
+            "batch_size": 512, "epochs": 400, "warmup_epochs": 0, "schedule_unit": "epoch",
+        },
+    ),
+}  # fmt: skip
+
+
+class SimCLR(Method):
+    """A backbone and a projector; two views of each image."""
+
+    Config = Config
+
+    def __init__(self, config: Config, backbone: Network, *, num_images: int, batch_size: int, seed: int) -> None:
+        super().__init__(config, backbone, num_images=num_images, batch_size=batch_size, seed=seed)
+        groups, processes = config.negative_groups, distributed.world_size()
+        if groups > 1 and groups % processes:
+            raise ValueError(f"method.negative_groups {groups} must be 1 or a multiple of training.gpus ({processes})")
+        if batch_size // groups < 2:
+            raise ValueError(
+                f"training.batch_size {batch_size} leaves the {groups} method.negative_groups without negatives: "
+                f"choose {2 * groups} or more"
+            )
+        self.config = config
+        self.groups = max(1, groups // processes)  # in this process
+        self.backbone: Network = backbone
+        norm = config.projector_batchnorm
+        dims = [backbone.num_features, config.projector_hidden, config.embedding_dim]
+        self.projector = mlp(dims, batch_norm=norm, final_batch_norm=norm)
+        if config.batchnorm_splits > 1:
+            split_batchnorm(self, max(1, config.batchnorm_splits // processes))
+
+    @staticmethod
+    def views(config: Config, image_size: int) -> Views:
+        """Two views made alike."""
+        return {"student": View(count=2, size=image_size, area=config.area, augmentation=config.augmentation)}
+
+    def forward(self, batch: Batch, progress: Progress) -> Losses:
+        """Return the NT-Xent loss over the negatives of all processes, or of groups within this one."""
+        first, second = (self._embed(view) for view in batch.views["student"])
+        with full_precision(first):
+            loss = self._contrast(first, second)
+            total = 2 * loss if self.config.directions == "sum" else loss
+            return Losses(total, {"contrast": loss.detach()}, embedding=first.detach())
+
+    def _contrast(self, first: Tensor, second: Tensor) -> Tensor:
+        temperature = self.config.temperature
+        if self.config.negative_groups == 1:
+            everyone = distributed.gather_with_gradient(first), distributed.gather_with_gradient(second)
+            start = distributed.rank() * len(first)
+            return nt_xent(first, second, temperature=temperature, everyone=everyone, start=start)
+        groups = zip(first.chunk(self.groups), second.chunk(self.groups), strict=True)
+        return torch.stack([nt_xent(*group, temperature=temperature) for group in groups]).mean()
+
+    def _embed(self, view: Tensor) -> Tensor:
+        return F.normalize(self.projector(self.backbone(view)).float(), dim=1)  # z: (batch, dim)
+
+
+def nt_xent(
+    first: Tensor,
+    second: Tensor,
+    *,
+    temperature: float,
+    everyone: tuple[Tensor, Tensor] | None = None,
+    start: int = 0,
+) -> Tensor:
+    """Cross-entropy that picks each view's partner among all other views (Chen et al., 2020, eq. 1), over 2 * batch.
+
+    `first` and `second` are (batch, dim) with unit rows. With `everyone`, the views of all processes, they are the
+    rows from `start` on, and the candidates are all of those.
+    """
+    all_first, all_second = everyone or (first, second)
+    total = len(all_first)
+    logits = torch.cat([first, second]) @ torch.cat([all_first, all_second]).T / temperature  # (2 batch, 2 total)
+    place = start + torch.arange(len(first), device=first.device)
+    itself, partner = torch.cat([place, place + total]), torch.cat([place + total, place])
+    return F.cross_entropy(logits.scatter(1, itself[:, None], -torch.inf), partner)

@@ -1,0 +1,109 @@
+"""SimSiam: simple Siamese networks (Chen & He, 2021), https://arxiv.org/abs/2011.10566.
+
+A predictor turns one view's embedding into the other's, which gets no gradient. No negatives, memory or teacher: what
+keeps the embeddings apart is the stop-gradient together with the predictor.
+"""
+
+from typing import Literal, cast
+
+import torch.nn.functional as F
+from pydantic import PositiveInt
+from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock, Bottleneck
+
+from ssl_core.data.loader import Batch
+from ssl_core.data.views import POLICIES, Augmentation, View, Views
+from ssl_core.methods.base import Losses, Method, MethodConfig, Preset, Progress, full_precision
+from ssl_core.networks.backbones import Network
+from ssl_core.networks.heads import mlp
+from ssl_core.networks.split_batchnorm import split_batchnorm
+from ssl_core.training import distributed
+
+
+class Config(MethodConfig):
+    """Defaults are those of the paper's CIFAR experiments (appendix D; recipes M8)."""
+
+    name: Literal["simsiam"] = "simsiam"
+    preset: Literal["cifar", "imagenet", "cao_wu"] = "cifar"
+    projector_layers: PositiveInt = 2
+    embedding_dim: PositiveInt = 2048  # also the width of the projector's hidden layers
+    predictor_hidden: PositiveInt = 512
+    constant_predictor_rate: bool = True  # the predictor's learning rate never falls (Table 1 c)
+    zero_initial_residual: bool = True  # ResNets start with identical blocks, as in the code; others stay as they are
+    batchnorm_splits: PositiveInt = 1  # parts of the global batch with BatchNorm statistics of their own
+    area: tuple[float, float] = (0.2, 1.0)
+    augmentation: Augmentation = POLICIES["contrastive_no_blur"]
+
+
+_SGD = {"optimizer": "sgd", "batch_size": 512, "warmup_epochs": 0, "schedule_unit": "epoch"}
+
+PRESETS = {
+    "cifar": Preset(  # 91.8 % linear (appendix D)
+        method={}, training={**_SGD, "learning_rate": 0.03, "weight_decay": 5e-4, "epochs": 800}
+    ),
+    "imagenet": Preset(
+        method={"projector_layers": 3, "augmentation": "contrastive"},
+        training={**_SGD, "learning_rate": 0.05, "weight_decay": 1e-4, "epochs": 100},
+    ),
+    "cao_wu": Preset(  # SSQL's code, which Cao & Wu run: rates absolute, BatchNorm of each of four GPUs
+        method={
+            "projector_layers": 3, "predictor_hidden": 2048, "constant_predictor_rate": False, "batchnorm_splits": 4,
+        },
+        training={
+            **_SGD, "learning_rate": 0.05, "learning_rate_scaling": "none", "weight_decay": 5e-4, "epochs": 400,
+        },
+    ),
+}  # fmt: skip
+
+
+class SimSiam(Method):
+    """A backbone, a projector and a predictor; two views of each image."""
+
+    Config = Config
+
+    def __init__(self, config: Config, backbone: Network, *, num_images: int, batch_size: int, seed: int) -> None:
+        super().__init__(config, backbone, num_images=num_images, batch_size=batch_size, seed=seed)
+        dim = config.embedding_dim
+        if config.zero_initial_residual:
+            _zero_residuals(backbone)
+        self.constant_rate = ("predictor",) if config.constant_predictor_rate else ()
+        self.backbone: Network = backbone
+        self.projector = mlp(
+            [backbone.num_features, *[dim] * config.projector_layers],
+            bias=False,
+            final_batch_norm=True,
+            final_affine=False,
+        )
+        self.predictor = mlp([dim, config.predictor_hidden, dim], bias=False)
+        if config.batchnorm_splits > 1:
+            split_batchnorm(self, max(1, config.batchnorm_splits // distributed.world_size()))
+
+    @staticmethod
+    def views(config: Config, image_size: int) -> Views:
+        """Two views made alike."""
+        return {"student": View(count=2, size=image_size, area=config.area, augmentation=config.augmentation)}
+
+    def forward(self, batch: Batch, progress: Progress) -> Losses:
+        """Return L = D(p1, z2) / 2 + D(p2, z1) / 2 (eq. 2), in [-1, 1]."""
+        first, second = (self.projector(self.backbone(view)) for view in batch.views["student"])  # z: (batch, dim)
+        predictions = self.predictor(first), self.predictor(second)  # p: (batch, dim)
+        with full_precision(first):
+            forth = negative_cosine(predictions[0], second)
+            back = negative_cosine(predictions[1], first)
+            total = (forth + back) / 2
+            return Losses(total, {"negative_cosine": total.detach()}, embedding=first.detach().float())
+
+
+def negative_cosine(prediction: Tensor, target: Tensor) -> Tensor:
+    """Return minus the mean cosine of the rows of `prediction` and `target` (batch, dim) (Chen & He, 2021, eq. 1).
+
+    No gradient reaches the target.
+    """
+    return -F.cosine_similarity(prediction.float(), target.detach().float(), dim=1).mean()
+
+
+def _zero_residuals(backbone: nn.Module) -> None:
+    for block in backbone.modules():
+        if isinstance(block, BasicBlock | Bottleneck):
+            last = block.bn2 if isinstance(block, BasicBlock) else block.bn3
+            nn.init.zeros_(cast(Tensor, last.weight))

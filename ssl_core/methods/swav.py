@@ -1,0 +1,179 @@
+"""SwAV: swapping assignments between views (Caron et al., 2020), https://arxiv.org/abs/2006.09882.
+
+Each global view is assigned to prototypes, all of which must be used equally often; every other view of the image has
+to predict that assignment. Prototypes are learned with the network, and small batches borrow embeddings from a queue.
+"""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from torch import Tensor, nn
+
+from ssl_core.data.loader import Batch
+from ssl_core.data.views import POLICIES, Augmentation, View, Views
+from ssl_core.methods.base import Losses, Method, MethodConfig, Preset, Progress, full_precision
+from ssl_core.networks.backbones import Network
+from ssl_core.networks.heads import mlp
+from ssl_core.training import distributed
+from ssl_core.training.multicrop import (
+    SIX_LOCALS,
+    SSLIGHT,
+    SSLIGHT_TRAINING,
+    MultiCrop,
+    balance,
+    cross_entropies,
+    encode,
+    local_views,
+)
+from ssl_core.training.queue import Queue
+
+
+class Config(MultiCrop, MethodConfig):
+    """Defaults are the paper's head and loss on two small views; lengths are shares of its 200 epochs (recipes M9)."""
+
+    name: Literal["swav"] = "swav"
+    preset: Literal["small", "official", "large_batch", "sslight_baseline", "sslight"] = "small"
+    temperature: PositiveFloat = 0.1
+    epsilon: PositiveFloat = 0.05  # smoothness of the assignment
+    sinkhorn_iterations: PositiveInt = 3
+    num_prototypes: PositiveInt = 3000
+    freeze: float = Field(default=0.005, ge=0, le=1)  # share of the run before prototypes move: 1 of 200 epochs
+    queue_size: NonNegativeInt = 3840  # past embeddings of each of the two global views; 0 for none
+    queue_start: float = Field(default=0.075, ge=0, le=1)  # share of the run before it fills: 15 of 200 epochs
+    projector_hidden: PositiveInt = 2048
+    embedding_dim: PositiveInt = 128
+    area: tuple[float, float] = (0.08, 1.0)  # solo-learn's on CIFAR (recipes 5.8)
+    augmentation: Augmentation = POLICIES["swav"]
+
+
+# LARS as SSLight has it is within rounding of the paper's SGD with LARC; that one spares nothing from decay.
+_LARS = {"optimizer": "lars", "weight_decay": 1e-6}
+_HEAD = {"projector_hidden": 4096, "queue_size": 3072}  # SSLight's code: wider, and 3,840 cut to whole batches
+_SSLIGHT = {**SSLIGHT_TRAINING, "learning_rate": 0.3}
+
+PRESETS = {
+    # Nobody's paper: views as in solo-learn on CIFAR, optimisation as in SSLight at the batch of small data sets.
+    "small": Preset(method={}, training={**_SSLIGHT, "batch_size": 256}),
+    "official": Preset(  # its command for small batches
+        method=SIX_LOCALS,
+        training={
+            **_LARS, "learning_rate": 0.6, "minimum_learning_rate": 0.0006, "batch_size": 256, "epochs": 200,
+            "warmup_epochs": 0,
+        },
+    ),
+    "large_batch": Preset(  # its main command
+        method={**SIX_LOCALS, "queue_size": 0, "freeze": 1 / 800},
+        training={
+            **_LARS, "learning_rate": 0.3, "minimum_learning_rate": 0.0048, "batch_size": 4096, "epochs": 800,
+            "warmup_epochs": 10,
+        },
+    ),
+    "sslight_baseline": Preset(method={**SIX_LOCALS, **_HEAD}, training=_SSLIGHT),
+    "sslight": Preset(method={**SSLIGHT, **_HEAD}, training=_SSLIGHT),
+}  # fmt: skip
+
+
+class SwAV(Method):
+    """A network, unit prototypes, and a queue of past embeddings for each global view."""
+
+    Config = Config
+
+    def __init__(self, config: Config, backbone: Network, *, num_images: int, batch_size: int, seed: int) -> None:
+        super().__init__(config, backbone, num_images=num_images, batch_size=batch_size, seed=seed)
+        self.config, self.batch_size = config, batch_size
+        self.backbone: Network = backbone
+        self.projector = mlp([backbone.num_features, config.projector_hidden, config.embedding_dim])
+        self.prototypes = nn.Parameter(F.normalize(torch.randn(config.num_prototypes, config.embedding_dim), dim=1))
+        queues = 2 if config.queue_size else 0
+        self.queues = nn.ModuleList(Queue(config.queue_size, config.embedding_dim) for _ in range(queues))
+        self.embeddings: list[Tensor] = []  # this step's of global views, enqueued after it
+
+    @staticmethod
+    def views(config: Config, image_size: int) -> Views:
+        """Two global views and the local ones, all augmented alike."""
+        two = View(count=2, size=image_size, area=config.area, augmentation=config.augmentation)
+        return {"global": two, **local_views(config, image_size, config.augmentation)}
+
+    def forward(self, batch: Batch, progress: Progress) -> Losses:
+        """Return the loss of predicting, from every view, the codes of the global views other than itself."""
+        views = [*batch.views["global"], *batch.views.get("local", [])]
+        if len(batch.views["global"]) != 2:
+            raise ValueError(f"views.global.count: SwAV swaps two global views, found {len(batch.views['global'])}")
+        rows = F.normalize(self.projector(encode(self.backbone, views)).float(), dim=1)
+        embeddings = rows.unflatten(0, (len(views), -1))  # z: (views, batch, dim)
+        self.embeddings.append(embeddings[:2].detach())
+        with full_precision(embeddings):
+            scores = embeddings @ self.prototypes.T  # (views, batch, prototypes)
+            total, parts = balance(
+                swapped_prediction(scores, self._assign(scores[:2], progress), temperature=self.config.temperature),
+                self.config.alpha,
+            )
+        return Losses(total, parts, embedding=embeddings[0].detach())
+
+    @torch.no_grad()
+    def _assign(self, scores: Tensor, progress: Progress) -> Tensor:
+        """Return the codes (2, batch, prototypes) of the global views, with the queues' help once these are full."""
+        codes = []
+        for view, own in enumerate(scores):
+            if self._queues_are_full(progress):
+                # each process has the whole queue and takes its part, so that together they count every row once
+                rows = self.queues[view].get_buffer("rows")[distributed.rank() :: distributed.world_size()]
+                own = torch.cat([rows @ self.prototypes.T, own])
+            assigned = sinkhorn(own, epsilon=self.config.epsilon, iterations=self.config.sinkhorn_iterations)
+            codes.append(assigned[-scores.shape[1] :])
+        return torch.stack(codes)
+
+    def _queues_are_full(self, progress: Progress) -> bool:
+        """Tell by arithmetic, since asking the device would wait for it."""
+        return bool(self.queues) and (progress.step - self._filled_from(progress)) * self.batch_size >= (
+            self.config.queue_size
+        )
+
+    def _filled_from(self, progress: Progress) -> int:
+        return round(self.config.queue_start * progress.total_steps)
+
+    def _frozen(self, progress: Progress) -> bool:
+        return progress.step < round(self.config.freeze * progress.total_steps)
+
+    def before_step(self, progress: Progress) -> None:
+        """Keep the prototypes as they are at first, out of weight decay and momentum's reach, too."""
+        if self._frozen(progress):
+            self.prototypes.grad = None
+
+    @torch.no_grad()
+    def after_step(self, progress: Progress) -> None:
+        """Make the prototypes unit rows again and put this step's embeddings into the queues."""
+        if not self._frozen(progress):
+            self.prototypes.copy_(F.normalize(self.prototypes, dim=1))
+        if progress.step >= self._filled_from(progress):
+            for queue, view in zip(self.queues, range(2)):
+                for embeddings in self.embeddings:
+                    queue.enqueue(distributed.gather(embeddings[view]))  # pyright: ignore[reportCallIssue]
+        self.embeddings.clear()
+
+
+@torch.no_grad()
+def sinkhorn(scores: Tensor, *, epsilon: float, iterations: int) -> Tensor:
+    """Return soft assignments (batch, prototypes) that sum to 1 a row and nearly use all prototypes alike (eq. 3-5).
+
+    `scores` are cosines (batch, prototypes) of this process; prototypes are equally used over those of all processes.
+    The paper's divisions by counts and by the grand sum cancel against the next normalisation and are left out.
+    """
+    scores = scores.float() / epsilon
+    largest = distributed.gather(scores.max()[None]).max()  # changes nothing but that exp stays finite
+    codes = (scores - largest).exp()
+    smallest = torch.finfo(codes.dtype).tiny
+    for _ in range(iterations):
+        codes = codes / distributed.gather(codes.sum(dim=0)[None]).sum(dim=0).clamp_min(smallest)
+        codes = codes / codes.sum(dim=1, keepdim=True).clamp_min(smallest)
+    return codes
+
+
+def swapped_prediction(scores: Tensor, codes: Tensor, *, temperature: float) -> Tensor:
+    """Return the cross-entropy (global views, views) of predicting each global view's codes from each view (eq. 2).
+
+    `scores` are (views, batch, prototypes), `codes` (global views, batch, prototypes); no gradient reaches the codes.
+    """
+    return cross_entropies(codes, F.log_softmax(scores / temperature, dim=2))

@@ -1,0 +1,294 @@
+"""DINO: the loss, its centre and temperatures, the head, the teacher, and the loss over many crops."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from lightly.loss import DINOLoss
+
+from ssl_core.config import parse
+from ssl_core.data.loader import Batch
+from ssl_core.methods.base import Progress, resolve
+from ssl_core.methods.dino import DINO, Config, Head, distillation_loss
+from ssl_core.training.multicrop import balance
+from tests.methods.harness import START, batch, collapse_alarms, make, resume_is_exact, two_processes_equal_one
+
+SMALL = {"num_outputs": 10, "head_hidden": 12, "bottleneck_dim": 5, "teacher_momentum": 0.9}
+LOCALS = {"num_locals": 3, "local_size": 6, "alpha": 0.4}
+TEMPERATURES = {"student_temperature": 0.1, "teacher_temperature": 0.04}
+
+
+def config(**changes):
+    return Config(**{**SMALL, **changes})
+
+
+def views(**changes):
+    return DINO.views(config(**changes), 8)
+
+
+def logits(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def step(model, one, progress):
+    if not hasattr(model, "optimizer"):
+        model.optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
+    model(one, progress).total.backward()
+    model.before_step(progress)
+    model.optimizer.step()
+    model.optimizer.zero_grad(set_to_none=True)
+    model.after_step(progress)
+
+
+# The loss
+
+
+def test_distillation_loss_matches_a_numpy_oracle_in_double_precision():
+    student, teacher, centre = logits(3, 4, 6).double(), logits(2, 4, 6, seed=1).double(), logits(6, seed=2).double()
+    found = distillation_loss(student, teacher, centre, **TEMPERATURES)
+    sharp = np.exp((teacher.numpy() - centre.numpy()) / 0.04)
+    target = sharp / sharp.sum(2, keepdims=True)
+    logs = student.numpy() / 0.1 - np.log(np.exp(student.numpy() / 0.1).sum(2, keepdims=True))
+    expected = [[-(t * s).sum(1).mean() for s in logs] for t in target]
+    np.testing.assert_allclose(found, expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("num_locals", [0, 1, 6])
+def test_the_whole_loss_and_the_centre_agree_with_lightly(num_locals):
+    reference = DINOLoss(output_dim=6, teacher_temp=0.04, student_temp=0.1)
+    centre = torch.zeros(6)
+    for seed in range(3):
+        student, teacher = logits(2 + num_locals, 4, 6, seed=seed), logits(2, 4, 6, seed=10 + seed)
+        expected = reference(list(teacher), list(student))
+        total, _ = balance(distillation_loss(student, teacher, centre, **TEMPERATURES), None)
+        torch.testing.assert_close(total, expected, atol=1e-5, rtol=1e-5)
+        centre.lerp_(teacher.mean(dim=(0, 1)), 0.1)
+        torch.testing.assert_close(centre, reference.center.flatten())
+
+
+@pytest.mark.parametrize(("num_locals", "terms", "share"), [(6, 14, 1 / 7), (10, 22, 1 / 11)])
+def test_the_number_of_terms_and_the_alpha_of_the_plain_mean(num_locals, terms, share):
+    # recipes section 7, fixture 8
+    pairs = logits(2, 2 + num_locals).abs()
+    kept = [pairs[t, s] for t in range(2) for s in range(2 + num_locals) if t != s]
+    assert len(kept) == terms
+    plain, _ = balance(pairs, None)
+    torch.testing.assert_close(plain, torch.stack(kept).mean())
+    torch.testing.assert_close(balance(pairs, share)[0], plain)
+
+
+def test_one_crop_only_is_a_clear_error():
+    with pytest.raises(ValueError, match="one crop alone has none to compare with"):
+        balance(torch.ones(1, 1), None)
+    one = batch(views())
+    del one.views["global_second"]
+    with pytest.raises(ValueError, match="one crop alone has none to compare with"):
+        make(DINO, config())(one, START)
+
+
+def test_one_global_view_may_be_compared_with_local_ones():
+    total, parts = balance(torch.tensor([[9.0, 1.0, 3.0]]), 0.4)
+    assert total == 2
+    assert set(parts) == {"local"}
+
+
+def test_a_constant_encoder_pays_the_logarithm_of_the_number_of_outputs_and_is_noticed():
+    # T19: once the centre has arrived at the teacher's constant output, the target is uniform.
+    teacher = logits(6).expand(2, 4, 6)
+    pairs = distillation_loss(torch.zeros(2, 4, 6), teacher, teacher[0, 0], **TEMPERATURES)
+    torch.testing.assert_close(pairs, torch.full((2, 2), math.log(6)))
+    assert collapse_alarms(DINO, config(**LOCALS))
+
+
+@pytest.mark.parametrize("change", [{"student_temperature": 0.2}, {"initial_teacher_temperature": 0.02}])
+def test_each_temperature_reaches_the_loss(change):
+    one = batch(views())
+    losses = [make(DINO, config(**changes))(one, START).total for changes in ({}, change)]
+    assert not torch.isclose(*losses, rtol=1e-7)
+
+
+def test_a_flatter_teacher_is_refused():
+    with pytest.raises(ValueError, match=r"up to 0\.2, must be below student_temperature 0\.1"):
+        parse(Config, {"teacher_temperature": 0.2}, "method")
+
+
+def test_the_teachers_temperature_rises_linearly_and_stays():
+    model = make(DINO, config(temperature_warmup=0.5))
+    found = [model._teacher_temperature(Progress(step, 100)) for step in (0, 25, 50, 99)]
+    np.testing.assert_allclose(found, [0.04, 0.055, 0.07, 0.07])
+    assert make(DINO, config(temperature_warmup=0.0))._teacher_temperature(START) == 0.07
+
+
+def test_reordering_the_batch_changes_nothing():
+    student, teacher, order = logits(2, 4, 6), logits(2, 4, 6, seed=1), [2, 0, 3, 1]
+    losses = [
+        distillation_loss(student[:, rows], teacher[:, rows], torch.zeros(6), **TEMPERATURES)
+        for rows in (order, [0, 1, 2, 3])
+    ]
+    torch.testing.assert_close(*losses)
+
+
+def test_no_gradient_reaches_teacher_or_centre_and_one_reaches_the_head():
+    model = make(DINO, config())
+    model(batch(views()), START).total.backward()
+    assert all(parameter.grad is None for parameter in model.teacher.parameters())
+    assert not model.centre.requires_grad
+    assert model.head.direction.grad.abs().sum() > 0
+
+
+# Centre (T15)
+
+
+def test_the_centre_is_in_the_checkpoint_and_moves_to_the_batch_mean_after_the_step():
+    model, one = make(DINO, config(centre_momentum=0.75)), batch(views())
+    assert model.state_dict()["centre"].tolist() == [0.0] * 10
+    outputs = model.teacher(torch.cat([one.views["global_first"][0], one.views["global_second"][0]]))
+    model(one, START)
+    assert model.centre.tolist() == [0.0] * 10
+    model.after_step(START)
+    torch.testing.assert_close(model.centre, 0.25 * outputs.mean(dim=0))
+
+
+def test_the_centre_equals_the_mean_of_all_teacher_outputs_in_the_limit():
+    model, one = make(DINO, config(teacher_momentum=1.0)).eval(), batch(views())
+    outputs = [model.teacher(one.views[group][0]) for group in ("global_first", "global_second")]
+    for _ in range(200):
+        model(one, START)
+        model.after_step(START)
+    torch.testing.assert_close(model.centre, torch.cat(outputs).mean(dim=0).detach(), atol=1e-5, rtol=1e-5)
+
+
+def test_micro_batches_give_one_centre_update_by_their_common_mean():
+    model, one = make(DINO, config(centre_momentum=0.0, teacher_momentum=1.0)).eval(), batch(views())
+    outputs = torch.cat([model.teacher(one.views[group][0]) for group in ("global_first", "global_second")])
+    for rows in (slice(8), slice(8, 16)):
+        part = {group: [view[rows] for view in many] for group, many in one.views.items()}
+        model(Batch(part, one.labels[rows], one.indices[rows]), START)
+    model.after_step(START)
+    torch.testing.assert_close(model.centre, outputs.mean(dim=0).detach())
+
+
+# Head and teacher
+
+
+def test_logits_are_cosines_with_unit_directions_whatever_their_length():
+    head = Head(6, config()).eval()
+    rows = logits(4, 6)
+    before = head(rows)
+    assert before.abs().max() <= 1 + 1e-6
+    with torch.no_grad():
+        head.direction.mul_(3)
+    torch.testing.assert_close(head(rows), before)
+
+
+def test_the_last_layers_lengths_are_trained_only_when_asked():
+    model = make(DINO, config())
+    assert not model.head.length.requires_grad
+    free = make(DINO, config(norm_last_layer=False))
+    free(batch(views()), START).total.backward()
+    assert free.head.length.grad.abs().sum() > 0
+
+
+def test_the_head_is_that_of_torchs_weight_norm():
+    head = Head(6, config(norm_last_layer=False)).eval()
+    with torch.no_grad():
+        head.length.copy_(logits(10, 1).abs())
+    layer = torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(5, 10, bias=False))
+    names = {"parametrizations.weight.original0": head.length, "parametrizations.weight.original1": head.direction}
+    layer.load_state_dict(names)
+    rows = F.normalize(logits(4, 5), dim=1)
+    torch.testing.assert_close(head.classify(rows), layer(rows))
+
+
+def test_the_last_layer_is_frozen_exactly_as_long_as_asked():
+    model, one = make(DINO, config(freeze=0.03)), batch(views())
+    start, moved = model.head.direction.detach().clone(), []
+    for number in range(5):
+        step(model, one, Progress(number, 100))
+        moved.append(not torch.equal(model.head.direction, start))
+    assert moved == [False, False, False, True, True]
+
+
+def test_the_teacher_follows_the_student_after_the_step_on_a_cosine_to_one():
+    model, one = make(DINO, config(teacher_momentum=0.5)), batch(views())
+    weight = lambda: model.teacher[0].layer.weight  # noqa: E731
+    expected = weight().clone()
+    for number in range(5):
+        model(one, Progress(number, 10))
+        with torch.no_grad():
+            model.backbone.layer.weight.add_(1)
+        momentum = 1 - 0.5 * 0.5 * (1 + math.cos(math.pi * number / 10))
+        expected = momentum * expected + (1 - momentum) * model.backbone.layer.weight.detach()
+        model.after_step(Progress(number, 10))
+        torch.testing.assert_close(weight(), expected)
+
+
+# Many crops
+
+
+def test_equal_sizes_share_a_forward_the_head_sees_everything_and_the_teacher_only_global_views():
+    model, one = make(DINO, config(**LOCALS)), batch(views(**LOCALS), images=4)
+    rows = []
+    model.head.layers.register_forward_hook(lambda module, inputs, output: rows.append(len(output)))
+    model(one, START)
+    assert model.backbone.seen == [(8, 3, 8, 8), (12, 3, 6, 6)]
+    assert model.teacher[0].seen == [(8, 3, 8, 8)]
+    assert rows == [20]
+
+
+def test_the_method_computes_the_loss_of_its_parts():
+    model, one = make(DINO, config(num_locals=2, local_size=6)).eval(), batch(views(num_locals=2, local_size=6))
+    every = [view for group in one.views.values() for view in group]
+    student = [model.head(model.backbone(view)) for view in every]
+    teacher = [model.teacher(view) for view in every[:2]]
+    expected = DINOLoss(output_dim=10, teacher_temp=0.04, student_temp=0.1)(teacher, student)
+    torch.testing.assert_close(model(one, START).total, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_evaluation_mode_leaves_the_state_as_it_is():
+    model = make(DINO, config()).eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    model(batch(views()), START)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_views_are_augmented_and_seen_as_the_paper_says():
+    spec = {"dataset": {"name": "demo"}, "backbone": {"name": "resnet18"}}
+    experiment = resolve({**spec, "method": {"name": "dino", "preset": "sslight"}})
+    views = DINO.views(experiment.method, 224)
+    assert {name: view.seen_by for name, view in views.items()} == {
+        "global_first": ("student", "teacher"),
+        "global_second": ("student", "teacher"),
+        "local": ("student",),
+    }
+    assert [views[name].augmentation.blur for name in views] == [1.0, 0.1, 0.5]
+    assert [views[name].augmentation.solarize for name in views] == [0.0, 0.2, 0.0]
+    assert (views["local"].count, views["local"].size, views["local"].area) == (6, 128, (0.05, 0.3))
+    official = resolve({**spec, "method": {"name": "dino", "preset": "official"}})
+    assert (official.method.num_outputs, DINO.views(official.method, 224)["local"].size) == (65536, 96)
+
+
+def test_local_views_as_large_as_global_ones_are_refused():
+    with pytest.raises(ValueError, match=r"local views of 32 pixels are no smaller than the images \(32\)"):
+        DINO.views(config(num_locals=2, local_multiple=32), 32)
+
+
+# T6 and T7
+
+
+@pytest.mark.parametrize(
+    ("changes", "training"),
+    [
+        ({"freeze": 0.2}, {}),
+        ({**LOCALS, "norm_last_layer": False}, {"optimizer": "adamw", "accumulation": 2, "learning_rate": 1e-3}),
+    ],
+    ids=["frozen", "many crops, adamw, accumulated"],
+)
+def test_resuming_changes_no_bit(changes, training):
+    resume_is_exact(DINO, config(**changes), **training)
+
+
+def test_two_processes_equal_one(tmp_path):
+    two_processes_equal_one(DINO, config(freeze=0.1, norm_last_layer=False, **LOCALS), tmp_path)

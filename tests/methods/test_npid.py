@@ -1,0 +1,557 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ssl_core.config import Dataset, Subset
+from ssl_core.data.loader import Batch, Loader
+from ssl_core.data.shards import Manifest
+from ssl_core.methods.base import Progress, resolve
+from ssl_core.methods.npid import NPID, Config, gradient_update, instance_loss, sqrt_kl
+from ssl_core.stages import pretrain, shard
+from ssl_core.training.cutmix import Mixed, cutmix
+from ssl_core.training.instance_softmax import instance_softmax
+from tests.methods import harness
+
+SMALL = {"embedding_dim": 5, "projector_hidden": 12}
+VARIANTS = {
+    "plain": {},
+    "paper": {"update": "gradient", "sqrtkl_weight": 2.0, "sqrtkl_temperature": None, "head": "mlp", "calibrate": True},
+    "code": {"negatives": 20, "cutmix": 0.5, "sqrtkl_weight": 2.0, "calibrate": True, "head": "mlp"},
+    "mixed gradient": {"negatives": 7, "cutmix": 0.5, "update": "gradient", "proximal_weight": 1.0},
+}
+
+
+def small(**changes):
+    return Config(**{**SMALL, **changes})
+
+
+def build(**changes):
+    return harness.make(NPID, small(**changes))
+
+
+def batch(**changes):
+    return harness.batch(NPID.views(small(), harness.PIXELS), **changes)
+
+
+def rows(*shape, seed=0, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    return F.normalize(torch.randn(*shape, generator=generator, dtype=dtype), dim=-1)
+
+
+# The streamed softmax against the one that everybody would write
+
+
+def naive(embedding, bank, target, temperature, sqrtkl_temperature):
+    similarity = embedding @ bank.T
+    log_p = F.log_softmax(similarity / sqrtkl_temperature, dim=1)
+    log_u = F.log_softmax(similarity.detach() / sqrtkl_temperature / 2, dim=1)
+    divergence = (log_p.exp() * (log_p - log_u)).sum(dim=1).mean()
+    return F.cross_entropy(similarity / temperature, target), divergence
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 50, 1000, None])
+@pytest.mark.parametrize("sqrtkl_temperature", [0.2, 1.0], ids=["one temperature", "two temperatures"])
+@pytest.mark.parametrize("trained", [False, True], ids=["fixed bank", "trained bank"])
+def test_streaming_is_exact_forward_and_backward(chunk, sqrtkl_temperature, trained):
+    target = torch.tensor([3, 0, 49, 3])
+    found, expected = [], []
+    for losses, results in ((streamed, found), (naive, expected)):
+        embedding, bank = rows(4, 6).requires_grad_(), rows(50, 6, seed=1).requires_grad_(trained)
+        arguments = (chunk,) if losses is streamed else ()
+        instance, divergence = losses(embedding, bank, target, 0.2, sqrtkl_temperature, *arguments)
+        (instance + 20 * divergence).backward()
+        results += [instance, divergence, embedding.grad, *([bank.grad] if trained else [])]
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-11, rtol=1e-11)
+
+
+def streamed(embedding, bank, target, temperature, sqrtkl_temperature, chunk):
+    """Both losses from one pass, as the method takes them."""
+    softmax = instance_softmax(
+        embedding, bank, temperature=temperature, entropy_temperature=sqrtkl_temperature, chunk=chunk
+    )
+    own = (embedding * bank[target]).sum(dim=1) / temperature
+    l1 = softmax.negative_entropy
+    divergence = l1 + softmax.to_square_root - 0.5 * (l1 - l1.detach())
+    return (softmax.log_normalizer - own).mean(), divergence.mean()
+
+
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("entropy_temperature", [None, 0.2, 1.0])
+def test_streaming_passes_gradcheck(entropy_temperature, trained):
+    embedding, bank = rows(3, 4).requires_grad_(), rows(11, 4, seed=1).requires_grad_(trained)
+
+    def differentiable(embedding, bank):
+        return instance_softmax(embedding, bank, temperature=0.2, entropy_temperature=entropy_temperature, chunk=4)[:2]
+
+    assert torch.autograd.gradcheck(differentiable, (embedding, bank))
+
+
+def test_the_two_pure_losses_are_the_naive_ones():
+    embedding, bank, target = rows(4, 6), rows(50, 6, seed=1), torch.tensor([3, 0, 49, 3])
+    instance, divergence = naive(embedding, bank, target, 0.2, 0.3)
+    assert torch.allclose(instance_loss(embedding, bank, target, temperature=0.2, chunk=7), instance)
+    assert torch.allclose(sqrt_kl(embedding, bank, temperature=0.3, chunk=7), divergence)
+
+
+@pytest.mark.parametrize("size", [1e-3, 1e4])
+def test_logits_of_any_size_stay_finite(size):
+    embedding, bank = (rows(4, 6) * size).requires_grad_(), rows(50, 6, seed=1)
+    loss = instance_loss(embedding, bank, torch.arange(4), temperature=1.0, chunk=7)
+    divergence = sqrt_kl(embedding, bank, temperature=1.0, chunk=7)
+    (loss + divergence).backward()
+    assert torch.isfinite(torch.stack([loss, divergence, embedding.grad.sum()])).all()
+    assert torch.allclose(loss, F.cross_entropy(embedding @ bank.T, torch.arange(4)))
+
+
+class Largest(TorchDispatchMode):
+    """Notes the number of elements of the largest tensor that any operation makes, views of old ones left out."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            old = [argument for argument in args if isinstance(argument, torch.Tensor)]
+            if all(result.untyped_storage().data_ptr() != one.untyped_storage().data_ptr() for one in old):
+                self.elements = max(self.elements, result.numel())
+        return result
+
+
+@pytest.mark.parametrize("sqrtkl_temperature", [0.2, 1.0])
+def test_nothing_larger_than_batch_times_chunk_is_ever_made(sqrtkl_temperature):
+    embedding, bank = rows(8, 4).requires_grad_(), rows(4096, 4, seed=1)
+    with Largest() as largest:
+        losses = streamed(embedding, bank, torch.arange(8), 0.2, sqrtkl_temperature, 64)
+        torch.stack(losses).sum().backward()
+    assert largest.elements == 3 * 8 * 64  # three buffers
+
+
+# SqrtKL (recipes section 7, fixtures 1 and 2)
+
+
+def test_sqrt_kl_has_the_value_and_gradient_of_the_papers_example():
+    logits = torch.tensor([0.91, *[0.01] * 9], dtype=torch.float64).log()[:, None].requires_grad_()
+    loss = sqrt_kl(torch.ones(1, 1, dtype=torch.float64), logits, temperature=1.0, chunk=3)
+    (gradient,) = torch.autograd.grad(loss, logits)
+    assert abs(loss.item() - 0.3671687) < 1e-7
+    assert np.allclose(gradient[:, 0], [0.1847, *[-0.0205] * 9], atol=1e-4)  # attached: -0.0130, +0.0014
+
+
+def test_sqrt_kl_matches_a_numpy_oracle_term_by_term():
+    embedding, bank = rows(3, 6), rows(40, 6, seed=1)
+    p = softmax(embedding.numpy() @ bank.numpy().T / 0.3)
+    u = np.sqrt(p) / np.sqrt(p).sum(1, keepdims=True)
+    expected = {
+        ("l1",): (p * np.log(p)).sum(1).mean(),
+        ("l2",): -(p * np.log(u)).sum(1).mean(),
+        ("l1", "l2"): (p * np.log(p / u)).sum(1).mean(),
+    }
+    for terms, value in expected.items():
+        assert abs(sqrt_kl(embedding, bank, temperature=0.3, terms=terms).item() - value) < 1e-12
+
+
+@pytest.mark.parametrize("terms", [("l1",), ("l2",), ("l1", "l2")])
+def test_no_gradient_reaches_the_square_root(terms):
+    embedding, bank = rows(3, 6), rows(40, 6, seed=1)
+    gradients = []
+    for ours in (True, False):
+        one = embedding.clone().requires_grad_()
+        log_p = F.log_softmax(one @ bank.T / 0.3, dim=1)
+        log_u = F.log_softmax(one.detach() @ bank.T / 0.6, dim=1)
+        l1, l2 = (log_p.exp() * log_p).sum(dim=1), -(log_p.exp() * log_u).sum(dim=1)
+        reference = torch.stack([{"l1": l1, "l2": l2}[term] for term in terms]).sum(dim=0).mean()
+        (sqrt_kl(one, bank, temperature=0.3, terms=terms, chunk=9) if ours else reference).backward()
+        gradients.append(one.grad)
+    torch.testing.assert_close(*gradients, atol=1e-12, rtol=1e-12)
+
+
+def test_sqrt_kl_of_equal_probabilities_is_0_and_the_root_never_sums_to_more_than_that_of_n():
+    assert abs(sqrt_kl(rows(3, 4), torch.zeros(9, 4, dtype=torch.float64), temperature=0.1).item()) < 1e-12
+    for seed in range(5):
+        p = F.softmax(5 * rows(1, 30, seed=seed), dim=1)
+        assert 1 <= p.sqrt().sum() <= math.sqrt(30)
+        assert sqrt_kl(rows(3, 6, seed=seed), rows(30, 6, seed=9), temperature=0.1) > 0
+
+
+# The update of the bank (eq. 5 and 6)
+
+
+def test_gradient_update_is_the_negative_gradient_of_the_batchs_rows():
+    # recipes section 7, fixture 3
+    embedding, bank, own = rows(8, 16), rows(50, 16, seed=1).requires_grad_(), torch.arange(8) * 6
+    logits = embedding @ bank.T / 0.2
+    (gradient,) = torch.autograd.grad(F.cross_entropy(logits, own, reduction="sum"), bank, retain_graph=True)
+    probability = F.softmax(logits, dim=1)[:, own].detach()
+    torch.testing.assert_close(gradient_update(embedding, probability), -0.2 * gradient[own], atol=1e-12, rtol=0)
+
+
+def test_gradient_update_weighs_others_by_the_class_under_them_not_by_their_own_class():
+    embedding = torch.eye(2, dtype=torch.float64)
+    probability = torch.tensor([[0.7, 0.1], [0.2, 0.6]], dtype=torch.float64)
+    expected = torch.tensor([[1 - 0.7, -0.2], [-0.1, 1 - 0.6]], dtype=torch.float64)
+    assert torch.allclose(gradient_update(embedding, probability), expected)
+
+
+def test_gradient_update_under_cutmix_is_the_negative_gradient_too():
+    embedding, bank, own = rows(4, 16), rows(50, 16, seed=1).requires_grad_(), torch.tensor([5, 9, 2, 30])
+    mixed = Mixed(torch.empty(0), torch.tensor([1, 0, 3, 2]), 0.7)
+    (gradient,) = torch.autograd.grad(4 * instance_loss(embedding, bank, own, temperature=0.2, mixed=mixed), bank)
+    probability = F.softmax(embedding @ bank.detach().T / 0.2, dim=1)[:, own]
+    label = 0.7 * torch.eye(4, dtype=torch.float64) + 0.3 * torch.eye(4, dtype=torch.float64)[mixed.partner]
+    found = gradient_update(embedding, probability, label=label)
+    torch.testing.assert_close(found, -0.2 * gradient[own], atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_only_the_batchs_rows_move_after_the_step_and_come_out_with_unit_length(variant):
+    model, one = build(**VARIANTS[variant]), batch()
+    before = model.bank.clone()
+    model(one, harness.START)
+    assert torch.equal(model.bank, before)
+    model.after_step(harness.START)
+    others = [image for image in range(harness.NUM_IMAGES) if image not in one.indices]
+    assert torch.equal(model.bank[others], before[others])
+    assert not torch.isclose(model.bank[one.indices], before[one.indices]).all(dim=1).any()
+    assert torch.allclose(model.bank[one.indices].norm(dim=1), torch.ones(harness.BATCH))
+    assert model.moves == []
+
+
+def test_a_moving_average_moves_by_one_minus_the_momentum():
+    model, one = build(bank_momentum=0.7), batch()
+    expected = F.normalize(0.7 * model.bank[one.indices] + 0.3 * model(one, harness.START).embedding, dim=1)
+    model.after_step(harness.START)
+    assert torch.allclose(model.bank[one.indices], expected)
+
+
+@pytest.mark.parametrize("negatives", [None, 20])
+def test_the_methods_gradient_update_uses_the_probabilities_of_its_loss(negatives):
+    model, one = build(update="gradient", negatives=negatives), batch()
+    bank, own = model.bank.clone(), one.indices
+    candidates = torch.arange(harness.NUM_IMAGES)
+    if negatives:
+        candidates = torch.cat([own, model._sample(own, np.random.default_rng([0, 0, 0]))])
+    embedding = model(one, harness.START).embedding
+    logits = embedding @ bank.T / 0.1
+    normalizer = logits[:, candidates].logsumexp(dim=1, keepdim=True)
+    expected = gradient_update(embedding, (logits[:, own] - normalizer).exp())
+    model.after_step(harness.START)
+    assert torch.allclose(model.bank[own], F.normalize(0.5 * bank[own] + 0.5 * expected, dim=1), atol=1e-6)
+
+
+def test_each_part_of_an_accumulated_step_moves_its_own_rows():
+    model = build()
+    parts = [batch(images=4, seed=seed) for seed in (0, 1)]
+    before = model.bank.clone()
+    for part in parts:
+        model(part, harness.START)
+    model.after_step(harness.START)
+    moved = set((model.bank != before).any(dim=1).nonzero()[:, 0].tolist())
+    assert moved == {*parts[0].indices.tolist(), *parts[1].indices.tolist()}
+
+
+# The method
+
+
+@pytest.mark.parametrize("negatives", [None, harness.NUM_IMAGES - harness.BATCH, harness.NUM_IMAGES])
+def test_the_loss_is_the_cross_entropy_over_all_rows_as_they_were(negatives):
+    # T17: a sample of everything is the full softmax.
+    model, one = build(negatives=negatives), batch()
+    losses = model(one, harness.START)
+    expected = F.cross_entropy(losses.embedding @ model.bank.T / 0.1, one.indices)
+    assert torch.allclose(losses.total, expected)
+
+
+def test_without_negatives_the_batch_is_all_there_is():
+    model, one = build(negatives=0), batch()
+    losses = model(one, harness.START)
+    expected = F.cross_entropy(losses.embedding @ model.bank[one.indices].T / 0.1, torch.arange(harness.BATCH))
+    assert torch.allclose(losses.total, expected)
+
+
+def test_sampled_rows_are_never_the_batchs_and_all_others_are_equally_likely():
+    # T17: the positive is never among the negatives.
+    model = build(negatives=20)
+    indices = batch().indices
+    counts = torch.zeros(harness.NUM_IMAGES)
+    for seed in range(600):
+        sample = model._sample(indices, np.random.default_rng(seed))
+        assert len(sample.unique()) == 20
+        counts[sample] += 1
+    assert counts[indices].sum() == 0
+    others = torch.ones(harness.NUM_IMAGES, dtype=torch.bool)
+    others[indices] = False
+    expected = 600 * 20 / (harness.NUM_IMAGES - harness.BATCH)
+    assert ((counts[others] - expected).abs() < 5 * math.sqrt(expected)).all()
+
+
+def test_samples_differ_from_step_to_step_and_part_to_part_and_come_again_after_a_restart():
+    def losses():
+        model, one = build(negatives=5).eval(), batch()
+        found = [model(one, Progress(step, 9)).total for step in (0, 0)]
+        model.after_step(harness.START)
+        return torch.stack([*found, model(one, Progress(1, 9)).total])
+
+    first = losses()
+    assert len(first.unique()) == 3
+    assert torch.equal(first, losses())
+
+
+def test_parts_add_up_to_the_total():
+    model = build(sqrtkl_weight=3.0, proximal_weight=2.0)
+    one = batch()
+    own = model.bank[one.indices].clone()
+    losses = model(one, harness.START)
+    assert torch.allclose(losses.parts["proximal"], (losses.embedding - own).square().sum(dim=1).mean())
+    assert torch.allclose(losses.parts["sqrt_kl"], sqrt_kl(losses.embedding, model.bank, temperature=1.0))
+    instance, divergence, proximal = (losses.parts[name] for name in ("instance", "sqrt_kl", "proximal"))
+    assert torch.allclose(losses.total, instance + 3 * divergence + 2 * proximal)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"temperature": 0.3},
+        {"sqrtkl_temperature": 0.3},
+        {"sqrtkl_temperature": None},
+        {"sqrtkl_terms": ("l1",)},
+        {"sqrtkl_weight": 3.0},
+        {"proximal_weight": 1.0},
+        {"cutmix": 0.5},
+        {"negatives": 5},
+        {"head": "mlp"},
+    ],
+    ids=str,
+)
+def test_every_switch_reaches_the_loss(changes):
+    default, changed = build(sqrtkl_weight=2.0), build(**{"sqrtkl_weight": 2.0, **changes})
+    assert not torch.isclose(default(batch(), harness.START).total, changed(batch(), harness.START).total)
+
+
+def test_no_temperature_of_its_own_means_the_cross_entropys():
+    losses = build(sqrtkl_weight=1.0, sqrtkl_temperature=None)(batch(), harness.START)
+    same = build(sqrtkl_weight=1.0, sqrtkl_temperature=0.1)(batch(), harness.START)
+    assert torch.equal(losses.total, same.total)
+
+
+def test_a_collapsed_network_raises_the_alarm():
+    harness.collapse_alarms(NPID, small())
+
+
+def test_a_constant_encoder_pays_the_logarithm_of_the_number_of_images():
+    # T19
+    model = build()
+    model.bank.copy_(model.bank[:1].expand_as(model.bank))
+    assert abs(model(batch(), harness.START).total.item() - math.log(harness.NUM_IMAGES)) < 1e-5
+
+
+def test_distinct_images_that_their_rows_know_pay_nothing():
+    # T2
+    eye = torch.eye(8)
+    assert instance_loss(eye[:4], eye, torch.arange(4), temperature=0.05) < 1e-2
+
+
+def test_permuting_the_batch_permutes_the_losses():
+    embedding, bank, target = rows(4, 6), rows(50, 6, seed=1), torch.tensor([3, 0, 49, 7])
+    order = torch.tensor([2, 0, 3, 1])
+    each = [instance_loss(embedding[i : i + 1], bank, target[i : i + 1], temperature=0.1) for i in order]
+    whole = instance_loss(embedding[order], bank, target[order], temperature=0.1)
+    assert torch.allclose(torch.stack(each).mean(), whole)
+
+
+def test_the_bank_is_a_buffer_that_no_gradient_reaches():
+    model = build(update="gradient", sqrtkl_weight=1.0)
+    model(batch(), harness.START).total.backward()
+    assert "bank" in dict(model.named_buffers())
+    assert model.bank.grad is None
+    assert "bank" in model.state_dict()
+
+
+def test_the_bank_starts_at_about_unit_length():
+    model = harness.make(NPID, small(embedding_dim=128), num_images=500)
+    assert abs(model.bank.square().sum(dim=1).mean().item() - 1) < 0.02
+    assert model.bank.abs().max() <= math.sqrt(3 / 128)
+
+
+def test_the_mlp_is_the_codes_three_layers_with_biases_and_two_batch_norms():
+    layers = build(head="mlp").projector
+    assert [type(layer).__name__ for layer in layers] == [
+        *["Linear", "BatchNorm1d", "ReLU"] * 2,
+        "Linear",
+    ]
+    assert all(layer.bias is not None for layer in layers if isinstance(layer, torch.nn.Linear))
+
+
+def test_losses_are_computed_in_full_precision_under_autocast():
+    model, one = build(), batch()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        losses = model(one, harness.START)
+    assert torch.equal(losses.total, instance_loss(losses.embedding, model.bank, one.indices, temperature=0.1))
+
+
+def test_evaluation_mode_leaves_the_state_as_it_is():
+    model = build(update="gradient").eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    model(batch(), harness.START)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+# CutMix
+
+
+def test_cutmix_exchanges_one_box_and_says_its_exact_share():
+    images = torch.arange(5.0)[:, None, None, None].expand(5, 3, 12, 10).contiguous()
+    partners = [1, 0, 3, 2, 4]
+    for seed in range(50):
+        mixed = cutmix(images, alpha=0.5, generator=np.random.default_rng(seed))
+        assert mixed.partner.tolist() == partners
+        own = (mixed.images == images).float().mean(dim=(1, 2, 3))
+        assert torch.allclose(own[:4], torch.full((4,), mixed.share))
+        assert 0.45 < mixed.share <= 1
+        assert set(mixed.images.unique().tolist()) <= set(range(5))
+
+
+def test_cutmix_off_is_the_identity():
+    images = torch.randn(3, 3, 4, 4)
+    mixed = cutmix(images, alpha=None, generator=np.random.default_rng(0))
+    assert mixed.images is images
+    assert mixed.share == 1
+
+
+def test_the_loss_of_mixed_images_is_shared_between_both_labels():
+    embedding, bank, target = rows(4, 6), rows(50, 6, seed=1), torch.tensor([3, 0, 49, 7])
+    mixed = Mixed(torch.empty(0), torch.tensor([1, 0, 3, 2]), 0.7)
+    expected = [instance_loss(embedding, bank, label, temperature=0.2) for label in (target, target[mixed.partner])]
+    found = instance_loss(embedding, bank, target, temperature=0.2, mixed=mixed)
+    assert torch.allclose(found, 0.7 * expected[0] + 0.3 * expected[1])
+
+
+def test_a_mixed_image_moves_the_row_of_its_first_label():
+    model, one = build(cutmix=0.5, bank_momentum=0.0), batch()
+    embedding = model(one, harness.START).embedding
+    model.after_step(harness.START)
+    assert torch.allclose(model.bank[one.indices], embedding, atol=1e-6)
+
+
+# Calibration
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shards") / "demo"
+    shard.run(harness.ROOT / "datasets" / "demo.yaml", folder, threads=1)
+    return Manifest.load(folder / "manifest.json")
+
+
+def open_loader(manifest):
+    views = NPID.views(small(augmentation={"policy": "none"}, area=(1.0, 1.0)), 16)
+    return Loader(manifest, Dataset(name="demo", subset=Subset(images=100, seed=1)), views, batch_size=16, seed=5)
+
+
+def test_calibration_fills_every_row_though_epochs_drop_their_last_batch_and_keeps_the_running_statistics(manifest):
+    model = harness.make(NPID, small(calibrate=True, head="mlp"), num_images=100)
+    model.bank.zero_()
+    before = {name: value.clone() for name, value in model.state_dict().items() if name != "bank"}
+    with open_loader(manifest) as loader:
+        assert loader.steps_per_epoch * loader.batch_size < 100
+        model.prepare(loader, torch.device("cpu"))
+    assert torch.allclose(model.bank.norm(dim=1), torch.ones(100))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items() if name != "bank")
+    assert model.training
+
+
+def test_rows_belong_to_their_images_and_training_then_sees_the_batches_it_would_have_seen(manifest):
+    config = small(calibrate=True, calibration_mode="eval")
+    model = harness.make(NPID, config, num_images=100)
+    with open_loader(manifest) as loader, open_loader(manifest) as untouched:
+        training = resolve(
+            {"dataset": {"name": "demo"}, "backbone": {"name": "resnet18"}, "method": {"name": "npid"}}
+        ).training.model_copy(update={"precision": "fp32", "epochs": 200})
+        trainer = pretrain.Trainer(model, loader, training, device=torch.device("cpu"))
+        pretrain._prepare(trainer)
+        first, expected = loader.next(), untouched.next()
+    assert torch.equal(first.indices, expected.indices)
+    assert torch.equal(first.views["student"][0], expected.views["student"][0])
+    embedding = model.eval()._embed(first.views["student"][0])
+    turned = model._embed(first.views["student"][0].flip(3))
+    alike = torch.maximum((embedding * model.bank[first.indices]).sum(1), (turned * model.bank[first.indices]).sum(1))
+    assert torch.allclose(alike, torch.ones(16), atol=1e-4)
+
+
+def test_batch_statistics_spread_the_bank_and_running_ones_do_not_always():
+    banks = []
+    for mode in ("train", "eval"):
+        config = small(head="mlp", calibrate=True, calibration_mode=mode)
+        model = harness.make(NPID, config)
+        model.prepare(harness.Noise(NPID.views(config, harness.PIXELS), harness.BATCH), torch.device("cpu"))
+        banks.append(model.bank)
+    cosine = [(bank.sum(dim=0).square().sum() / len(bank) ** 2).item() for bank in banks]
+    assert cosine[0] < cosine[1]
+
+
+def test_without_calibration_the_data_are_not_touched():
+    model = build()
+    before = model.bank.clone()
+    model.prepare(None, torch.device("cpu"))
+    assert torch.equal(model.bank, before)
+
+
+# Resume, processes, presets
+
+
+@pytest.mark.parametrize(
+    ("variant", "training"), [("paper", {}), ("code", {"accumulation": 2}), ("mixed gradient", {"optimizer": "lars"})]
+)
+def test_a_resumed_run_is_the_undisturbed_one(variant, training):
+    harness.resume_is_exact(NPID, small(**VARIANTS[variant]), **training)
+
+
+@pytest.mark.parametrize("variant", ["paper", "mixed gradient"])
+def test_two_processes_equal_one(variant, tmp_path):
+    # Gently: at the paper's temperature twelve channels' rounding errors grow a thousandfold in three steps.
+    harness.two_processes_equal_one(NPID, small(**VARIANTS[variant], temperature=1.0), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("preset", "method", "training"),
+    [
+        ("npid", {"temperature": 0.1, "head": "linear", "negatives": None}, {"learning_rate": 0.03, "batch_size": 128}),
+        ("imagenet", {"temperature": 0.07, "negatives": 65536}, {"weight_decay": 1e-4, "milestones": (120, 160)}),
+        (
+            "paper",
+            {"temperature": 0.2, "update": "gradient", "calibrate": True, "cutmix": None, "negatives": None},
+            {"learning_rate": 0.1, "epochs": 400, "batch_size": 512},
+        ),
+        (
+            "code",
+            {"update": "moving_average", "embedding_dim": 2048, "cutmix": 0.5, "negatives": 10_000},
+            {"learning_rate": 1.0, "epochs": 200, "schedule_unit": "epoch"},
+        ),
+    ],
+)
+def test_presets_say_what_paper_and_code_say(preset, method, training):
+    spec = {
+        "dataset": {"name": "demo"},
+        "backbone": {"name": "resnet18"},
+        "method": {"name": "npid", "preset": preset},
+    }
+    resolved = resolve(spec)
+    assert {name: getattr(resolved.method, name) for name in method} == method
+    assert {name: getattr(resolved.training, name) for name in training} == training
+    assert resolved.training.learning_rate_scaling == "none"
+    assert resolved.method.augmentation.blur == 0
+
+
+def test_a_second_view_is_refused():
+    one = batch()
+    two = Batch({"student": one.views["student"] * 2}, one.labels, one.indices)
+    with pytest.raises(ValueError, match="expected 1"):
+        build()(two, harness.START)
+
+
+def softmax(logits):
+    return np.exp(logits) / np.exp(logits).sum(1, keepdims=True)

@@ -1,0 +1,164 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from ssl_core.config import Training, parse
+from ssl_core.data.loader import Batch
+from ssl_core.methods.base import resolve
+from ssl_core.methods.pid import PID, Config
+from ssl_core.training.cutmix import cutmix
+from ssl_core.training.optimizers import build_optimizer
+from tests.methods import harness
+
+SMALL = {"embedding_dim": 5, "projector_hidden": 12}
+VARIANTS = {
+    "pid": {"bias": True, "cutmix": 0.5},
+    "pic": {"cosine": True, "temperature": 0.2, "head": "mlp", "weight_init": 0.01, "decay_weights": False},
+}
+
+
+def build(**changes):
+    return harness.make(PID, Config(**{**SMALL, **changes}))
+
+
+def batch(**changes):
+    return harness.batch(PID.views(Config(), harness.PIXELS), **changes)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_loss_is_the_cross_entropy_over_all_images(bias):
+    model, one = build(bias=bias), batch()
+    losses = model(one, harness.START)
+    logits = losses.embedding @ model.weights[:, :6].T
+    if bias:
+        logits = logits + model.weights[:, 6]
+    assert torch.allclose(losses.total, F.cross_entropy(logits, one.indices))
+
+
+def test_a_cosine_softmax_matches_a_numpy_oracle():
+    model, one = build(cosine=True, temperature=0.2, head="linear"), batch()
+    losses = model(one, harness.START)
+    embedding, weights = losses.embedding.double().numpy(), model.weights.detach().double().numpy()
+    cosine = embedding @ weights.T / np.linalg.norm(embedding, axis=1)[:, None] / np.linalg.norm(weights, axis=1)
+    logits = cosine / 0.2
+    expected = np.mean(np.log(np.exp(logits).sum(1)) - logits[np.arange(len(logits)), one.indices.numpy()])
+    assert abs(losses.total.item() - expected) < 1e-5
+
+
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
+def test_gradients_reach_the_network_and_all_class_vectors_as_autograd_has_them(changes):
+    model, one = build(**{**changes, "cutmix": None}), batch()
+    model.weights.register_hook(lambda gradient: gradients.append(gradient))
+    gradients = []
+    model(one, harness.START).total.backward()
+    model.backbone.zero_grad()
+    streamed = gradients.pop()
+    embedding, weights = model.projector(model.backbone(one.views["student"][0])), model.weights
+    if model.config.cosine:
+        embedding, weights = F.normalize(embedding, dim=1), F.normalize(weights, dim=1)
+    else:
+        embedding = torch.cat([embedding, torch.ones(len(embedding), 1)], dim=1)
+    F.cross_entropy(embedding @ weights.T / model.config.temperature, one.indices).backward()
+    torch.testing.assert_close(streamed, gradients.pop(), atol=1e-7, rtol=1e-4)
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_the_first_loss_is_about_the_logarithm_of_the_number_of_images():
+    # Recipes M2: a learning rate made for ten classes meets 10.8 at 50,000 images.
+    model = harness.make(PID, Config(weight_init=1e-6), num_images=3000)
+    assert abs(model(batch(), harness.START).total.item() - math.log(3000)) < 1e-4
+
+
+def test_images_that_their_class_vectors_know_pay_nothing():
+    # T2
+    model = build(cosine=True, temperature=0.05, head="linear", embedding_dim=harness.NUM_IMAGES)
+    with torch.no_grad():
+        model.weights.copy_(torch.eye(harness.NUM_IMAGES))
+    known = torch.eye(harness.NUM_IMAGES)[:4]
+    unmixed = cutmix(torch.zeros(4, 3, 2, 2), alpha=None, generator=np.random.default_rng(0))
+    assert model._classify(known, torch.arange(4), unmixed) < 1e-2
+
+
+def test_a_constant_encoder_pays_the_logarithm_and_raises_the_alarm():
+    # T19: no features, no bias, so all classes are equally likely.
+    assert abs(harness.collapse_alarms(PID, Config()) - math.log(harness.NUM_IMAGES)) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"temperature": 0.3},
+        {"cosine": True},
+        {"bias": True, "weight_init": 1.0},
+        {"cutmix": 0.5},
+        {"head": "mlp"},
+        {"weight_init": 1.0},
+    ],
+    ids=str,
+)
+def test_every_switch_reaches_the_loss(changes):
+    assert not torch.isclose(build()(batch(), harness.START).total, build(**changes)(batch(), harness.START).total)
+
+
+def test_several_views_are_averaged():
+    model, one, other = build().eval(), batch(seed=0), batch(seed=1)
+    views = [*one.views["student"], *other.views["student"]]
+    both = model(Batch({"student": views}, one.labels, one.indices), harness.START).total
+    alone = [model(Batch({"student": [view]}, one.labels, one.indices), harness.START).total for view in views]
+    assert torch.allclose(both, torch.stack(alone).mean())
+
+
+@pytest.mark.parametrize("decay", [True, False])
+def test_class_vectors_are_spared_from_decay_where_asked_and_nothing_else_is(decay):
+    model = build(decay_weights=decay)
+    optimizer = build_optimizer(model, Training(weight_decay=0.1), undecayed=model.undecayed)
+    decays = {parameter: group["weight_decay"] for group in optimizer.param_groups for parameter in group["params"]}
+    assert decays[model.weights] == (0.1 if decay else 0.0)
+    assert decays[model.backbone.layer.weight] == 0.1
+
+
+def test_absent_class_vectors_stay_without_decay_and_shrink_with_it():
+    found = {}
+    for decay in (True, False):
+        trainer = harness.trainer(PID, Config(decay_weights=decay, weight_init=1.0), weight_decay=0.5)
+        assert {group["weight_decay"] for group in trainer.optimizer.param_groups} == ({0.5} if decay else {0.5, 0.0})
+        before = trainer.method.get_parameter("weights").detach().norm()
+        trainer.run(save=lambda: None, log=lambda row: None)
+        found[decay] = trainer.method.get_parameter("weights").detach().norm() / before
+    assert found[True] < found[False]
+
+
+def test_losses_are_computed_in_full_precision_under_autocast():
+    model, one = build(), batch()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        losses = model(one, harness.START)
+    expected = F.cross_entropy(losses.embedding @ model.weights.T, one.indices)
+    assert losses.total.dtype is torch.float32
+    assert torch.allclose(losses.total, expected, atol=1e-6)
+
+
+def test_a_cosine_with_a_bias_is_refused():
+    with pytest.raises(ValueError, match=r"method: a cosine has no bias"):
+        parse(Config, {"cosine": True, "bias": True}, "method")
+
+
+@pytest.mark.parametrize(("variant", "training"), [("pid", {"accumulation": 2}), ("pic", {"optimizer": "lars"})])
+def test_a_resumed_run_is_the_undisturbed_one(variant, training):
+    harness.resume_is_exact(PID, Config(**SMALL, **VARIANTS[variant]), **training)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_two_processes_equal_one(variant, tmp_path):
+    harness.two_processes_equal_one(PID, Config(**SMALL, **VARIANTS[variant]), tmp_path)
+
+
+def test_presets_say_what_the_recipes_say():
+    spec = {"dataset": {"name": "demo"}, "backbone": {"name": "resnet18"}, "method": {"name": "pid"}}
+    pid, pic = resolve(spec), resolve({**spec, "method": {"name": "pid", "preset": "pic"}})
+    assert (pid.training.learning_rate, pid.training.epochs, pid.training.batch_size) == (0.1, 400, 512)
+    assert (pid.method.head, pid.method.temperature, pid.method.augmentation.blur) == ("none", 1.0, 0.0)
+    assert (pic.method.cosine, pic.method.temperature, pic.method.weight_init) == (True, 0.2, 0.01)
+    assert (pic.training.learning_rate_scaling, pic.method.embedding_dim) == ("linear", 128)

@@ -1,0 +1,231 @@
+"""SEED: the loss, the queue, and teachers from every kind of file."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torchvision.transforms.v2.functional import normalize
+
+from ssl_core.config import Backbone, parse
+from ssl_core.methods.base import Progress, resolve
+from ssl_core.methods.moco import info_nce
+from ssl_core.methods.seed import SEED, Config, load_projector, seed_loss
+from ssl_core.networks.backbones import build_backbone, load_backbone, save_backbone, write_tensors
+from ssl_core.networks.heads import mlp
+from tests.methods.harness import (
+    CPU,
+    START,
+    Noise,
+    batch,
+    collapse_alarms,
+    make,
+    resume_is_exact,
+    two_processes_equal_one,
+)
+
+NETWORK = Backbone(name="mobilenet_v3_small", stem="small")  # its teacher sees 16 pixels, the student 8
+TEMPERATURES = {"student_temperature": 0.2, "teacher_temperature": 0.01}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A pre-trained backbone of ours, its projector, and the same backbone as a plain file."""
+    folder = tmp_path_factory.mktemp("teacher")
+    torch.manual_seed(1)
+    backbone, projector = build_backbone(NETWORK, 16), mlp([1024, 12, 5])
+    with torch.no_grad():
+        backbone.train()(torch.randn(64, 3, 16, 16))  # BatchNorm statistics that are not the initial ones
+        projector.train()(torch.randn(64, 1024))
+    header = {"mean": "[0.1, 0.2, 0.3]", "std": "[0.5, 0.5, 0.5]"}
+    save_backbone(folder / "backbone.safetensors", backbone, NETWORK, 16, header)
+    weights = {f"projector.{name}": weight for name, weight in projector.state_dict().items()}
+    write_tensors(folder / "model.safetensors", {**weights, "queue.rows": torch.ones(3, 5)}, {"experiment": "teacher"})
+    write_tensors(folder / "plain.safetensors", {**backbone.state_dict(), "classifier.3.weight": torch.ones(2)}, {})
+    return folder
+
+
+def config(files, **changes):
+    teacher = {
+        "weights": str(files / "backbone.safetensors"),
+        "projector": str(files / "model.safetensors"),
+        "size": 16,
+    }
+    return Config(**{"teacher": teacher, "queue_size": 24, **changes})
+
+
+def views(files):
+    return SEED.views(config(files), 8)
+
+
+def unit(*shape, seed=0):
+    return F.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)), dim=1)
+
+
+# The loss
+
+
+def test_seed_loss_matches_a_numpy_oracle_in_double_precision():
+    student, teacher, queue = unit(3, 5).double(), unit(3, 5, seed=1).double(), unit(7, 5, seed=2).double()
+    expected = []
+    for s, t in zip(student.numpy(), teacher.numpy()):
+        support = np.vstack([t, queue.numpy()])
+        target, logits = np.exp(support @ t / 0.01 - 100), support @ s / 0.2
+        expected.append(-(target / target.sum() * (logits - np.log(np.exp(logits).sum()))).sum())
+    found = seed_loss(student, teacher, queue, **TEMPERATURES)
+    assert abs(found.item() - np.mean(expected)) < 1e-12
+
+
+def test_a_sharp_teacher_makes_it_contrastive_learning_with_the_teachers_own_embedding():
+    # recipes M15: the code's temperature of 1e-4 gives a one-hot target
+    student, teacher, queue = unit(8, 16), unit(8, 16, seed=1), unit(32, 16, seed=2)
+    found = seed_loss(student, teacher, queue, student_temperature=0.2, teacher_temperature=1e-4)
+    torch.testing.assert_close(found, info_nce(student, teacher, queue, temperature=0.2))
+
+
+def test_a_student_equal_to_its_teacher_pays_the_entropy_of_the_target():
+    teacher, queue = unit(4, 6), unit(9, 6, seed=1)
+    logits = torch.cat([torch.ones(4, 1), teacher @ queue.T], dim=1) / 0.1
+    entropy = torch.distributions.Categorical(logits=logits).entropy().mean()
+    found = seed_loss(teacher, teacher, queue, student_temperature=0.1, teacher_temperature=0.1)
+    torch.testing.assert_close(found, entropy)
+
+
+def test_a_constant_student_pays_the_logarithm_of_the_support_and_is_noticed(files):
+    # T19: a student of no direction is as similar to everything.
+    found = seed_loss(torch.zeros(4, 6), unit(4, 6), unit(9, 6, seed=1), **TEMPERATURES)
+    assert abs(found.item() - math.log(10)) < 1e-6
+    assert collapse_alarms(SEED, config(files))
+
+
+def test_reordering_the_batch_changes_nothing():
+    student, teacher, queue, order = unit(4, 6), unit(4, 6, seed=1), unit(9, 6, seed=2), [2, 0, 3, 1]
+    first = seed_loss(student, teacher, queue, **TEMPERATURES)
+    torch.testing.assert_close(seed_loss(student[order], teacher[order], queue, **TEMPERATURES), first)
+
+
+@pytest.mark.parametrize("name", ["student_temperature", "teacher_temperature"])
+def test_each_temperature_reaches_the_loss(name, files):
+    losses = [make(SEED, config(files, **changes))(batch(views(files)), START).total for changes in ({}, {name: 0.5})]
+    assert not torch.isclose(*losses)
+
+
+# Queue and teacher
+
+
+def test_the_loss_uses_the_queue_as_it_stood_before_the_batch(files):
+    model, one = make(SEED, config(files)), batch(views(files))
+    before = model.queue.rows.clone()
+    model(one, START)
+    assert torch.equal(model.queue.rows, before)
+    expected = model.keys[0]
+    model.after_step(START)
+    torch.testing.assert_close(model.queue.rows[:16], expected)
+    assert torch.equal(model.queue.rows[16:], before[16:])
+
+
+def test_the_teacher_stays_frozen_in_evaluation_mode_and_the_student_learns(files):
+    model = make(SEED, config(files)).train()
+    before = {name: value.clone() for name, value in model.teacher.state_dict().items()}
+    model(batch(views(files)), START).total.backward()
+    assert all(torch.equal(value, before[name]) for name, value in model.teacher.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.teacher.parameters())
+    assert all(parameter.grad is not None for parameter in model.backbone.parameters())
+    assert model.backbone.training
+
+
+def test_both_see_the_same_picture_and_the_teacher_at_its_own_size(files):
+    model, one = make(SEED, config(files)), batch(views(files))
+    seen = []
+    model.teacher[0].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].shape[-1]))
+    model(one, START)
+    assert (seen, model.backbone.seen) == ([16], [(16, 3, 8, 8)])
+    assert SEED.views(config(files), 8)["both"].seen_by == ("student", "teacher")
+
+
+def test_the_teacher_sees_its_own_normalisation(files):
+    pixels, mean, std = torch.rand(4, 3, 16, 16), (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)  # the loader's
+    plain = {"weights": str(files / "plain.safetensors"), "backbone": NETWORK.model_dump(), "size": 16}
+    other = {**plain, "mean": (0.2, 0.2, 0.2), "std": (0.3, 0.3, 0.3)}
+    for teacher, own_mean, own_std in [
+        ({"weights": str(files / "backbone.safetensors")}, (0.1, 0.2, 0.3), (0.5, 0.5, 0.5)),
+        (plain, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+        (other, (0.2, 0.2, 0.2), (0.3, 0.3, 0.3)),
+    ]:
+        model = make(SEED, config(files, teacher=teacher)).train()
+        model.prepare(Noise(views(files), 16), CPU)
+        expected = F.normalize(model.teacher(normalize(pixels, [*own_mean], [*own_std])), dim=1)
+        torch.testing.assert_close(model._teach(normalize(pixels, [*mean], [*std])), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_teachers_come_from_our_files_with_or_without_projector_and_from_plain_ones(files):
+    ours = make(SEED, config(files))
+    reference, _ = load_backbone(files / "backbone.safetensors")
+    images = torch.randn(4, 3, 16, 16)
+    with torch.no_grad():
+        feature = reference.eval()(images)
+        assert ours.teacher(images).shape == (4, 5)
+        bare = make(SEED, config(files, teacher={"weights": str(files / "backbone.safetensors")}))
+        torch.testing.assert_close(bare.teacher(images), feature)
+        assert bare.queue.rows.shape == (24, 1024)
+        plain = {"weights": str(files / "plain.safetensors"), "backbone": NETWORK.model_dump(), "size": 16}
+        torch.testing.assert_close(make(SEED, config(files, teacher=plain)).teacher(images), feature)
+
+
+def test_a_rebuilt_projector_computes_what_the_original_did(tmp_path):
+    torch.manual_seed(0)
+    for number, original in enumerate(
+        [
+            mlp([6, 12, 5]),
+            mlp([6, 12, 5], batch_norm=False),
+            mlp([6, 8, 8, 5], bias=False, final_batch_norm=True, final_affine=False),
+            nn.Sequential(nn.Linear(6, 5)),
+        ]
+    ):
+        path = tmp_path / f"{number}.safetensors"
+        original(torch.randn(32, 6))
+        write_tensors(path, {f"projector.{name}": value for name, value in original.state_dict().items()}, {})
+        rebuilt, dim = load_projector(path, 6)
+        rows = torch.randn(4, 6)
+        assert dim == 5
+        torch.testing.assert_close(rebuilt.eval()(rows), original.eval()(rows))
+
+
+def test_a_projector_that_is_not_there_or_does_not_fit_is_refused(files, tmp_path):
+    with pytest.raises(ValueError, match=r"holds no projector of plain layers: leave out teacher\.projector"):
+        load_projector(files / "backbone.safetensors", 6)
+    with pytest.raises(ValueError, match="its projector takes 1024 features, its backbone gives 7"):
+        load_projector(files / "model.safetensors", 7)
+
+
+def test_a_teacher_that_is_not_there_is_refused(files):
+    with pytest.raises(ValueError, match=r"nowhere\.safetensors does not exist"):
+        make(SEED, config(files, teacher={"weights": "nowhere.safetensors"}))
+    with pytest.raises(ValueError, match=r"method\.teacher: this key is missing"):
+        parse(Config, {}, "method")
+
+
+def test_the_code_preset_has_the_codes_temperature():
+    spec = {"dataset": {"name": "demo"}, "backbone": {"name": "resnet18"}}
+    method = {"name": "seed", "preset": "code", "teacher": {"weights": "some.safetensors"}}
+    assert resolve({**spec, "method": method}).method.teacher_temperature == 1e-4
+
+
+def test_evaluation_mode_leaves_the_state_as_it_is(files):
+    model = make(SEED, config(files)).eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    model(batch(views(files)), Progress(3, 100))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+# T6 and T7
+
+
+def test_resuming_changes_no_bit(files):
+    resume_is_exact(SEED, config(files), accumulation=2)
+
+
+def test_two_processes_equal_one(files, tmp_path):
+    two_processes_equal_one(SEED, config(files), tmp_path)

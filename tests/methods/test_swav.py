@@ -1,0 +1,332 @@
+"""SwAV: assignments, swapped predictions, prototypes, queues, and the loss over many crops."""
+
+import math
+import sys
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from lightly.loss import SwaVLoss
+from lightly.loss.swav_loss import sinkhorn as lightly_sinkhorn
+from torch.multiprocessing.spawn import start_processes
+
+from ssl_core.config import parse
+from ssl_core.methods.base import Progress, resolve
+from ssl_core.methods.swav import Config, SwAV, sinkhorn, swapped_prediction
+from ssl_core.training.multicrop import balance
+from tests.methods.harness import (
+    ROOT,
+    START,
+    batch,
+    collapse_alarms,
+    make,
+    resume_is_exact,
+    trainer,
+    two_processes_equal_one,
+)
+
+SMALL = {"num_prototypes": 10, "projector_hidden": 12, "embedding_dim": 5, "queue_size": 32, "queue_start": 0.0}
+LOCALS = {"num_locals": 3, "local_size": 6, "alpha": 0.4}
+
+
+def config(**changes):
+    return Config(**{**SMALL, **changes})
+
+
+def views(**changes):
+    return SwAV.views(config(**changes), 8)
+
+
+def cosines(*shape, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    rows = F.normalize(torch.randn(*shape[:-1], 16, generator=generator), dim=-1)
+    return rows @ F.normalize(torch.randn(shape[-1], 16, generator=generator), dim=1).T
+
+
+def step(model, one, progress, rate=0.1):
+    """Take one optimizer step with weight decay and momentum, as the training loop does."""
+    if not hasattr(model, "optimizer"):
+        model.optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9, weight_decay=0.1)
+    model(one, progress).total.backward()
+    model.before_step(progress)
+    model.optimizer.step()
+    model.optimizer.zero_grad(set_to_none=True)
+    model.after_step(progress)
+
+
+# Sinkhorn (T13)
+
+
+def test_sinkhorn_matches_a_numpy_oracle_written_as_the_paper_has_it():
+    scores = cosines(6, 4).numpy().astype(np.float64)
+    codes = np.exp(scores / 0.05).T
+    codes /= codes.sum()
+    for _ in range(3):
+        codes /= codes.sum(1, keepdims=True) * len(codes)
+        codes /= codes.sum(0, keepdims=True) * codes.shape[1]
+    expected = (codes * codes.shape[1]).T
+    np.testing.assert_allclose(sinkhorn(torch.from_numpy(scores), epsilon=0.05, iterations=3), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("iterations", [1, 3])
+def test_sinkhorn_agrees_with_lightly(iterations):
+    scores = cosines(32, 12)
+    expected = lightly_sinkhorn(scores, iterations=iterations, epsilon=0.05)
+    torch.testing.assert_close(sinkhorn(scores, epsilon=0.05, iterations=iterations), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_samples_sum_to_one_and_prototypes_approach_equal_use():
+    # recipes section 7, fixture 7
+    scores = cosines(64, 8)
+    codes = sinkhorn(scores, epsilon=0.05, iterations=3)
+    torch.testing.assert_close(codes.sum(dim=1), torch.ones(64), atol=1e-6, rtol=0)
+    assert ((codes.sum(dim=0) - 8).abs() < 4).all()
+    exact = sinkhorn(scores, epsilon=0.05, iterations=300).sum(dim=0)
+    torch.testing.assert_close(exact, torch.full((8,), 8.0), atol=1e-3, rtol=0)
+
+
+def test_a_constant_added_to_all_scores_changes_nothing():
+    scores = cosines(16, 6)
+    first, second = (sinkhorn(scores + shift, epsilon=0.05, iterations=3) for shift in (0, 2))
+    torch.testing.assert_close(first, second, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("factor", "epsilon"), [(1, 0.05), (100, 0.05), (1, 0.001)])
+def test_sinkhorn_stays_finite_where_half_precision_and_plain_exponentials_do_not(factor, epsilon):
+    scores = (cosines(16, 6) * factor).half()
+    assert (scores / 0.05).exp().isinf().any() or epsilon < 0.05 or scores.max() < 0.6
+    codes = sinkhorn(scores, epsilon=epsilon, iterations=3)
+    assert codes.dtype == torch.float32
+    assert codes.isfinite().all()
+
+
+def in_process(rank, path):
+    dist.init_process_group("gloo", init_method=f"file://{path}.rendezvous", rank=rank, world_size=2)
+    own = cosines(16, 6)[8 * rank : 8 * rank + 8]
+    torch.save(sinkhorn(own, epsilon=0.05, iterations=3), f"{path}.{rank}")
+    dist.destroy_process_group()
+
+
+def test_sinkhorn_over_two_processes_equals_one_on_everything(tmp_path):
+    path = str(tmp_path / "codes")
+    with patch.object(sys, "path", [*sys.path, str(ROOT)]):
+        start_processes(in_process, (path,), nprocs=2, start_method="forkserver")
+    both = torch.cat([torch.load(Path(f"{path}.{rank}")) for rank in (0, 1)])
+    torch.testing.assert_close(both, sinkhorn(cosines(16, 6), epsilon=0.05, iterations=3), atol=1e-6, rtol=1e-5)
+
+
+# The loss
+
+
+def test_swapped_prediction_matches_a_numpy_oracle():
+    scores, codes = cosines(3, 5, 4).double(), cosines(2, 5, 4, seed=1).double().softmax(dim=2)
+    logits = scores.numpy() / 0.1
+    logs = logits - np.log(np.exp(logits).sum(2, keepdims=True))
+    expected = [[-(q * p).sum(1).mean() for p in logs] for q in codes.numpy()]
+    np.testing.assert_allclose(swapped_prediction(scores, codes, temperature=0.1), expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("num_locals", [0, 3])
+@pytest.mark.parametrize("queued", [False, True])
+def test_the_whole_loss_agrees_with_lightly(num_locals, queued):
+    scores = [cosines(8, 6, seed=seed) for seed in range(2 + num_locals)]
+    queue = [cosines(16, 6, seed=seed) for seed in (20, 21)] if queued else None
+    expected = SwaVLoss(temperature=0.1)(scores[:2], scores[2:], queue)
+    together = [torch.cat([scores[i], queue[i]]) if queue else scores[i] for i in (0, 1)]
+    codes = torch.stack([sinkhorn(rows, epsilon=0.05, iterations=3)[:8] for rows in together])
+    total, _ = balance(swapped_prediction(torch.stack(scores), codes, temperature=0.1), None)
+    torch.testing.assert_close(total, expected.squeeze(), atol=1e-5, rtol=1e-5)
+
+
+def test_the_method_computes_the_loss_of_its_parts():
+    model, one = make(SwAV, config(num_locals=2, local_size=6)).eval(), batch(views(num_locals=2, local_size=6))
+    scores = [
+        F.normalize(model.projector(model.backbone(view)), dim=1) @ model.prototypes.T
+        for group in one.views.values()
+        for view in group
+    ]
+    expected = SwaVLoss(temperature=0.1)(scores[:2], scores[2:])
+    torch.testing.assert_close(model(one, START).total, expected.squeeze(), atol=1e-5, rtol=1e-5)
+
+
+def test_alpha_moves_weight_from_local_to_global_pairs():
+    one = batch(views(**LOCALS))
+    losses = make(SwAV, config(**LOCALS))(one, START)
+    torch.testing.assert_close(losses.total.detach(), 0.4 * losses.parts["global"] + 0.6 * losses.parts["local"])
+
+
+def test_a_constant_encoder_pays_the_logarithm_of_the_number_of_prototypes_and_is_noticed():
+    # T19: all scores of all images are equal, so codes and predictions are uniform.
+    scores = torch.full((2, 8, 6), 0.3)
+    codes = torch.stack([sinkhorn(rows, epsilon=0.05, iterations=3) for rows in scores])
+    total, _ = balance(swapped_prediction(scores, codes, temperature=0.1), None)
+    assert abs(total.item() - math.log(6)) < 1e-6
+    assert collapse_alarms(SwAV, config(**LOCALS))
+
+
+def test_reordering_the_batch_reorders_the_codes():
+    order = torch.randperm(16, generator=torch.Generator().manual_seed(0))
+    scores = cosines(16, 6)
+    codes = sinkhorn(scores, epsilon=0.05, iterations=3)
+    torch.testing.assert_close(sinkhorn(scores[order], epsilon=0.05, iterations=3), codes[order])
+
+
+@pytest.mark.parametrize("change", [{"temperature": 0.2}, {"epsilon": 0.1}, {"sinkhorn_iterations": 1}])
+def test_each_number_of_the_configuration_reaches_the_loss(change):
+    one = batch(views())
+    losses = [make(SwAV, config(**changes))(one, START).total for changes in ({}, change)]
+    assert not torch.isclose(*losses)
+
+
+def test_no_gradient_reaches_the_codes_and_one_reaches_prototypes_and_projector():
+    codes = cosines(2, 4, 6).softmax(dim=2).requires_grad_()
+    scores = cosines(2, 4, 6).requires_grad_()
+    swapped_prediction(scores, codes, temperature=0.1).sum().backward()
+    assert codes.grad is None
+    assert scores.grad is not None
+    model = make(SwAV, config())
+    model(batch(views()), START).total.backward()
+    assert model.prototypes.grad.abs().sum() > 0
+    assert model.projector[0].weight.grad.abs().sum() > 0
+
+
+# Prototypes and queues (T14)
+
+
+def test_prototypes_stay_unit_rows():
+    model, one = make(SwAV, config(freeze=0.0)), batch(views())
+    start = model.prototypes.detach().clone()
+    for number in range(3):
+        step(model, one, Progress(number, 100), rate=10.0)
+        torch.testing.assert_close(model.prototypes.norm(dim=1), torch.ones(10))
+    assert not torch.allclose(model.prototypes, start)
+
+
+def test_prototypes_are_frozen_exactly_as_long_as_asked():
+    model, one = make(SwAV, config(freeze=0.03)), batch(views())
+    start, moved = model.prototypes.detach().clone(), []
+    for number in range(5):
+        step(model, one, Progress(number, 100))
+        moved.append(not torch.equal(model.prototypes, start))
+    assert moved == [False, False, False, True, True]
+
+
+def test_the_training_loop_asks_before_it_steps():
+    frozen = trainer(SwAV, config(freeze=1.0), weight_decay=0.1, gradient_clip=1.0)
+    method: Any = frozen.method
+    prototypes, weights = method.prototypes.clone(), method.backbone.layer.weight.clone()
+    frozen.run(save=lambda: None, log=lambda row: None)
+    assert torch.equal(method.prototypes, prototypes)
+    assert not torch.equal(method.backbone.layer.weight, weights)
+
+
+def test_the_queue_exists_from_construction_and_is_used_only_when_full():
+    model = make(SwAV, config(queue_size=32, queue_start=0.02, freeze=1.0))  # 16 images a step: full after two steps
+    assert model.state_dict()["queues.0.rows"].shape == (32, 5)
+    used = []
+    for number in range(6):
+        one, progress = batch(views(), seed=number), Progress(number, 100)
+        kept = [queue.rows.clone() for queue in model.queues]
+        before = model(one, progress).total
+        for queue in model.queues:
+            queue.rows.copy_(F.normalize(torch.randn(32, 5), dim=1))
+        used.append(not torch.equal(before, model(one, progress).total))
+        for queue, rows in zip(model.queues, kept):
+            queue.rows.copy_(rows)
+        model.embeddings.pop()
+        model.after_step(progress)
+    assert used == [False, False, False, False, True, True]
+    assert [int(queue.position) for queue in model.queues] == [4 * 16 % 32] * 2
+
+
+def test_the_queues_hold_the_last_embeddings_of_their_own_view_and_the_current_prototypes_score_them():
+    model = make(SwAV, config(queue_size=32))
+    for number in range(2):
+        model(batch(views(), seed=number), Progress(number, 100))
+        kept = model.embeddings[0]
+        model.after_step(Progress(number, 100))
+    torch.testing.assert_close(model.queues[1].rows[16:], kept[1])
+    scores, progress = cosines(2, 16, 10), Progress(2, 100)
+    expected = [
+        sinkhorn(torch.cat([queue.rows @ model.prototypes.T, own]), epsilon=0.05, iterations=3)[32:]
+        for queue, own in zip(model.queues, scores)
+    ]
+    torch.testing.assert_close(model._assign(scores, progress), torch.stack(expected))
+
+
+def test_without_a_queue_there_is_none():
+    model = make(SwAV, config(queue_size=0))
+    step(model, batch(views()), START)
+    assert not any("queue" in name for name in model.state_dict())
+
+
+def test_accumulated_micro_batches_all_enter_the_queues():
+    model = make(SwAV, config())
+    for seed in (0, 1):
+        model(batch(views(), images=8, seed=seed), START)
+    model.after_step(START)
+    assert int(model.queues[0].position) == 16
+
+
+# Many crops
+
+
+def test_equal_sizes_share_a_forward_and_the_head_sees_everything_at_once():
+    model, one = make(SwAV, config(**LOCALS)), batch(views(**LOCALS), images=4)
+    rows = []
+    model.projector.register_forward_hook(lambda module, inputs, output: rows.append(len(output)))
+    model(one, START)
+    assert model.backbone.seen == [(8, 3, 8, 8), (12, 3, 6, 6)]
+    assert rows == [20]
+
+
+def test_a_single_global_view_is_refused():
+    one = batch(views())
+    one.views["global"].pop()
+    with pytest.raises(ValueError, match="swaps two global views, found 1"):
+        make(SwAV, config())(one, START)
+
+
+def test_evaluation_mode_leaves_the_state_as_it_is():
+    model = make(SwAV, config()).eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    model(batch(views()), START)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_presets_say_what_the_papers_say():
+    spec = {"dataset": {"name": "demo"}, "backbone": {"name": "resnet18"}, "method": {"name": "swav"}}
+    experiments = {
+        name: resolve({**spec, "method": {"name": "swav", "preset": name}})
+        for name in ("official", "sslight_baseline", "sslight")
+    }
+    sizes = {name: SwAV.views(one.method, 224)["local"].size for name, one in experiments.items()}
+    assert sizes == {"official": 96, "sslight_baseline": 96, "sslight": 128}
+    new = experiments["sslight"]
+    assert (new.method.alpha, new.method.area, new.method.local_area) == (0.4, (0.3, 1.0), (0.05, 0.3))
+    assert (new.training.batch_size, new.training.minimum_learning_rate) == (1024, 0.0048)
+    assert parse(Config, {"num_prototypes": 50}, "method").queue_size == 3840
+
+
+# T6 and T7
+
+
+@pytest.mark.parametrize(
+    ("changes", "training"),
+    [
+        ({"freeze": 0.2, "queue_start": 0.2}, {}),
+        (LOCALS, {"optimizer": "lars", "accumulation": 2, "decay_exclusion": "norm_bias"}),
+    ],
+    ids=["frozen, queue starts late", "many crops, lars, accumulated"],
+)
+def test_resuming_changes_no_bit(changes, training):
+    resume_is_exact(SwAV, config(**changes), **training)
+
+
+def test_two_processes_equal_one(tmp_path):
+    two_processes_equal_one(SwAV, config(queue_size=20, freeze=0.1, **LOCALS), tmp_path)
