@@ -54,10 +54,11 @@ def demo(tmp_path_factory):
 def test_every_experiment_trains_two_steps(stem, name, demo):
     # On small stand-ins: digits, as small as the stem allows, 8 a step, a queue that fits them; all else as shipped.
     spec = schema.experiments(configuration(stem))[name]
-    spec = {**spec, "dataset": {"name": "demo"}, "method": {**spec["method"], "queue_size": 64}}
+    method = method_class(spec["method"]["name"])
+    fits = {"queue_size": 64} if "queue_size" in method.Config.model_fields else {}
+    spec = {**spec, "dataset": {"name": "demo"}, "method": {**spec["method"], **fits}}
     spec["training"] = {**spec.get("training", {}), "batch_size": 8, "precision": "fp32"}
     resolved = resolve(spec)
-    method = method_class(resolved.method.name)
     size = 96 if resolved.backbone.stem == "imagenet" else 32
     views = adjust(method.views(resolved.method, size), resolved.views, avoid=demo.avoid)
     backbone = build_backbone(resolved.backbone, size)
@@ -65,6 +66,7 @@ def test_every_experiment_trains_two_steps(stem, name, demo):
         model = method(resolved.method, backbone, num_images=loader.num_images, batch_size=8, seed=0)
         trainer = Trainer(model, loader, resolved.training, device=torch.device("cpu"))
         trainer.total_steps, trainer.log_steps = 2, 1
+        model.prepare(loader, trainer.device)
         before = next(model.backbone.parameters()).clone()
         trainer.run(save=lambda: None, log=lambda row: None)
     assert [row["step"] for row in trainer.history] == [1, 2]

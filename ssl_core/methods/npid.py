@@ -35,7 +35,7 @@ class Config(MethodConfig):
     projector_hidden: PositiveInt = 2048  # of the mlp (code)
     embedding_dim: PositiveInt = 128  # 2048 in Cao & Wu's code; their paper does not say
     temperature: PositiveFloat = 0.1  # 0.07 on ImageNet; 0.2 in Cao & Wu's code, their paper has none (recipes A1)
-    bank_momentum: float = Field(0.5, ge=0, le=1)  # 0.5 in NPID's code and in Cao & Wu, where 0.5-0.7 is best (Fig. 4)
+    bank_momentum: float = Field(default=0.5, ge=0, le=1)  # NPID's code and Cao & Wu (best: 0.5-0.7, Fig. 4)
     update: Literal["moving_average", "gradient"] = "moving_average"  # gradient: Cao & Wu eq. 5-6, not in their code
     # Rows compared with beside the batch's own, which are always there; None is all N, 0 the batch alone (recipes A4).
     negatives: NonNegativeInt | None = None
@@ -44,7 +44,7 @@ class Config(MethodConfig):
     calibration_mode: Literal["train", "eval"] = "train"  # of batch norm; eval gives a nearly collinear bank (A7)
     sqrtkl_weight: NonNegativeFloat = 0.0  # Cao & Wu: 20
     sqrtkl_temperature: PositiveFloat | None = 1.0  # code; None: that of the cross-entropy, read literally (recipes A2)
-    sqrtkl_terms: tuple[Term, ...] = Field(("l1", "l2"), min_length=1)  # the ablation of their Table 8
+    sqrtkl_terms: tuple[Term, ...] = Field(default=("l1", "l2"), min_length=1)  # the ablation of their Table 8
     cutmix: PositiveFloat | None = None  # alpha; 0.5 in Cao & Wu's code, not in their paper (recipes A5)
     batchnorm_splits: PositiveInt = 1  # Cao & Wu's code trains on four GPUs without synchronisation
     area: tuple[float, float] = (0.2, 1.0)
