@@ -12,8 +12,8 @@ from ssl_core import schema
 from ssl_core.data.card import load_card
 from ssl_core.provenance import canonical, code_digest
 
-# The jobs find `ssl-core` beside the Python that runs Snakemake, activated or not.
-os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+# Where no environment is activated, jobs find `ssl-core` beside the Python that runs Snakemake.
+os.environ["PATH"] = os.pathsep.join([os.environ["PATH"], str(Path(sys.executable).parent)])
 
 
 def checked(config):
