@@ -42,9 +42,7 @@ class Config(MethodConfig):
     batchnorm_splits: PositiveInt | None = None
     teacher_momentum: float = Field(default=0.99, ge=0, le=1)
     final_teacher_momentum: float | None = Field(default=None, ge=0, le=1)  # on a cosine; None: constant
-    warmup: float = Field(
-        default=0.1, ge=0, le=1
-    )  # share of the run on which InfoNCE fades out (eq. 7; recipes A8)
+    warmup: float = Field(default=0.1, ge=0, le=1)  # share of the run on which InfoNCE fades out (eq. 7; recipes A8)
     warmup_temperature: PositiveFloat = 0.2  # nobody says; MoCo v2's (recipes A8)
     student_area: tuple[float, float] = (0.2, 1.0)
     student_augmentation: Augmentation = POLICIES["contrastive"]
