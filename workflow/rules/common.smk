@@ -13,7 +13,7 @@ from ssl_core.data.card import load_card
 from ssl_core.provenance import canonical, code_digest
 
 # Where no environment is activated, jobs find `ssl-core` beside the Python that runs Snakemake.
-os.environ["PATH"] = os.pathsep.join([os.environ["PATH"], str(Path(sys.executable).parent)])
+os.environ.update(PATH=os.pathsep.join([*os.get_exec_path(), str(Path(sys.executable).parent)]))
 
 
 def checked(config):
