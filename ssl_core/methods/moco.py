@@ -23,7 +23,7 @@ from ssl_core.networks.split_batchnorm import split_batchnorm
 from ssl_core.training import distributed
 from ssl_core.training.momentum import make_teacher, update_teacher
 from ssl_core.training.multicrop import SIX_LOCALS, SSLIGHT, SSLIGHT_TRAINING, MultiCrop, encode, local_views
-from ssl_core.training.queue import Queue
+from ssl_core.training.queue import Queue, check_queue_size
 from ssl_core.training.schedules import cosine_momentum
 
 
@@ -100,11 +100,7 @@ class MoCo(Method):
 
     def __init__(self, config: Config, backbone: Network, *, num_images: int, batch_size: int, seed: int) -> None:
         super().__init__(config, backbone, num_images=num_images, batch_size=batch_size, seed=seed)
-        if config.queue_size > num_images:
-            raise ValueError(
-                f"method.queue_size {config.queue_size} is larger than the data set ({num_images} images): queries "
-                f"would be told apart from old keys of their own image; choose {num_images} or less"
-            )
+        check_queue_size(config.queue_size, num_images)
         self.config = config
         self.seed = seed
         self.backbone: Network = backbone

@@ -20,7 +20,7 @@ from ssl_core.networks.heads import mlp
 from ssl_core.networks.split_batchnorm import split_batchnorm
 from ssl_core.training import distributed
 from ssl_core.training.momentum import make_teacher, update_teacher
-from ssl_core.training.queue import Queue
+from ssl_core.training.queue import Queue, check_queue_size
 from ssl_core.training.schedules import cosine_momentum
 
 
@@ -101,11 +101,7 @@ class ReSSL(Method):
 
     def __init__(self, config: Config, backbone: Network, *, num_images: int, batch_size: int, seed: int) -> None:
         super().__init__(config, backbone, num_images=num_images, batch_size=batch_size, seed=seed)
-        if config.queue_size > num_images:
-            raise ValueError(
-                f"method.queue_size {config.queue_size} is larger than the data set ({num_images} images): the queue "
-                f"would hold an image's own old embeddings as if they were others; choose {num_images} or less"
-            )
+        check_queue_size(config.queue_size, num_images)
         self.config = config
         self.seed = seed
         hidden, dim, norm = config.projector_hidden, config.embedding_dim, config.projector_batchnorm

@@ -5,6 +5,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+def check_queue_size(size: int, num_images: int) -> None:
+    """Raise `ValueError` for a queue in which an image would meet old embeddings of itself (recipes rule 5)."""
+    if size > num_images:
+        raise ValueError(
+            f"method.queue_size {size} is larger than the data set ({num_images} images): the queue would hold an "
+            f"image's own old embeddings as if they were others; choose {num_images} or less"
+        )
+
+
 class Queue(nn.Module):
     """The last `size` embeddings, unit rows, as a buffer; random rows stand in until it is full."""
 
