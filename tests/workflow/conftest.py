@@ -21,7 +21,11 @@ case $stage in
 shard) mkdir -p "$output"; echo '{}' > "$output/manifest.json" ;;
 pretrain) for file in backbone.safetensors model.safetensors pretrain.json history.csv views.png; do
     mkdir -p "$output"; echo "$output" > "$output/$file"; done ;;
-evaluate) echo '{}' > "$output" ;;
+adopt) mkdir -p "${output%/*}"; echo "$output" > "$output" ;;
+evaluate | cost) echo '{}' > "$output" ;;
+export) mkdir -p "$output"; for file in backbone.safetensors backbone.onnx README.md; do
+    echo "$output" > "$output/$file"; done ;;
+curves) echo > "$output"; echo > "${output%.png}.svg" ;;
 table) echo > "$output"; echo > "${output%.csv}.html" ;;
 esac
 """
@@ -87,10 +91,8 @@ class Project:
         return (self.folder / "calls.txt").read_text().splitlines()
 
 
-@pytest.fixture(scope="session")
-def template(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Project:
-    """The project with a second method beside ReSSL and a data set of its own; nothing has run."""
-    folder = tmp_path_factory.mktemp("project")
+def make_project(root: Path, folder: Path) -> Project:
+    """Copy the project without its stages' work, with a second method beside ReSSL and a data set of its own."""
     shutil.copy(root / "Snakefile", folder)
     for name in ("workflow", "ssl_core"):
         shutil.copytree(root / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -107,6 +109,12 @@ def template(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Project:
     project = Project(folder)
     project.configure(CONFIG)
     return project
+
+
+@pytest.fixture(scope="session")
+def template(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """The project with nothing run."""
+    return make_project(root, tmp_path_factory.mktemp("project"))
 
 
 @pytest.fixture(scope="session")

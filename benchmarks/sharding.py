@@ -1,0 +1,205 @@
+"""Sharding: images/s and memory against webdataset's own writer and a plain copy, and how both grow with the data.
+
+The peers: `copy` writes every file's bytes once more (what the disk allows); `writer` puts the files' bytes into
+`webdataset.ShardWriter` unseen; `pil` hands it decoded images, as webdataset's documentation does, which encodes them
+anew. Ours proves every image decodable, keeps its bytes, hashes shards and writes DALI's index. All sides read the same
+folder of files, warm in the page cache, in turns, each in a process of its own.
+
+    python benchmarks/sharding.py --output sharding.json
+    python benchmarks/sharding.py --growth 10000 100000 1000000
+"""
+
+import argparse
+import io
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from loader import synthetic_images  # pyright: ignore[reportMissingImports]
+from PIL import Image
+
+from ssl_core.files import write_text
+
+SETS = {  # archive, its images' own side, how many synthetic ones stand in without it
+    "cifar10": ("cifar10.tar.gz", 32, 60_000),
+    "imagenet": ("imagenet-sample.tar", 224, 240),
+}
+IMAGES = (".jpg", ".jpeg", ".png")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="of the archives; else synthetic")
+    parser.add_argument("--sets", nargs="*", choices=SETS, default=list(SETS))
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--growth", type=int, nargs="*", default=[], metavar="N", help="also shard N synthetic images")
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)  # one measurement, as JSON
+    parser.add_argument("--source", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.side:
+        print(json.dumps(measure(arguments.side, arguments.source, arguments.workers)))
+        return
+    results: dict[str, Any] = {"workers": arguments.workers, "sets": {}, "growth": {}}
+    with tempfile.TemporaryDirectory(prefix="ssl-core-benchmark-") as folder:
+        print(f"{'set':<10}{'side':<10}{'images/s':>10}{'MB':>8}{'ours is':>10}")
+        for name in arguments.sets:
+            source = Path(folder) / name
+            unpack(name, arguments.data, source)
+            results["sets"][name] = compare(name, source, arguments)
+        for count in arguments.growth:
+            source = Path(folder) / f"{count}.tar"
+            write_archive(source, count)
+            results["growth"][str(count)] = row = in_own_process("archive", source, arguments.workers)
+            source.unlink()
+            speed = f"{row['images_per_second']:.0f} a second"
+            print(f"{count:>10} images: {row['seconds']:.1f} s, {speed}, {row['mb']:.0f} MB", flush=True)
+    if arguments.output:
+        write_text(arguments.output, json.dumps(results, indent=2) + "\n")
+
+
+def compare(name: str, source: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Let all sides take turns on one folder; print and return the medians."""
+    turns: dict[str, list[dict[str, float]]] = {side: [] for side in PEERS}
+    in_own_process("copy", source, arguments.workers)  # warms the page cache
+    for _ in range(arguments.repeats):
+        for side in PEERS:
+            turns[side].append(in_own_process(side, source, arguments.workers))
+    rows = {}
+    for side in PEERS:
+        speeds = [turn["images_per_second"] for turn in turns[side]]
+        ratios = [own["images_per_second"] / speed for own, speed in zip(turns["ours"], speeds, strict=True)]
+        rows[side] = {
+            "images_per_second": speeds,
+            "mb": max(turn["mb"] for turn in turns[side]),
+            "ours_is": statistics.median(ratios),
+        }
+        speed, times = statistics.median(speeds), rows[side]["ours_is"]
+        print(f"{name:<10}{side:<10}{speed:>10.0f}{rows[side]['mb']:>8.0f}{times:>9.2f}x", flush=True)
+    return rows
+
+
+def in_own_process(side: str, source: Path, workers: int) -> dict[str, float]:
+    command = [sys.executable, __file__, "--side", side, "--source", str(source), "--workers", str(workers)]
+    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
+
+
+def measure(side: str, source: Path, workers: int) -> dict[str, float]:
+    """Time one side without its imports; memory is the peak of the largest process, workers included."""
+    with tempfile.TemporaryDirectory(dir=source.parent) as folder:
+        work = SIDES[side](source, Path(folder), workers)
+        start = time.perf_counter()
+        images = work()
+        seconds = time.perf_counter() - start
+    peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return {"seconds": seconds, "images_per_second": images / seconds, "mb": peak / 1024}
+
+
+def copy(source: Path, target: Path, workers: int) -> Callable[[], int]:
+    def work() -> int:
+        files = list_images(source)
+        for number, file in enumerate(files):
+            (target / f"{number}{file.suffix}").write_bytes(file.read_bytes())
+        return len(files)
+
+    return work
+
+
+def writer(source: Path, target: Path, workers: int) -> Callable[[], int]:
+    from webdataset.writer import ShardWriter
+
+    def work() -> int:
+        files = list_images(source)
+        with ShardWriter(str(target / "%06d.tar"), maxcount=2000, verbose=0) as sink:
+            for number, file in enumerate(files):
+                sink.write({"__key__": f"{number:08d}", "jpg": file.read_bytes(), "cls": 0})
+        return len(files)
+
+    return work
+
+
+def pil(source: Path, target: Path, workers: int) -> Callable[[], int]:
+    from webdataset.writer import ShardWriter
+
+    def work() -> int:
+        files = list_images(source)
+        with ShardWriter(str(target / "%06d.tar"), maxcount=2000, verbose=0) as sink:
+            for number, file in enumerate(files):
+                sink.write({"__key__": f"{number:08d}", "jpg": Image.open(file).convert("RGB"), "cls": 0})
+        return len(files)
+
+    return work
+
+
+def ours(source: Path, target: Path, workers: int) -> Callable[[], int]:
+    return _shard({"type": "image_folder", "path": str(source), "splits": {"train": {}}}, target, workers)
+
+
+def archive(source: Path, target: Path, workers: int) -> Callable[[], int]:
+    return _shard({"type": "image_tar", "path": str(source), "splits": {"train": {}}}, target, workers)
+
+
+def _shard(source: dict[str, Any], target: Path, workers: int) -> Callable[[], int]:
+    from ssl_core.data.shards import Manifest
+    from ssl_core.stages import shard
+
+    card = target / "set.yaml"
+    card.write_text(yaml.safe_dump({"name": "set", "image_size": 32, "source": source}))
+
+    def work() -> int:
+        shard.run(card, target / "shards", threads=workers)
+        return Manifest.load(target / "shards" / "manifest.json").split("train").images
+
+    return work
+
+
+PEERS = ("ours", "copy", "writer", "pil")
+SIDES = {"ours": ours, "archive": archive, "copy": copy, "writer": writer, "pil": pil}
+
+
+def list_images(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGES)
+
+
+def unpack(name: str, data: Path, folder: Path) -> None:
+    """Write a set's images as files, real ones where the archive lies at hand."""
+    archive, size, count = SETS[name]
+    folder.mkdir()
+    if (data / archive).exists():
+        with tarfile.open(data / archive) as tar:
+            tar.extractall(folder, filter="data")
+        return
+    (folder / "all").mkdir()
+    for number, image in enumerate(synthetic_images(count, size)):
+        (folder / "all" / f"{number:08d}.jpg").write_bytes(image)
+
+
+def write_archive(path: Path, count: int) -> None:
+    """Write a tar of `count` small PNGs, a thousand different ones."""
+    generator = np.random.default_rng(0)
+    images = []
+    for _ in range(1000):
+        file = io.BytesIO()
+        Image.fromarray(generator.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(file, "PNG")
+        images.append(file.getvalue())
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for number in range(count):
+            image = images[number % len(images)]
+            member = tarfile.TarInfo(f"all/{number:08d}.png")
+            member.size = len(image)
+            tar.addfile(member, io.BytesIO(image))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,258 @@
+"""A training step, data loading included: ours, lightly's, and ours on a fixed batch, which is the floor.
+
+Same images, network, heads, batch and threads. lightly runs as its documentation shows: its transforms and losses, a
+plain PyTorch loop, a DataLoader with workers. Every side is a process of its own that stays alive, sides take turns,
+and each turn starts with steps that are not timed, so that nobody profits from batches made while others ran.
+
+    python benchmarks/step.py --output step.json          # each with its defaults: ours in bf16 where the CPU has it
+    python benchmarks/step.py --precision bf16            # both sides in bf16
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from loader import read_images, write_shards  # pyright: ignore[reportMissingImports]
+
+from ssl_core.data.loader import Batch, Loader
+from ssl_core.data.shards import Manifest
+from ssl_core.data.views import adjust
+from ssl_core.files import write_text
+from ssl_core.methods.base import method_class, resolve
+from ssl_core.networks.backbones import build_backbone
+from ssl_core.training.loop import Trainer
+from ssl_core.training.schedules import forward_batch_size
+
+SIDES = ("ours", "lightly", "floor")
+NETWORKS = {  # name and side in px -> backbone, archive
+    "resnet18 32": ({"name": "resnet18", "stem": "small"}, "cifar10.tar.gz"),
+    "resnet18 64": ({"name": "resnet18", "stem": "tiny"}, "tiny-imagenet-200-subset.tar.gz"),
+    "mobilenet_v2 64": ({"name": "mobilenet_v2", "stem": "tiny"}, "tiny-imagenet-200-subset.tar.gz"),
+}
+LOCALS = {"num_locals": 6, "area": [0.4, 1.0], "local_area": [0.05, 0.4]}  # local views of half the side
+METHODS: dict[str, dict[str, Any]] = {  # heads and views as lightly's
+    "ressl": {
+        "name": "ressl", "projector_hidden": 512, "embedding_dim": 128, "predictor": False, "queue_size": 4096,
+        "batchnorm_splits": 1,
+    },
+    "moco": {
+        "name": "moco", "preset": "moco_v2", "projector_hidden": 512, "queue_size": 4096, "batchnorm_splits": 1,
+    },
+    "simclr": {"name": "simclr", "projector_hidden": 512},
+    "dino": {
+        "name": "dino", "head_hidden": 512, "bottleneck_dim": 64, "num_outputs": 2048, "head_batchnorm": False,
+        **LOCALS,
+    },
+}  # fmt: skip
+IMAGES = 8192
+WARM_STEPS = 3  # longer than either side's queue of finished batches lasts
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="of the archives; else synthetic")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--threads", type=int, default=2, help="of torch; lightly's loader has as many workers")
+    parser.add_argument("--precision", choices=("default", "bf16", "fp32"), default="default", help="of both sides")
+    parser.add_argument("--steps", type=int, default=6, help="timed a turn")
+    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)  # one side, told through stdin when to run
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.side:
+        serve(arguments)
+        return
+    print(f"batch {arguments.batch}, {arguments.threads} threads, precision {arguments.precision}")
+    print("images/s: median (min-max) over turns; of floor and wait: ours; MB: peak of ours, of lightly's, their ratio")
+    print(f"{'method':<8}{'network':<17}{'ours':>16}{'lightly':>16}{'ratio':>7}{'of floor':>10}{'wait':>7}{'MB':>21}")
+    rows = []
+    for network in arguments.networks:
+        with tempfile.TemporaryDirectory(prefix="ssl-core-benchmark-") as folder:
+            size, archive = int(network.split()[1]), NETWORKS[network][1]
+            images = read_images(arguments.data / archive, IMAGES, size)
+            write_shards(Path(folder) / "shards", images, size)
+            write_files(Path(folder) / "files" / "all", images)
+            for method in arguments.methods:
+                rows.append(compare(method, network, folder, arguments))
+                print(line(rows[-1]), flush=True)
+    if arguments.output:
+        settings = {name: getattr(arguments, name) for name in ("batch", "threads", "precision", "steps", "turns")}
+        write_text(arguments.output, json.dumps({**settings, "rows": rows}, indent=2) + "\n")
+
+
+def write_files(folder: Path, images: list[bytes]) -> None:
+    """Write one file an image, as lightly's data set reads them."""
+    folder.mkdir(parents=True)
+    for number, image in enumerate(images):
+        (folder / f"{number:08d}.jpg").write_bytes(image)
+
+
+def compare(method: str, network: str, folder: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Let the sides take turns; return their images/s, memory and what of our time was waiting for data."""
+    command = [sys.executable, __file__, "--methods", method, "--networks", network, "--folder", folder]
+    for name in ("batch", "threads", "precision", "steps"):
+        command += [f"--{name}", str(getattr(arguments, name))]
+    sides = {
+        side: subprocess.Popen([*command, "--side", side], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        for side in SIDES
+    }
+    answers: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
+    for side in SIDES:  # they load torch one after the other, and are quiet afterwards
+        ask(sides[side])
+    for _ in range(arguments.turns):
+        for side in SIDES:
+            answers[side].append(ask(sides[side]))
+    for process in sides.values():
+        process.communicate()
+    speed = {side: [answer["images_per_second"] for answer in answers[side]] for side in SIDES}
+    memory = {side: max(answer["memory_mb"] for answer in answers[side]) for side in SIDES}
+    turns = zip(speed["ours"], speed["lightly"], speed["floor"], strict=True)
+    ratios, floors = zip(*((own / peer, own / floor) for own, peer, floor in turns), strict=True)
+    return {
+        "method": method,
+        "network": network,
+        "images_per_second": speed,
+        "ratio": statistics.median(ratios),
+        "of_floor": statistics.median(floors),
+        "wait_share": statistics.median(answer["wait_share"] for answer in answers["ours"]),
+        "memory_mb": memory,
+        "memory_ratio": memory["ours"] / memory["lightly"],
+    }
+
+
+def ask(process: subprocess.Popen[str]) -> dict[str, float]:
+    """Tell a side to run, and wait for its answer."""
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.write("go\n")
+    process.stdin.flush()
+    answer = process.stdout.readline()
+    if not answer:
+        sys.exit("error: a side ended early; its message stands above")
+    return json.loads(answer)
+
+
+def line(row: dict[str, Any]) -> str:
+    speed, memory = row["images_per_second"], row["memory_mb"]
+    both = "".join(
+        f"{statistics.median(speed[side]):>7.0f} ({min(speed[side]):.0f}-{max(speed[side]):.0f})".rjust(16)
+        for side in ("ours", "lightly")
+    )
+    return (
+        f"{row['method']:<8}{row['network']:<17}{both}{row['ratio']:>7.2f}{row['of_floor']:>10.3f}"
+        f"{100 * row['wait_share']:>6.1f}%{memory['ours']:>7.0f}{memory['lightly']:>7.0f}{row['memory_ratio']:>7.2f}"
+    )
+
+
+def serve(arguments: argparse.Namespace) -> None:
+    """Be one side: run a turn for each line that comes in, the first of which only starts everything."""
+    torch.set_num_threads(arguments.threads)
+    torch.manual_seed(0)
+    (method,), (network,) = arguments.methods, arguments.networks
+    if arguments.side == "lightly":
+        import peers  # pyright: ignore[reportMissingImports]
+
+        run = peers.training(
+            METHODS[method], NETWORKS[network][0], arguments.folder / "files", size=int(network.split()[1]),
+            batch_size=arguments.batch, workers=arguments.threads, bf16=arguments.precision == "bf16",
+        )  # fmt: skip
+    else:
+        run = Ours(method, network, arguments)
+    memory = Memory()
+    for number, _ in enumerate(sys.stdin):
+        run(WARM_STEPS)
+        memory.reset()
+        steps = 1 if number == 0 else arguments.steps
+        start, waited = time.perf_counter(), getattr(run, "waited", 0.0)
+        run(steps)
+        seconds = time.perf_counter() - start
+        answer = {
+            "images_per_second": steps * arguments.batch / seconds,
+            "wait_share": (getattr(run, "waited", 0.0) - waited) / seconds,
+            "memory_mb": memory.peak / 2**20,
+        }
+        print(json.dumps(answer), flush=True)
+
+
+class Ours:
+    """Our trainer on our loader; on the floor the loader gives the same batch again and again."""
+
+    def __init__(self, method: str, network: str, arguments: argparse.Namespace) -> None:
+        training = {"batch_size": arguments.batch, "epochs": 1000, "optimizer": "sgd", "learning_rate": 0.06}
+        if arguments.precision != "default":
+            training["precision"] = arguments.precision
+        backbone = NETWORKS[network][0]
+        manifest = Manifest.load(arguments.folder / "shards" / "manifest.json")
+        settings = METHODS[method] | ({"local_size": manifest.image_size // 2} if method == "dino" else {})
+        spec = {"dataset": {"name": "benchmark"}, "backbone": backbone, "method": settings, "training": training}
+        resolved = resolve(spec)
+        kind = method_class(resolved.method.name)
+        views = adjust(kind.views(resolved.method, manifest.image_size), {})
+        loader = Loader(manifest, resolved.dataset, views, batch_size=forward_batch_size(resolved.training), seed=0)
+        module = kind(
+            resolved.method, build_backbone(resolved.backbone, manifest.image_size), num_images=loader.num_images,
+            batch_size=arguments.batch, seed=0,
+        )  # fmt: skip
+        self.trainer = Trainer(module, loader, resolved.training, device=torch.device("cpu"))
+        self.trainer.method.train()
+        if arguments.side == "floor":
+            self.trainer.loader = Fixed(loader)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def __call__(self, steps: int) -> None:
+        for _ in range(steps):
+            self.trainer._one_step()
+            self.trainer.step += 1
+
+    @property
+    def waited(self) -> float:
+        return self.trainer.waited
+
+
+class Fixed:
+    """One batch for ever."""
+
+    def __init__(self, loader: Loader) -> None:
+        self.batch: Batch = loader.next()
+        loader.close()
+
+    def next(self) -> Batch:
+        return self.batch
+
+
+class Memory:
+    """The peak of what a process and its children use together: proportional set size, looked at ten times a second."""
+
+    def __init__(self) -> None:
+        self.peak = 0
+        self._process = psutil.Process()
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def reset(self) -> None:
+        self.peak = 0
+
+    def _watch(self) -> None:
+        while True:
+            used = 0
+            for process in [self._process, *self._process.children(recursive=True)]:
+                try:
+                    used += process.memory_full_info().pss
+                except psutil.Error:  # it ended meanwhile
+                    continue
+            self.peak = max(self.peak, used)
+            time.sleep(0.1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""What the workflow itself costs: a dry run, a run with nothing to do, and each job on top of its own work.
+
+A copy of the project with a stand-in for `ssl-core` that writes a stage's outputs at once; what is left is Snakemake
+and our rules. Wall-clock, median of the repeats; the bare line is Snakemake with an empty Snakefile.
+
+    python benchmarks/workflow.py --output workflow.json
+"""
+
+import argparse
+import copy
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from ssl_core.files import write_text
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "tests" / "workflow"))
+
+from conftest import CONFIG, Project, make_project  # noqa: E402  # pyright: ignore[reportMissingImports]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--experiments", type=int, default=20, help="of the run that shows what a job costs")
+    parser.add_argument("--output", type=Path)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="ssl-core-benchmark-") as folder:
+        seconds = measure(Path(folder), arguments.repeats, arguments.experiments)
+    for name, value in seconds.items():
+        print(f"{name:<32}{value:>8.2f} s")
+    if arguments.output:
+        write_text(arguments.output, json.dumps(seconds, indent=2) + "\n")
+
+
+def measure(folder: Path, repeats: int, count: int) -> dict[str, float]:
+    """Return seconds by name."""
+    (folder / "bare").mkdir()
+    (folder / "bare" / "Snakefile").write_text("rule all:\n    input: []\n")
+    (folder / "copy").mkdir()
+    project = make_project(ROOT, folder / "copy")
+    seconds = {"bare snakemake": median(lambda: bare(folder / "bare"), repeats)}
+    seconds["dry run, everything to do"] = median(lambda: finish(project, "-n"), repeats)
+    first = timed(lambda: finish(project))
+    seconds["nothing to do"] = median(lambda: finish(project), repeats)
+    config: dict[str, Any] = copy.deepcopy(CONFIG)
+    for number in range(count):
+        config["experiments"][f"more{number}"] = copy.deepcopy(config["experiments"]["first"])
+    project.configure(config)
+    seconds[f"dry run, {3 * count} jobs to do"] = median(lambda: finish(project, "-n"), repeats)
+    more = timed(lambda: finish(project))
+    seconds["a run of 9 jobs"], seconds[f"a run of {3 * count + 1} jobs"] = first, more
+    seconds["each job"] = (more - seconds["nothing to do"]) / (3 * count + 1)
+    return seconds
+
+
+def finish(project: Project, *arguments: str) -> None:
+    run = project.snakemake(*arguments)
+    if run.returncode:
+        sys.exit(run.stdout + run.stderr)
+
+
+def bare(folder: Path) -> None:
+    subprocess.run(["snakemake", "--cores", "2"], cwd=folder, check=True, capture_output=True)
+
+
+def median(work: Any, repeats: int) -> float:
+    return statistics.median(timed(work) for _ in range(repeats))
+
+
+def timed(work: Any) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+if __name__ == "__main__":
+    main()
