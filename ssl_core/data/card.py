@@ -136,7 +136,38 @@ class Table(Section):
     splits: dict[SplitName, TableSplit] = Field(min_length=1)
 
 
-Source = Annotated[ImageFolder | Torchvision | SklearnDigits | WebDataset | Table, Field(discriminator="type")]
+class VocSplit(Section):
+    """The images that `ImageSets/Main/<images>.txt` lists."""
+
+    images: str
+
+
+class Voc(Section):
+    """A year of PASCAL VOC: a folder or a tar of `JPEGImages`, `Annotations`, `ImageSets`; several labels an image."""
+
+    type: Literal["voc"]
+    path: Location
+    splits: dict[SplitName, VocSplit] = Field(min_length=1)
+
+
+class CocoSplit(Section):
+    """A folder of images inside the source and the JSON file of their instances."""
+
+    folder: str = ""
+    annotations: str
+
+
+class Coco(Section):
+    """Images with annotations of COCO's format, a folder or a tar: several labels an image."""
+
+    type: Literal["coco"]
+    path: Location
+    splits: dict[SplitName, CocoSplit] = Field(min_length=1)
+
+
+Source = Annotated[
+    ImageFolder | Torchvision | SklearnDigits | WebDataset | Table | Voc | Coco, Field(discriminator="type")
+]
 
 Change = Literal[
     "flip", "brightness", "contrast", "saturation", "hue", "jitter", "grayscale", "blur", "solarize", "randaugment"
@@ -181,7 +212,7 @@ def load_card(path: Path) -> Card:
     except FileNotFoundError:
         known = ", ".join(sorted(other.stem for other in path.parent.glob("*.yaml"))) or "none"
         raise ValueError(f"{path} does not exist. Data sets in {path.parent}: {known}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: no UTF-8, no date, too long a number
         raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} must be a mapping with the keys name, source and image_size")
@@ -197,7 +228,7 @@ def load_card(path: Path) -> Card:
 def _explain(error: ValidationError) -> str:
     """Tell the first problem in one line, with the path of the key."""
     problem = error.errors(include_url=False)[0]
-    tags = {"image_folder", "image_tar", "torchvision", "sklearn_digits", "webdataset", "table"}
+    tags = {"image_folder", "image_tar", "torchvision", "sklearn_digits", "webdataset", "table", "voc", "coco"}
     where = [str(part) for part in problem["loc"]]
     where = where[:1] + where[2:] if where[:1] == ["source"] and where[1:2] and where[1] in tags else where
     message = problem["msg"].removeprefix("Value error, ")

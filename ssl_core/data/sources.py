@@ -10,6 +10,7 @@ import inspect
 import json
 import operator
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -26,17 +27,22 @@ from ssl_core.data.digits import Digits
 from ssl_core.data.images import EXTENSIONS, is_image
 from ssl_core.data.trees import ABSENT, Archive, Folder, stamp
 
+MAX_CLASSES = 1_000_000  # class ids beyond are a mistake: the manifest counts each class
 HASHED = 64  # images of a library's data set that are looked at to tell whether it changed, about
 
 Target = str | int | None  # a class name, a class id, or no label
 
 
 class Record(NamedTuple):
-    """One image of a source: its name for messages, its file's bytes or its pixels, its label (-1: none)."""
+    """One image of a source: its name for messages, its file's bytes or its pixels, its label (-1: none).
+
+    An image that may show several classes has a byte for each instead (`multilabels`).
+    """
 
     name: str
     image: bytes | Image.Image
     label: int
+    labels: bytes | None = None
 
 
 class Samples(NamedTuple):
@@ -80,8 +86,12 @@ def open_source(card: Card, *, scratch: Path) -> Iterator[Opened]:
             opened = _number(card, _image_folder(source, scratch, stack))
         elif isinstance(source, WebDataset):
             opened = _number(card, _webdataset(source, scratch, stack))
-        else:
+        elif isinstance(source, Table):
             opened = _number(card, {name: _table(source, split) for name, split in source.splits.items()})
+        else:
+            from ssl_core.data.annotated import open_annotated  # it gives this file's records
+
+            opened = open_annotated(source, card, scratch, stack)
         for name, samples in opened.splits.items():
             if samples.size == 0:
                 raise ValueError(f"{card.name}: the split {name!r} has no images")
@@ -100,9 +110,10 @@ def _number(card: Card, listings: dict[str, Listing]) -> Opened:
         if name not in ids:
             raise ValueError(f"{card.name}: the class {name!r} is not among the card's classes{nearest(name, ids)}")
     numbers = [target for target in targets if isinstance(target, int)]
-    if numbers and (min(numbers) < 0 or max(numbers) >= len(classes or range(max(numbers) + 1))):
+    most = len(classes) if classes else MAX_CLASSES
+    if numbers and (min(numbers) < 0 or max(numbers) >= most):
         wrong = min(numbers) if min(numbers) < 0 else max(numbers)
-        raise ValueError(f"{card.name}: the label {wrong} is outside 0..{len(classes or numbers) - 1}")
+        raise ValueError(f"{card.name}: the label {wrong} is outside 0..{most - 1}")
     return Opened(classes, {name: _samples(listing, ids, classes) for name, listing in listings.items()})
 
 
@@ -110,13 +121,21 @@ def _samples(listing: Listing, ids: dict[str, int], classes: tuple[str, ...] | N
     labels = np.array([-1 if t is None else ids[t] if isinstance(t, str) else t for t in listing.targets], np.int64)
 
     def read(index: int) -> Record:
-        return Record(listing.names[index], listing.fetch(index), int(labels[index]))
+        return Record(shown(index), listing.fetch(index), int(labels[index]))
+
+    def shown(index: int) -> str:
+        return printable(listing.names[index])
 
     digest = hashlib.sha256(repr((listing.stamp, classes)).encode())
     digest.update(labels.tobytes())
     for name in listing.names:
         digest.update(os.fsencode(name) + b"\0")
-    return Samples(len(listing.names), listing.names.__getitem__, read, digest.hexdigest())
+    return Samples(len(listing.names), shown, read, digest.hexdigest())
+
+
+def printable(name: str) -> str:
+    """Return a file's name as text that every file can hold; bytes that are no UTF-8 become escapes."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 # Folders, and tars of folders
@@ -153,7 +172,7 @@ def _class_folder(name: str, place: str) -> str:
     folder, _, rest = name.partition("/")
     if not rest:
         raise ValueError(f"{place}/{name} is in no class folder: put it into one, or say labels: none")
-    return folder
+    return printable(folder)
 
 
 def _annotated(tree: Folder | Archive, split: FolderSplit, names: list[str], place: str) -> list[Target]:
@@ -204,8 +223,10 @@ def _tar_samples(tar: Archive, label: str | None) -> Iterator[tuple[Archive, str
         key = f"{folder}/{base.partition('.')[0]}".lstrip("/")
         if label is not None and f"{key}.{label}" not in tar.members:
             raise ValueError(f"{tar.path}: {key} has no .{label}: name the label's extension, or say label: null")
-        text = tar.read(f"{key}.{label}").decode().strip() if label is not None else None
-        yield tar, member, int(text) if text is not None and text.lstrip("-").isdecimal() else text
+        try:
+            yield tar, member, None if label is None else _target(tar.read(f"{key}.{label}").decode().strip())
+        except UnicodeDecodeError:
+            raise ValueError(f"{tar.path}: {key}.{label} is no text: write a class id or a class name") from None
 
 
 def _table(source: Table, split: TableSplit) -> Listing:
@@ -247,7 +268,7 @@ def _cell(row: dict[str, Any], column: str, path: Path) -> Any:
 
 
 def _target(value: Any) -> Target:
-    return int(value) if isinstance(value, int) or str(value).isdecimal() else str(value)
+    return int(value) if isinstance(value, int) or re.fullmatch(r"-?\d{1,18}", str(value)) else str(value)
 
 
 # Data sets that come from libraries
@@ -261,7 +282,7 @@ def _library_samples(name: str, size: int, get: Callable[[int], tuple[Any, int]]
 
     digest = hashlib.sha256(str(size).encode())
     for index in range(0, size, max(1, size // HASHED)):
-        _, image, label = read(index)
+        _, image, label, *_ = read(index)
         digest.update(image if isinstance(image, bytes) else image.tobytes())
         digest.update(str(label).encode())
     return Samples(size, lambda index: f"{name}[{index}]", read, digest.hexdigest())

@@ -127,7 +127,7 @@ def test_tiny_imagenet_in_its_original_layout(root: Path, shared_data: Path, tmp
         assert opened.classes is not None
         assert len(opened.classes) == 200
         assert [split.size for split in opened.splits.values()] == [20_000, 10_000]
-        name, _, label = opened.splits["val"].read(0)
+        name, _, label, _ = opened.splits["val"].read(0)
         assert (name, opened.classes[label]) == ("val_0.JPEG", "n03444034")
 
 
