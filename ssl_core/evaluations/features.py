@@ -1,23 +1,27 @@
 """Frozen features: what the protocols compare, where their images come from, and one pass that reads them out."""
 
 import json
+import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from ssl_core.config import Backbone, Dataset
+from ssl_core.config import Backbone, Dataset, parse
+from ssl_core.data import multilabels
 from ssl_core.data.loader import Loader
 from ssl_core.data.shards import Manifest
-from ssl_core.data.views import View
+from ssl_core.data.views import View, adjust
+from ssl_core.files import room_for
 from ssl_core.networks.backbones import build_backbone
+from ssl_core.progress import progress_bar
 
 PIXEL_SIDE = 32  # raw pixels of larger images are averaged down to this: 3,072 numbers an image at most
 MEMORY_LIMIT = 4 * 2**30  # bytes of one network's features; more goes into a memory-mapped temporary file
@@ -37,6 +41,8 @@ class Subjects:
     std: tuple[float, ...]
     device: str = "cpu"
     threads: int = 1
+    header: Mapping[str, str] = field(default_factory=dict)  # of the backbone's file
+    model: Path | None = None  # the whole pre-trained model, for protocols that ask for it
 
 
 @dataclass(frozen=True)
@@ -51,6 +57,7 @@ class Outcome:
     num_test: int
     headline: str = "top1"  # the metric, in percent, that stands for the evaluation
     details: dict[str, Any] = field(default_factory=dict)  # what is too long for a table, for example which images
+    pictures: dict[str, bytes] = field(default_factory=dict)  # file name -> content, in a folder beside the JSON
 
 
 @dataclass(frozen=True)
@@ -73,7 +80,12 @@ class Pixels(nn.Module):
 
 
 def gather_subjects(
-    pretrained: nn.Module, header: Mapping[str, str], *, image_size: int | None, threads: int
+    pretrained: nn.Module,
+    header: Mapping[str, str],
+    *,
+    image_size: int | None,
+    threads: int,
+    model: Path | None = None,
 ) -> Subjects:
     """Set the untrained network and the pixels beside the pre-trained one that `load_backbone` gave with its header.
 
@@ -85,7 +97,8 @@ def gather_subjects(
     for network in networks.values():
         network.requires_grad_(False).to(device=device, memory_format=torch.channels_last)  # pyright: ignore
     size = image_size or int(header["image_size"])
-    return Subjects(networks, size, tuple(_said(header, "mean")), tuple(_said(header, "std")), device, threads)
+    mean, std = (tuple(_said(header, key)) for key in ("mean", "std"))
+    return Subjects(networks, size, mean, std, device, threads, header, model)
 
 
 def build_untrained(header: Mapping[str, str]) -> nn.Module:
@@ -99,19 +112,24 @@ def labelled_split(manifest: Manifest, split: str) -> str:
     """Return `split` if its images have labels; else a `ValueError` says which split of which data set lacks them."""
     if not manifest.split(split).labelled:
         known = [name for name, other in manifest.splits.items() if other.labelled]
+        if multilabels.has_labels(manifest, split):
+            raise ValueError(f"data set '{manifest.dataset}': images have several labels each: evaluate by `low_shot`")
         advice = f"evaluate on one that has: {', '.join(known)}" if known else "no split of it has; evaluate elsewhere"
         raise ValueError(f"data set '{manifest.dataset}': split '{split}' has no labels; {advice}")
     return split
 
 
-def find_test_split(manifest: Manifest, split: str | None) -> str:
-    """Return the labelled split to test on: `split` where it is said, else `test`, else `val`."""
+def find_test_split(manifest: Manifest, split: str | None, *, several: bool = False) -> str:
+    """Return the labelled split to test on: `split` where it is said, else `test`, else `val`.
+
+    With `several` its images may have several labels each (`multilabels`).
+    """
     if split is None:
         split = next((name for name in TEST_SPLITS if name in manifest.splits), None)
     if split is None:
         have = ", ".join(manifest.splits)
         raise ValueError(f"data set '{manifest.dataset}' has no test or val split (it has {have}): say `test_split`")
-    return labelled_split(manifest, split)
+    return split if several and multilabels.has_labels(manifest, split) else labelled_split(manifest, split)
 
 
 def count_images(manifest: Manifest, dataset: Dataset) -> int:
@@ -132,6 +150,21 @@ def center_view(size: int, *, resize: float = 1.0, interpolation: Any = "linear"
         resize=round(size * resize),
         interpolation=interpolation,
     )
+
+
+def training_view(
+    size: int,
+    area: tuple[float, float],
+    avoid: Sequence[str],
+    *,
+    interpolation: str = "linear",
+    flip: float | None = None,
+) -> View:
+    """Describe the augmented view of probes: random resized crop and flip, unless flipping changes the label."""
+    said = {"size": size, "area": area, "interpolation": interpolation, "augmentation": "weak"}
+    view = parse(View, said, "the training view")
+    changes = {} if flip is None else {"view": {"augmentation": {"flip": flip}}}
+    return adjust({"view": view}, changes, avoid=avoid)["view"]
 
 
 def make_loader(
@@ -201,12 +234,17 @@ def frozen(networks: Mapping[str, nn.Module]) -> Iterator[None]:
 
 
 def extract(networks: Mapping[str, nn.Module], loader: Loader, *, describe: str = "features") -> Features:
-    """Read out every network's features in one pass over an unshuffled loader of one view; networks stay untouched."""
+    """Read out every network's features in one pass over an unshuffled loader of one view; networks stay untouched.
+
+    A loader that is one rank's of several gives that rank's images; the ranks' rows, in their order, are those of one.
+    """
     of: dict[str, Tensor] = {}
-    labels, indices, start = [], [], 0
+    # Filled in place: what is kept of each batch would lie between the batches' freed features and keep that memory.
+    labels, indices = torch.empty(2, loader.num_images, dtype=torch.int64)
+    start = 0
     with (
         frozen(networks),
-        tqdm(total=loader.num_images, desc=describe, unit=" images", leave=False, disable=None) as progress,
+        progress_bar(loader.num_images, describe, unit="images", leave=False) as progress,
     ):
         for batch in loader.epoch():
             ((images,),) = batch.views.values()
@@ -216,11 +254,25 @@ def extract(networks: Mapping[str, nn.Module], loader: Loader, *, describe: str 
                 if name not in of:
                     of[name] = allocate(loader.num_images, features.shape[1])
                 of[name][start:stop] = features
-            labels.append(batch.labels.cpu())
-            indices.append(batch.indices.cpu())
+            labels[start:stop], indices[start:stop] = batch.labels, batch.indices
             progress.update(stop - start)
             start = stop
-    return Features(of, torch.cat(labels), torch.cat(indices))
+    return Features({name: rows[:start] for name, rows in of.items()}, labels[:start], indices[:start])
+
+
+def read_split(
+    subjects: Subjects,
+    manifest: Manifest,
+    split: str | Dataset,
+    view: View,
+    describe: str,
+    *,
+    networks: Mapping[str, nn.Module] | None = None,
+) -> Features:
+    """Read out a split, or the drawn part of one, by the subjects' own networks or by others."""
+    dataset = Dataset(name=manifest.dataset, split=split) if isinstance(split, str) else split
+    with make_loader(subjects, manifest, dataset, view) as loader:
+        return extract(networks or subjects.networks, loader, describe=f"{describe}: {dataset.split}")
 
 
 def correct(logits: Tensor, labels: Tensor) -> dict[str, float]:
@@ -252,7 +304,13 @@ def _said(header: Mapping[str, str], key: str) -> Any:
 
 def allocate(rows: int, dim: int) -> Tensor:
     """Make room for (rows, dim) float32, in memory or, for large sets, in a file that vanishes with the tensor."""
-    if rows * dim * 4 <= MEMORY_LIMIT:
+    if fits(rows * dim):
         return torch.empty(rows, dim)
-    with tempfile.NamedTemporaryFile(prefix="ssl-core-features-") as file:
+    with tempfile.NamedTemporaryFile(prefix="ssl-core-features-") as file, room_for(Path(file.name)):
+        os.posix_fallocate(file.fileno(), 0, rows * dim * 4)  # a full disk would end the process when it is written
         return torch.from_file(file.name, shared=True, size=rows * dim).view(rows, dim)
+
+
+def fits(numbers: int) -> bool:
+    """Tell whether so many float32 may be in memory."""
+    return numbers * 4 <= MEMORY_LIMIT

@@ -20,12 +20,11 @@ from ssl_core.evaluations.features import (
     Outcome,
     Subjects,
     center_view,
-    extract,
     find_test_split,
     labelled_split,
-    make_loader,
     num_classes,
     percent,
+    read_split,
 )
 
 BEST_K = tuple(range(1, 102, 2))
@@ -57,11 +56,7 @@ def run(config: Config, subjects: Subjects, manifest: Manifest, log: Log) -> Out
     split = find_test_split(manifest, config.test_split)
     labelled_split(manifest, config.dataset.split)
     view = center_view(subjects.image_size, resize=config.resize)
-    tests = Dataset(name=config.dataset.name, split=split)
-    with make_loader(subjects, manifest, config.dataset, view) as loader:
-        bank = extract(subjects.networks, loader, describe="knn: train")
-    with make_loader(subjects, manifest, tests, view) as loader:
-        queries = extract(subjects.networks, loader, describe="knn: test")
+    bank, queries = (read_split(subjects, manifest, part, view, "knn") for part in (config.dataset, split))
     classes = num_classes(manifest, config.dataset.split)
     metrics, hyperparameters = (_best if config.variant == "best" else _weighted)(
         config, subjects, bank, queries, classes
@@ -75,7 +70,7 @@ def run(config: Config, subjects: Subjects, manifest: Manifest, log: Log) -> Out
 
 def _weighted(config: Config, subjects: Subjects, bank: Features, queries: Features, classes: int):
     """Score the configured k, and further ones beside it."""
-    temperature = config.temperature or (0.1 if subjects.image_size <= SMALL_IMAGE else 0.07)
+    temperature = config.temperature or default_temperature(subjects.image_size)
     k, *more = (min(k, len(bank.labels)) for k in (config.k, *config.more_k))
     metrics = {}
     for name in subjects.networks:
@@ -154,6 +149,11 @@ def votes(labels: Tensor, weights: Tensor, ks: Sequence[int], classes: int) -> I
         scores.scatter_add_(1, labels[:, previous:k], weights[:, previous:k])
         previous = k
         yield k, scores.argmax(dim=1)
+
+
+def default_temperature(image_size: int) -> float:
+    """Return NPID's temperature for images of that size: CIFAR's or ImageNet's."""
+    return 0.1 if image_size <= SMALL_IMAGE else 0.07
 
 
 def unit(rows: Tensor) -> Tensor:

@@ -5,20 +5,18 @@ in one pass, and several learning rates train side by side on one forward. A lea
 held-out training images; the test split decides nothing but the secondary `best_epoch_top1`.
 """
 
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from ssl_core.config import Dataset, Strict, Training, parse
+from ssl_core.config import Dataset, Strict, Training
 from ssl_core.data.loader import Loader
 from ssl_core.data.shards import Manifest
-from ssl_core.data.views import View, adjust
+from ssl_core.data.views import View
 from ssl_core.evaluations.features import (
     Features,
     Log,
@@ -26,15 +24,17 @@ from ssl_core.evaluations.features import (
     Subjects,
     center_view,
     count_images,
-    extract,
     find_test_split,
     frozen,
     hold_out,
     labelled_split,
     make_loader,
     num_classes,
+    read_split,
+    training_view,
 )
 from ssl_core.evaluations.probe import Probe, read_out
+from ssl_core.progress import progress_bar
 
 Rates = Annotated[tuple[PositiveFloat, ...], Field(min_length=1)]
 
@@ -196,16 +196,15 @@ def run(config: Config, subjects: Subjects, manifest: Manifest, log: Log) -> Out
     labelled_split(manifest, config.dataset.split)
     networks = {name: read_out(network, config.last_blocks) for name, network in subjects.networks.items()}
     center = center_view(subjects.image_size, resize=config.resize, interpolation=config.interpolation)
-    tests = Dataset(name=config.dataset.name, split=split)
-    with make_loader(subjects, manifest, tests, center) as loader:
-        test = extract(networks, loader, describe="linear: test")
+    test = read_split(subjects, manifest, split, center, "linear", networks=networks)
     train, held_out = None, None
     if config.cached or config.several():
-        with make_loader(subjects, manifest, config.dataset, center) as loader:
-            train = extract(networks, loader, describe="linear: train")
+        train = read_split(subjects, manifest, config.dataset, center, "linear", networks=networks)
         held_out = hold_out(train.indices, config.holdout, config.seed) if config.several() else None
 
-    view = training_view(config, subjects.image_size, manifest.avoid)
+    view = training_view(
+        subjects.image_size, config.area, manifest.avoid, interpolation=config.interpolation, flip=config.flip
+    )
     with _epochs(networks, subjects, manifest, config, view, train) as epochs:
         classes = num_classes(manifest, config.dataset.split)
         plans = [plan(config, rate, epochs.batch_size) for rate in config.rates()]
@@ -267,9 +266,8 @@ def _train(
     """Run all epochs; return the test accuracies by network, epoch and learning rate."""
     curves: dict[str, list[list[dict[str, float]]]] = {name: [] for name in probes}
     nothing = torch.empty(0, dtype=torch.int64)
-    seconds = 0.1 if sys.stderr.isatty() else 15  # a log file needs no more
-    with tqdm(range(config.epochs), desc="linear", unit=" epochs", mininterval=seconds) as progress:
-        for epoch in progress:
+    with progress_bar(config.epochs, "linear", unit="epochs") as progress:
+        for epoch in range(config.epochs):
             for features, labels, indices in epochs.batches():
                 keep = ~torch.isin(indices, nothing if held_out is None else held_out).to(labels.device)
                 for name, probe in probes.items():
@@ -280,15 +278,8 @@ def _train(
                 now = {name: scores[-1][0]["top1"] for name, scores in curves.items()}
                 progress.set_postfix({name: f"{value:.1f}" for name, value in now.items()})
                 log({f"{config.protocol_name()}/{name}_top1": value for name, value in now.items()}, epoch)
+            progress.update()
     return curves
-
-
-def training_view(config: Config, image_size: int, avoid: Sequence[str]) -> View:
-    """Describe the augmented view: random resized crop and flip, unless flipping changes the label."""
-    said = {"size": image_size, "area": config.area, "interpolation": config.interpolation, "augmentation": "weak"}
-    view = parse(View, said, "the probe's training view")
-    changes = {} if config.flip is None else {"probe": {"augmentation": {"flip": config.flip}}}
-    return adjust({"probe": view}, changes, avoid=avoid)["probe"]
 
 
 @contextmanager

@@ -15,7 +15,6 @@ from torch import Tensor
 from ssl_core.config import Dataset, Strict
 from ssl_core.data.shards import Manifest
 from ssl_core.evaluations.features import (
-    MEMORY_LIMIT,
     Features,
     Log,
     Outcome,
@@ -24,13 +23,13 @@ from ssl_core.evaluations.features import (
     center_view,
     correct,
     draw_by_class,
-    extract,
     find_test_split,
+    fits,
     hold_out,
     labelled_split,
-    make_loader,
     mean_per_class,
     num_classes,
+    read_split,
 )
 
 CHUNK = 8192  # images whose logits are in memory at once
@@ -110,7 +109,7 @@ def fit_chosen(
 ) -> tuple[Tensor, dict[str, Any]]:
     """Return weights (classes, dim + 1) for raw features, and which penalty was chosen and how surely."""
     rows, restore = _rotate(sets.known.of[name], standardize=config.standardize)
-    if rows.numel() * 4 <= MEMORY_LIMIT:
+    if fits(rows.numel()):
         rows = rows.to(device)
     labels = sets.known.labels.to(rows.device)
     fit_rows, fit_labels = rows[: sets.fitted], labels[: sets.fitted]
@@ -213,9 +212,8 @@ def _read(config: Config, subjects: Subjects, manifest: Manifest, split: str) ->
     view = center_view(subjects.image_size, resize=config.resize, interpolation=config.interpolation)
     labelled_split(manifest, config.dataset.split)
 
-    def features(dataset: Dataset) -> Features:
-        with make_loader(subjects, manifest, dataset, view) as loader:
-            return extract(subjects.networks, loader, describe=f"logistic: {dataset.split}")
+    def features(part: str | Dataset) -> Features:
+        return read_split(subjects, manifest, part, view, "logistic")
 
     train = features(config.dataset)
     if config.train_per_class is not None:
@@ -223,10 +221,10 @@ def _read(config: Config, subjects: Subjects, manifest: Manifest, split: str) ->
     elif split == config.dataset.split:
         raise ValueError(f"the split '{split}' would train and test: say `train_per_class` to divide it, or another")
     else:
-        test = features(Dataset(name=config.dataset.name, split=split))
+        test = features(split)
     validation = find_validation_split(manifest, config, split)
     if validation is not None:
-        known = _join(train, features(Dataset(name=config.dataset.name, split=validation)))
+        known = _join(train, features(validation))
         return Sets(known, len(train.labels), test, f"on the split '{validation}'")
     held = torch.isin(train.indices, hold_out(train.indices, config.holdout, config.seed))
     if held.all():

@@ -1,7 +1,7 @@
 """Low-shot classification with linear SVMs on frozen features (recipes E7: PCL's protocol, ReSSL's Table 11).
 
 For each class an SVM of its own tells it from all others (one against the rest), trained on k positive images a class;
-what counts is the mean over classes of the average precision on the test split.
+what counts is the mean over classes of the average precision on the test split. Images may show several classes (VOC).
 """
 
 import warnings
@@ -14,18 +14,22 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor
 
 from ssl_core.config import Dataset, Strict
+from ssl_core.data import multilabels
+from ssl_core.data.loader import draw_subset
 from ssl_core.data.shards import Manifest
 from ssl_core.evaluations.features import (
+    Features,
     Log,
     Outcome,
     Subjects,
     center_view,
-    extract,
     find_test_split,
     labelled_split,
-    make_loader,
     num_classes,
+    read_split,
 )
+
+CHUNK = 8192  # images whose features are copied at once
 
 
 class Config(Strict):
@@ -37,6 +41,9 @@ class Config(Strict):
     shots: tuple[PositiveInt, ...] = (4, 8, 16, 32, 64)  # positive images a class
     draws: PositiveInt = 5  # of each number of shots
     full: bool = True  # also train on all images, once
+    # Test images that show a class only by objects marked as difficult: without it (PCL), or not counted (VISSL). In
+    # training they are without it, in both.
+    difficult: Literal["negative", "ignore"] = "negative"
     cost: PositiveFloat = 0.5  # PCL takes the best of several; ReSSL only says that it follows PCL
     positive_weight: PositiveFloat = 2.0
     max_iterations: PositiveInt = 2000
@@ -53,16 +60,16 @@ class Config(Strict):
 
 def run(config: Config, subjects: Subjects, manifest: Manifest, log: Log) -> Outcome:
     """Train and score SVMs for each number of shots and each network, on the same draws."""
-    split = find_test_split(manifest, config.test_split)
-    labelled_split(manifest, config.dataset.split)
+    split = find_test_split(manifest, config.test_split, several=True)
+    several = multilabels.has_labels(manifest, split)
+    if not (several and multilabels.has_labels(manifest, config.dataset.split)):
+        labelled_split(manifest, config.dataset.split)
     view = center_view(subjects.image_size, resize=config.resize)
-    with make_loader(subjects, manifest, config.dataset, view) as loader:
-        train = extract(subjects.networks, loader, describe="low-shot: train")
-    with make_loader(subjects, manifest, Dataset(name=config.dataset.name, split=split), view) as loader:
-        test = extract(subjects.networks, loader, describe="low-shot: test")
-    targets, truth = (
-        one_against_rest(set_.labels, num_classes(manifest, config.dataset.split)) for set_ in (train, test)
-    )
+    tests = Dataset(name=config.dataset.name, split=split)
+    train, test = (read_split(subjects, manifest, part, view, "low-shot") for part in (config.dataset, tests))
+    targets, _ = read_targets(manifest, config.dataset, train)
+    truth, difficult = read_targets(manifest, tests, test)
+    counted = ~difficult if config.difficult == "ignore" else torch.ones_like(truth)
     fewest = int(targets.sum(dim=0)[targets.any(dim=0)].min())
     shots = [k for k in config.shots if k <= fewest]
     draws = {str(k): [draw(targets, train.indices, k, (config.seed, k, n)) for n in range(config.draws)] for k in shots}
@@ -72,13 +79,15 @@ def run(config: Config, subjects: Subjects, manifest: Manifest, log: Log) -> Out
         raise ValueError(f"the smallest class has {fewest} images, fewer than each of shots {list(config.shots)}")
     metrics, unconverged = {}, {}
     for name in subjects.networks:
-        metrics[name], unconverged[name] = _score(train.of[name], targets, test.of[name], truth, draws, config)
+        metrics[name], unconverged[name] = _score(train.of[name], targets, test.of[name], truth, counted, draws, config)
     hyperparameters = {
         "how": "fixed by the configuration",
         "cost": config.cost,
         "positive_weight": config.positive_weight,
         "loss": "squared hinge, one class against the rest",
         "average_precision": "all-point interpolation",
+        "labels": "several an image" if several else "one an image",
+        **({"difficult": config.difficult} if several else {}),
         "draws": config.draws,
         "shots_left_out": [k for k in config.shots if k > fewest],  # some class has fewer images
         "training_images": {shot: [len(rows) for rows in drawn] for shot, drawn in draws.items()},
@@ -88,6 +97,18 @@ def run(config: Config, subjects: Subjects, manifest: Manifest, log: Log) -> Out
     }
     headline = next(iter(metrics["pretrained"]))
     return Outcome("low_shot/v1", split, metrics, hyperparameters, len(targets), len(truth), headline)
+
+
+def read_targets(manifest: Manifest, dataset: Dataset, features: Features) -> tuple[Tensor, Tensor]:
+    """Return which classes each image shows, and which by difficult objects only; both (images, classes) bool."""
+    if not multilabels.has_labels(manifest, dataset.split):
+        shown = one_against_rest(features.labels, num_classes(manifest, dataset.split))
+        return shown, torch.zeros_like(shown)
+    states = multilabels.read_labels(manifest, dataset.split)
+    if dataset.subset is not None:  # whose images are numbered anew
+        states = states[draw_subset(len(states), dataset.subset, dataset.name)]
+    states = torch.from_numpy(states)[features.indices]
+    return states == multilabels.PRESENT, states == multilabels.DIFFICULT
 
 
 def one_against_rest(labels: Tensor, classes: int) -> Tensor:
@@ -122,22 +143,30 @@ def average_precision(scores: Tensor, positive: Tensor) -> float:
     return (recall.diff(prepend=torch.zeros(1, dtype=recall.dtype)) * envelope).sum().item()
 
 
-def mean_average_precision(scores: Tensor, targets: Tensor) -> float:
-    """Return the mean over the classes that `targets` (images, classes) show, in percent, to four decimals."""
-    present = targets.any(dim=0).nonzero()[:, 0]
-    values = [average_precision(scores[:, label], targets[:, label]) for label in present]
+def mean_average_precision(scores: Tensor, targets: Tensor, counted: Tensor | None = None) -> float:
+    """Return the mean over the classes that `targets` (images, classes) show, in percent, to four decimals.
+
+    `counted`, of the same shape, says which images count for which class; all without it.
+    """
+    counted = torch.ones_like(targets) if counted is None else counted
+    present = (targets & counted).any(dim=0).nonzero()[:, 0].tolist()
+    values = [
+        average_precision(scores[rows, label], targets[rows, label])
+        for label, rows in ((label, counted[:, label]) for label in present)
+    ]
     return round(100 * sum(values) / len(values), 4)
 
 
 def fit(rows: Tensor, targets: Tensor, config: Config) -> tuple[Tensor, int]:
-    """Train an SVM a class; return weights (classes, dim + 1), the bias last, and how many did not converge.
+    """Train an SVM a class on float64 `rows` (images, dim).
 
-    A class that is shown by none or by all of the images gets zeros.
+    Returns weights (classes, dim + 1), the bias last, and how many did not converge. A class that is shown by none or
+    by all of the images gets zeros.
     """
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.svm import LinearSVC
 
-    features = rows.double().numpy()
+    features = rows.numpy()
     weights, unconverged = torch.zeros(targets.shape[1], rows.shape[1] + 1, dtype=torch.float64), 0
     for label, positive in enumerate(targets.T):
         if positive.all() or not positive.any():
@@ -161,22 +190,31 @@ def fit(rows: Tensor, targets: Tensor, config: Config) -> tuple[Tensor, int]:
 
 
 def scaled(rows: Tensor) -> Tensor:
-    """Divide features by their length, as PCL's code does it."""
-    return rows / (rows.norm(dim=1, keepdim=True) + 1e-5)
+    """Divide features by their length, as PCL's code does it; float64."""
+    return rows.double() / (rows.norm(dim=1, keepdim=True) + 1e-5)
 
 
 def _score(
-    train: Tensor, targets: Tensor, test: Tensor, truth: Tensor, draws: dict[str, list[Tensor]], config: Config
+    train: Tensor,
+    targets: Tensor,
+    test: Tensor,
+    truth: Tensor,
+    counted: Tensor,
+    draws: dict[str, list[Tensor]],
+    config: Config,
 ) -> tuple[dict[str, Any], int]:
     """Return mean and spread of the mAP by the number of shots, and the number of SVMs that did not converge."""
     metrics, spread, unconverged = {}, {}, 0
     for shots, drawn in draws.items():
         values = []
         for rows in drawn:
-            weights, failed = fit(scaled(train[rows]), targets[rows], config)
+            prepared = torch.empty(len(rows), train.shape[1], dtype=torch.float64)  # liblinear makes a copy of its own
+            for part, target in zip(rows.split(CHUNK), prepared.split(CHUNK)):
+                target.copy_(scaled(train[part]))
+            weights, failed = fit(prepared, targets[rows], config)
             unconverged += failed
-            logits = [scaled(part).double() @ weights[:, :-1].T + weights[:, -1] for part in test.split(8192)]
-            values.append(mean_average_precision(torch.cat(logits), truth))
+            logits = [scaled(part) @ weights[:, :-1].T + weights[:, -1] for part in test.split(CHUNK)]
+            values.append(mean_average_precision(torch.cat(logits), truth, counted))
         metrics[f"map_{shots}"] = round(float(np.mean(values)), 4)
         if len(values) > 1:
             spread[shots] = round(float(np.std(values, ddof=1)), 4)

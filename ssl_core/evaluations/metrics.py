@@ -8,13 +8,13 @@ digest of its pixels stands in the results, so that numbers of the same set can 
 
 import hashlib
 import math
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor
-from tqdm import tqdm
 
 from ssl_core.config import Dataset, Strict, parse
 from ssl_core.data.loader import Batch, Loader, draw_subset
@@ -31,6 +31,7 @@ from ssl_core.evaluations.features import (
     draw_by_class,
     frozen,
 )
+from ssl_core.progress import progress_bar
 
 CHUNK = 1024  # queries compared with all images at once
 
@@ -68,20 +69,7 @@ def run(config: Config, subjects: Subjects, manifest: Manifest, log: Log) -> Out
     split = _find_split(manifest, config.test_split)
     images = choose(manifest, split, config)
     views = make_views(config, subjects.image_size, manifest.avoid)
-    loader = Loader(
-        manifest,
-        Dataset(name=config.dataset.name, split=split),
-        views,
-        batch_size=min(BATCH_SIZE, len(images)),
-        seed=config.seed,
-        shuffle=False,
-        threads=subjects.threads if subjects.device != "cpu" else 1,
-        mean=subjects.mean,
-        std=subjects.std,
-        only=images,
-    )
-    with loader:
-        features, labels, digest = _extract(subjects, loader)
+    features, labels, digest = read_set(config, subjects, manifest, split, images, views)
     metrics = {name: measure(set_, labels, config) for name, set_ in features.items()}
     hyperparameters = {
         "how": "fixed by the configuration",
@@ -115,6 +103,29 @@ def make_views(config: Config, image_size: int, avoid: tuple[str, ...]) -> Views
         "original": center_view(image_size, resize=config.resize),
         **adjust({"copies": copies}, {}, avoid=avoid),
     }
+
+
+def read_set(
+    config: Config, subjects: Subjects, manifest: Manifest, split: str, images: Sequence[int], views: Views
+) -> tuple[dict[str, Set], Tensor, str]:
+    """Read out every network's features of originals and copies, in the shards' order.
+
+    Returns with them the labels and the digest of the pixels.
+    """
+    loader = Loader(
+        manifest,
+        Dataset(name=config.dataset.name, split=split),
+        views,
+        batch_size=min(BATCH_SIZE, len(images)),
+        seed=config.seed,
+        shuffle=False,
+        threads=subjects.threads if subjects.device != "cpu" else 1,
+        mean=subjects.mean,
+        std=subjects.std,
+        only=images,
+    )
+    with loader:
+        return _extract(subjects, loader)
 
 
 def measure(features: Set, labels: Tensor, config: Config) -> dict[str, float]:
@@ -225,7 +236,7 @@ def _extract(subjects: Subjects, loader: Loader) -> tuple[dict[str, Set], Tensor
     """Read out every network's features of originals and copies, the labels, and the digest of what was seen."""
     tables: dict[str, list[Tensor]] = {}
     labels, digest, start = [], hashlib.sha256(), 0
-    with frozen(subjects.networks), tqdm(total=loader.num_images, desc="metrics", leave=False, disable=None) as bar:
+    with frozen(subjects.networks), progress_bar(loader.num_images, "metrics", unit="images", leave=False) as bar:
         for batch in loader.epoch():
             stop = start + len(batch.labels)
             for number, images in enumerate(_views(batch)):

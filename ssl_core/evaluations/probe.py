@@ -12,6 +12,8 @@ from ssl_core.evaluations.features import Features, correct
 from ssl_core.training.optimizers import build_optimizer
 from ssl_core.training.schedules import learning_rate
 
+CHUNK = 8192  # images whose features are copied at once
+
 
 class Probe:
     """Linear classifiers on one network's features, one a learning rate, all from the same first weights.
@@ -63,15 +65,22 @@ class Probe:
 
     def choose(self, train: Features, name: str, held_out: Tensor) -> int:
         """Return the position of the learning rate whose twin does best on held-out center crops; ties: the first."""
-        rows = torch.isin(train.indices, held_out)
-        scores = [score["top1"] for score in self._scores(self.twins, train.of[name][rows], train.labels[rows])]
+        rows = torch.isin(train.indices, held_out).nonzero()[:, 0]
+        scores = [score["top1"] for score in self._scores(self.twins, train.of[name], train.labels, rows)]
         return scores.index(max(scores))
 
     @torch.no_grad()
-    def _scores(self, heads: list[nn.Linear], features: Tensor, labels: Tensor) -> list[dict[str, float]]:
-        device = heads[0].weight.device
-        chunks = [self._prepare(rows.to(device)) for rows in features.split(8192)]
-        return [correct(torch.cat([head(rows).cpu() for rows in chunks]), labels) for head in heads]
+    def _scores(
+        self, heads: list[nn.Linear], features: Tensor, labels: Tensor, rows: Tensor | None = None
+    ) -> list[dict[str, float]]:
+        """Score `rows`, else all, in chunks: features may lie in a file that is larger than the memory."""
+        rows = torch.arange(len(labels)) if rows is None else rows
+        logits: list[list[Tensor]] = [[] for _ in heads]
+        for part in rows.split(CHUNK):
+            chunk = self._prepare(features[part].to(heads[0].weight.device))
+            for head, parts in zip(heads, logits, strict=True):
+                parts.append(head(chunk).cpu())
+        return [correct(torch.cat(parts), labels[rows]) for parts in logits]
 
     def _prepare(self, features: Tensor) -> Tensor:
         return F.normalize(features, dim=1) if self.normalize else features

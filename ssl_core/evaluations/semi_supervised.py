@@ -1,7 +1,8 @@
 """Semi-supervised classification: a classifier, and if asked the backbone, trained on few labels (recipes E6).
 
-ReSSL freezes the backbone at 1 % of the labels and fine-tunes it at 10 %. The labelled images are a fixed draw, as many
-of each class as its share, or a number a class; which ones stands in the results.
+ReSSL freezes the backbone at 1 % of the labels and fine-tunes it at 10 %; SSLight fine-tunes, and puts the classifier
+on the second layer of the projector. The labelled images are a fixed draw, as many of each class as its share, or a
+number a class; which ones stands in the results.
 """
 
 import copy
@@ -13,12 +14,10 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from ssl_core.config import Dataset, Strict, parse
+from ssl_core.config import Dataset, Strict
 from ssl_core.data.loader import Loader, draw_subset
 from ssl_core.data.shards import Manifest, read_labels
-from ssl_core.data.views import View, adjust
 from ssl_core.evaluations.features import (
     Log,
     Outcome,
@@ -26,22 +25,38 @@ from ssl_core.evaluations.features import (
     center_view,
     correct,
     draw_by_class,
-    extract,
     find_test_split,
     frozen,
     labelled_split,
     make_loader,
     num_classes,
+    read_split,
+    training_view,
 )
+from ssl_core.evaluations.projection import with_projector
+from ssl_core.progress import progress_bar
 
 # What each published protocol changes in the defaults of `Config`, which are ReSSL's at 1 %.
 _FINE_TUNED = {"fraction": 0.1, "backbone_learning_rate": 0.02, "learning_rate": 0.2, "epochs": 20}
 _STEPS = {"schedule": "step", "milestones": (12 / 20, 16 / 20), "decay_factor": 0.2, "epochs": 20}
+_SSLIGHT = {
+    "backbone_learning_rate": 0.03,
+    "learning_rate": 0.03,
+    "learning_rate_scaling": "linear",
+    "minimum_learning_rate": 1e-6,
+    "nesterov": True,
+    "schedule_unit": "epoch",
+    "batch_size": 1024,
+    "interpolation": "cubic",
+    "resize": 256 / 224,
+}
 VARIANTS: dict[str, dict[str, Any]] = {
     "ressl_1": {},
     "ressl_10": _FINE_TUNED,
     "swav_1": {**_STEPS, "backbone_learning_rate": 0.02, "learning_rate": 5.0},
     "swav_10": {**_STEPS, **_FINE_TUNED, "backbone_learning_rate": 0.01},
+    "sslight_1": _SSLIGHT,
+    "sslight_10": {**_SSLIGHT, "fraction": 0.1, "epochs": 30},
 }
 
 
@@ -57,17 +72,21 @@ class Config(Strict):
     seed: int = 0  # of the labelled images, the views and the classifier's first weights
 
     backbone_learning_rate: NonNegativeFloat = 0.0  # 0: frozen, in eval mode
-    learning_rate: PositiveFloat = 0.1  # of the classifier; absolute
+    learning_rate: PositiveFloat = 0.1  # of the classifier
+    learning_rate_scaling: Literal["linear", "none"] = "none"  # linear: times batch_size / 256, the backbone's too
+    minimum_learning_rate: NonNegativeFloat = 0.0  # where the cosine ends; absolute
     momentum: NonNegativeFloat = 0.9
     nesterov: bool = False
     weight_decay: NonNegativeFloat = 0.0
-    schedule: Literal["cosine", "step"] = "cosine"  # the cosine moves every step, the steps come at milestones
+    schedule: Literal["cosine", "step"] = "cosine"
+    schedule_unit: Literal["step", "epoch"] = "step"  # how often the cosine moves; the steps come at milestones
     milestones: tuple[PositiveFloat, ...] = (0.6, 0.8)  # shares of the run
     decay_factor: PositiveFloat = 0.2
     epochs: PositiveInt = 60
     batch_size: PositiveInt = 256  # ReSSL does not say; capped at the number of labelled images
     image_size: PositiveInt | None = None  # nothing said: the pre-training's
     area: tuple[PositiveFloat, PositiveFloat] = (0.08, 1.0)
+    interpolation: Literal["linear", "cubic"] = "linear"
     resize: float = Field(default=1.0, ge=1)  # test images: shorter side before the crop, times the size; 224: 1.143
 
     @model_validator(mode="before")
@@ -76,6 +95,11 @@ class Config(Strict):
         if not isinstance(section, dict):
             return section
         return {**VARIANTS.get(section.get("variant", "ressl_1"), {}), **section}
+
+    @property
+    def on_projector(self) -> bool:
+        """Whether networks are to end in the first two layers of the projector; the workflow asks this of the name."""
+        return self.variant.startswith("sslight")
 
     def protocol_name(self) -> str:
         """Name the protocol with how many labels it has, where that is not the variant's own number."""
@@ -96,21 +120,22 @@ def run(config: Config, subjects: Subjects, manifest: Manifest, log: Log) -> Out
     """Train a copy of each network on the same views of the same labelled images, and score it on the test split."""
     split = find_test_split(manifest, config.test_split)
     images = choose(manifest, config)
+    if config.on_projector:
+        subjects = with_projector(subjects)
     classes = num_classes(manifest, config.dataset.split)
-    view = training_view(config, subjects.image_size, manifest.avoid)
-    tests = Dataset(name=config.dataset.name, split=split)
-    center = center_view(subjects.image_size, resize=config.resize)
+    view = training_view(subjects.image_size, config.area, manifest.avoid, interpolation=config.interpolation)
+    center = center_view(subjects.image_size, resize=config.resize, interpolation=config.interpolation)
     whole = Dataset(name=config.dataset.name, split=config.dataset.split)
     batch_size = min(config.batch_size, len(images))
     options: Any = {"shuffle": True, "batch_size": batch_size, "seed": config.seed, "only": images}
+    scale = batch_size / 256 if config.learning_rate_scaling == "linear" else 1.0
     models = {
-        name: Model(subjects.networks[name], width, classes, config, device=subjects.device)
+        name: Model(subjects.networks[name], width, classes, config, scale=scale, device=subjects.device)
         for name, width in _widths(subjects).items()
     }
     with make_loader(subjects, manifest, whole, view, **options) as loader:
         _train(models, loader, config)
-    with make_loader(subjects, manifest, tests, center) as loader:
-        logits = extract(models, loader, describe="semi-supervised: test")
+    logits = read_split(subjects, manifest, split, center, "semi-supervised", networks=models)
     metrics = {name: correct(rows, logits.labels) for name, rows in logits.of.items()}
     hyperparameters = {
         "variant": config.variant,
@@ -122,14 +147,18 @@ def run(config: Config, subjects: Subjects, manifest: Manifest, log: Log) -> Out
         else f"{config.fraction} of each class",
         "seed": config.seed,
         "backbone": "fine-tuned" if config.backbone_learning_rate else "frozen",
-        "backbone_learning_rate": config.backbone_learning_rate,
-        "learning_rate": config.learning_rate,
+        "classifier_on": "the projector's second layer" if config.on_projector else "the backbone",
+        "backbone_learning_rate": config.backbone_learning_rate * scale,
+        "learning_rate": config.learning_rate * scale,
+        "minimum_learning_rate": config.minimum_learning_rate,
         "schedule": config.schedule,
+        "schedule_unit": config.schedule_unit,
         "epochs": config.epochs,
         "batch_size": batch_size,
         "flip": view.augmentation.flip,
         "image_size": subjects.image_size,
         "resize": config.resize,
+        "interpolation": config.interpolation,
     }
     details = {"labelled_images": " ".join(map(str, images))}
     counts = (len(images), len(logits.labels))
@@ -156,7 +185,10 @@ def choose(manifest: Manifest, config: Config) -> list[int]:
 class Model(nn.Module):
     """A copy of a network under a new classifier: (batch, 3, h, w) -> (batch, classes)."""
 
-    def __init__(self, network: nn.Module, dim: int, classes: int, config: Config, *, device: str) -> None:
+    def __init__(
+        self, network: nn.Module, dim: int, classes: int, config: Config, *, scale: float = 1.0, device: str
+    ) -> None:
+        """Start from N(0, .01) classifier weights, drawn by the seed; `scale` multiplies the learning rates."""
         super().__init__()
         self.backbone = copy.deepcopy(network)
         self.tuned = config.backbone_learning_rate > 0 and any(True for _ in network.parameters())
@@ -165,19 +197,20 @@ class Model(nn.Module):
         nn.init.normal_(self.classifier.weight, std=0.01, generator=torch.Generator().manual_seed(config.seed))
         nn.init.zeros_(self.classifier.bias)
         self.classifier.to(device)
-        groups = [{"params": list(self.classifier.parameters()), "lr": config.learning_rate}]
+        groups = [{"params": list(self.classifier.parameters()), "lr": scale * config.learning_rate}]
         if self.tuned:
-            groups.append({"params": list(self.backbone.parameters()), "lr": config.backbone_learning_rate})
+            groups.append({"params": list(self.backbone.parameters()), "lr": scale * config.backbone_learning_rate})
         optimizer = {"momentum": config.momentum, "nesterov": config.nesterov, "weight_decay": config.weight_decay}
         self.optimizer = torch.optim.SGD(groups, **optimizer)
         self.rates = [group["lr"] for group in groups]
+        self.lowest = config.minimum_learning_rate
 
     def forward(self, images: Tensor) -> Tensor:
         """Return logits."""
         return self.classifier(self.backbone(images))
 
     def step(self, images: Tensor, labels: Tensor, share: float) -> None:
-        """Take one step at `share` of the learning rates; a frozen backbone stays in eval mode."""
+        """Take one step at `share` of the way from the lowest learning rate; a frozen backbone stays in eval mode."""
         if self.tuned:
             self.train()
             features = self.backbone(images)
@@ -185,36 +218,34 @@ class Model(nn.Module):
             with frozen({"backbone": self.backbone}):
                 features = self.backbone(images)
         for group, rate in zip(self.optimizer.param_groups, self.rates):
-            group["lr"] = share * rate
+            group["lr"] = self.lowest + share * (rate - self.lowest)
         self.optimizer.zero_grad()
         F.cross_entropy(self.classifier(features), labels).backward()
         self.optimizer.step()
 
 
 def shares(config: Config, steps: int) -> Iterator[float]:
-    """Yield what part of the learning rate each of so many steps has."""
+    """Yield what part of the learning rate each of so many steps, whole epochs of them, has."""
     for step in range(steps):
         done = step / steps
+        if config.schedule_unit == "epoch":
+            done = math.floor(done * config.epochs + 1e-9) / config.epochs
         if config.schedule == "cosine":
             yield (1 + math.cos(math.pi * done)) / 2
         else:
             yield config.decay_factor ** sum(done >= milestone for milestone in config.milestones)
 
 
-def training_view(config: Config, image_size: int, avoid: tuple[str, ...]) -> View:
-    """Describe the augmented view: random resized crop and flip, unless flipping changes the label."""
-    view = parse(View, {"size": image_size, "area": config.area, "augmentation": "weak"}, "the training view")
-    return adjust({"view": view}, {}, avoid=avoid)["view"]
-
-
 def _train(models: dict[str, Model], loader: Loader, config: Config) -> None:
     plan = shares(config, config.epochs * loader.steps_per_epoch)
-    for _ in tqdm(range(config.epochs), desc="semi-supervised", unit=" epochs", disable=None):
-        for batch in loader.epoch():
-            ((images,),) = batch.views.values()
-            labels, share = batch.labels.to(images.device), next(plan)
-            for model in models.values():
-                model.step(images, labels, share)
+    with progress_bar(config.epochs, "semi-supervised", unit="epochs") as bar:
+        for _ in range(config.epochs):
+            for batch in loader.epoch():
+                ((images,),) = batch.views.values()
+                labels, share = batch.labels.to(images.device), next(plan)
+                for model in models.values():
+                    model.step(images, labels, share)
+            bar.update()
 
 
 def _widths(subjects: Subjects) -> dict[str, int]:

@@ -22,14 +22,6 @@ from .conftest import SEED, Tiny, write_shards
 TRAIN = Dataset(name="squares")
 
 
-def test_features_do_not_depend_on_the_batch_size(subjects, manifest):
-    loaders = [make_loader(subjects, manifest, TRAIN, center_view(16), batch_size=size) for size in (7, 60)]
-    small, large = (extract(subjects.networks, loader) for loader in loaders)
-    assert torch.equal(small.indices, large.indices)
-    for name in subjects.networks:
-        torch.testing.assert_close(small.of[name], large.of[name], atol=1e-6, rtol=0)
-
-
 def test_every_image_comes_once_with_its_label(subjects, manifest):
     features = extract(subjects.networks, make_loader(subjects, manifest, TRAIN, center_view(16), batch_size=7))
     assert features.indices.sort().values.tolist() == list(range(60))

@@ -12,8 +12,6 @@ from ssl_core.evaluations import logistic
 from ssl_core.evaluations.features import Features
 from ssl_core.evaluations.logistic import Config, Sets, fit, fit_chosen, grid, objective, run
 
-from .conftest import write_shards
-
 TRAIN = Dataset(name="squares")
 SHORT = {"l2_steps": 5, "l2_smallest": 1e-2, "l2_largest": 1e2}
 
@@ -159,16 +157,6 @@ def test_colours_are_told_apart(subjects, manifest):
     assert outcome.metrics["pixels"]["top1"] == outcome.metrics["pixels"]["mean_per_class"] == 100.0
     assert (outcome.num_train, outcome.num_test, outcome.split, outcome.headline) == (60, 31, "test", "top1")
     assert "on 12 training images held out by the seed" in outcome.hyperparameters["how"]
-
-
-def test_the_penalty_is_chosen_without_looking_at_test_labels(subjects, manifest, tmp_path):
-    path = write_shards(tmp_path, train=[n % 3 for n in range(60)], test=[(n + 1) % 3 for n in range(31)])
-    config = Config(dataset=TRAIN, **SHORT)
-    honest, shifted = (run(config, subjects, labels, quiet) for labels in (manifest, Manifest.load(path)))
-    assert shifted.hyperparameters == honest.hyperparameters
-    assert (honest.metrics["pixels"]["top1"], shifted.metrics["pixels"]["top1"]) == (100.0, 0.0)
-    table = "validation_top1_by_l2"
-    assert honest.metrics["pretrained"][table] == shifted.metrics["pretrained"][table]
 
 
 def test_an_evaluation_leaves_weights_statistics_and_modes_alone(subjects, manifest):
