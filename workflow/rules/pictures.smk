@@ -1,0 +1,83 @@
+localrules:
+    curves,
+
+
+# Beside the numbers, each picture as PNG and SVG, in the folder that the stage names after its JSON.
+rule pictures:
+    input:
+        backbone="results/{experiment}/backbone.safetensors",
+        manifest=lambda wildcards: manifest_of(evaluate_spec(wildcards)),
+    output:
+        json="results/{experiment}/{evaluation}.json",
+        tsne=report(
+            "results/{experiment}/{evaluation}/tsne.png",
+            caption="../report/tsne.rst",
+            category="Pictures",
+            labels={"experiment": "{experiment}", "evaluation": "{evaluation}", "what": "t-SNE"},
+        ),
+        triangles=report(
+            "results/{experiment}/{evaluation}/triangles.png",
+            caption="../report/triangles.rst",
+            category="Pictures",
+            labels={"experiment": "{experiment}", "evaluation": "{evaluation}", "what": "augmented copies"},
+        ),
+        neighbours=report(
+            "results/{experiment}/{evaluation}/neighbours.png",
+            caption="../report/neighbours.rst",
+            category="Pictures",
+            labels={"experiment": "{experiment}", "evaluation": "{evaluation}", "what": "nearest neighbours"},
+        ),
+        confusion=report(
+            "results/{experiment}/{evaluation}/confusion.png",
+            caption="../report/confusion.rst",
+            category="Pictures",
+            labels={"experiment": "{experiment}", "evaluation": "{evaluation}", "what": "confusion matrix"},
+        ),
+        spectrum=report(
+            "results/{experiment}/{evaluation}/spectrum.png",
+            caption="../report/spectrum.rst",
+            category="Pictures",
+            labels={"experiment": "{experiment}", "evaluation": "{evaluation}", "what": "spectrum"},
+        ),
+        scalable=multiext(
+            "results/{experiment}/{evaluation}/",
+            "tsne.svg",
+            "triangles.svg",
+            "neighbours.svg",
+            "confusion.svg",
+            "spectrum.svg",
+        ),
+    log:
+        "logs/pictures/{experiment}/{evaluation}.log",
+    wildcard_constraints:
+        evaluation=protocols("pictures"),
+    threads: 16
+    resources:
+        gpu=GPU,
+    params:
+        spec=lambda wildcards: canonical(evaluate_spec(wildcards)),
+        code=evaluate_code,
+    shell:
+        "ssl-core evaluate {wildcards.experiment} {wildcards.evaluation} --spec {params.spec:q} --code {params.code}"
+        " --backbone {input.backbone} --manifest {input.manifest} --output {output.json}"
+        " --threads {threads} --log {log}"
+
+
+# Adopted weights have no history, so nothing asks for their curves.
+rule curves:
+    input:
+        history="results/{experiment}/history.csv",
+    output:
+        png=report(
+            "results/{experiment}/curves.png",
+            caption="../report/curves.rst",
+            category="Pre-training",
+            labels={"experiment": "{experiment}", "what": "curves"},
+        ),
+        svg="results/{experiment}/curves.svg",
+    log:
+        "logs/curves/{experiment}.log",
+    params:
+        code=lambda wildcards: code_digest("ssl_core.stages.curves"),
+    shell:
+        "ssl-core curves {wildcards.experiment} --history {input.history} --output {output.png} --log {log}"
