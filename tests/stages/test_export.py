@@ -1,0 +1,259 @@
+"""Exported files: the same features wherever they are loaded, the same bytes each time, and a card that is true."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+import torchvision
+import yaml
+from PIL import Image
+from safetensors.torch import load_file
+from torch import nn
+
+from ssl_core.config import Backbone
+from ssl_core.files import write_json
+from ssl_core.networks.backbones import Network, build_backbone, load_backbone, read_tensors, save_backbone
+from ssl_core.stages import export
+
+SPEC = {
+    "dataset": {"name": "demo", "subset": {"images": 96, "seed": 1}},
+    "backbone": {"name": "resnet18", "stem": "tiny"},
+    "method": {"name": "ressl", "queue_size": 77},
+}
+LINEAR = {
+    "experiment": "mine",
+    "evaluation": "probe",
+    "protocol": "linear/v1",
+    "dataset": "demo",
+    "split": "test",
+    "headline": "top1",
+    "metrics": {"top1": 81.25, "top5": 99.0},
+    "baselines": {"untrained": {"top1": 43.75}, "pixels": {"top1": 62.5}},
+    "num_train": 96,
+    "num_test": 360,
+}
+HEADER = {"mean": "[0.3, 0.4, 0.5]", "std": "[0.2, 0.25, 0.3]", "seed": "0", "version": "c0ffee"}
+
+
+def trained(name: str, stem: str, size: int) -> Network:
+    """Build a network whose batch norms have seen images, so that its features are no zeros."""
+    torch.manual_seed(0)
+    network = build_backbone(Backbone(name=name, stem=stem), size)  # pyright: ignore[reportArgumentType]
+    for layer in network.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.momentum = 0.9
+    for _ in range(3):
+        network.train()(torch.randn(32, 3, size, size))
+    return network.eval()
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a backbone and an evaluation, as the stages before write them."""
+    folder = tmp_path_factory.mktemp("results")
+    config = Backbone(name="resnet18", stem="tiny")
+    save_backbone(folder / "backbone.safetensors", trained("resnet18", "tiny", 16), config, 16, HEADER)
+    write_json(folder / "probe.json", LINEAR)
+    return folder
+
+
+def run(sources: Path, root: Path, output: Path) -> Path:
+    export.run(
+        "mine",
+        spec=SPEC,
+        backbone=sources / "backbone.safetensors",
+        card=root / "datasets" / "demo.yaml",
+        results=[sources / "probe.json"],
+        output=output,
+        threads=1,
+    )
+    return output
+
+
+@pytest.fixture(scope="module")
+def exported(sources: Path, root: Path) -> Path:
+    return run(sources, root, sources / "export")
+
+
+@pytest.fixture(scope="module")
+def text(exported: Path) -> str:
+    return (exported / "README.md").read_text()
+
+
+def differ(network: nn.Module, model: bytes, size: int) -> float:
+    """Return by how much ONNX Runtime's features differ from torch's, for one image and for five."""
+    session = onnxruntime.InferenceSession(model)
+    worst = 0.0
+    for batch in (1, 5):
+        images = torch.rand(batch, 3, size, size) * 4 - 2
+        with torch.no_grad():
+            expected = network(images)
+        assert expected.std() > 1e-3  # else any file would do
+        found = np.asarray(session.run(["features"], {"images": images.numpy()})[0])
+        assert found.shape == expected.shape
+        worst = max(worst, (torch.from_numpy(found) - expected).abs().max().item())
+    return worst
+
+
+def test_onnx_gives_the_features_of_the_network_for_any_batch(exported: Path, sources: Path) -> None:
+    network, _ = load_backbone(sources / "backbone.safetensors")
+    assert differ(network.eval(), (exported / "backbone.onnx").read_bytes(), 16) < 1e-4
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("name", "stem", "size"),
+    [
+        ("resnet18", "imagenet", 64),
+        ("mobilenet_v2", "small", 16),
+        ("mobilenet_v3_small", "small", 16),
+        ("efficientnet_b0", "tiny", 32),
+        ("vit_tiny_16", "imagenet", 32),
+        ("deit_tiny", "imagenet", 32),
+    ],
+)
+def test_onnx_gives_the_features_of_every_family(name: str, stem: str, size: int) -> None:
+    network = trained(name, stem, size)
+    assert differ(network, export.to_onnx(network, size, {}), size) < 1e-4
+
+
+class Small(nn.Module):
+    """A convolution, batch norm and pooling: (batch, 3, h, w) -> (batch, 8)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution = nn.Conv2d(3, 8, 3)
+        self.norm = nn.BatchNorm2d(8)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.convolution(images)).relu().mean(dim=(2, 3))
+
+
+def test_a_file_that_gives_other_features_is_refused() -> None:
+    network = Small().eval()
+    model = export.to_onnx(network, 8, {})
+    assert export.largest_difference(network, model, 8) < 1e-5
+    with torch.no_grad():
+        network.convolution.weight[0, 0, 0, 0] += 0.1
+    with pytest.raises(RuntimeError, match="other features"):
+        export.largest_difference(network, model, 8)
+
+
+@pytest.mark.long
+def test_another_process_writes_the_same_bytes(exported: Path, sources: Path, root: Path, tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; sys.path.insert(0, sys.argv[4]); import test_export\n"
+        "test_export.run(Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]))"
+    )
+    arguments = [str(path) for path in (sources, root, tmp_path / "again", Path(__file__).parent)]
+    environment = {**os.environ, "PYTHONHASHSEED": "7"}
+    subprocess.run([sys.executable, "-c", code, *arguments], check=True, env=environment, cwd=tmp_path)
+    for path in exported.iterdir():
+        if path.name in ("backbone.safetensors", "backbone.onnx", "README.md"):
+            assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def test_onnx_says_what_it_is_and_not_where_it_was(exported: Path, root: Path) -> None:
+    content = (exported / "backbone.onnx").read_bytes()
+    for word in (
+        str(root),
+        sys.prefix,
+        str(Path.home()),
+        "site-packages",
+        "stack_trace",
+        'File "',
+        "torchvision.models",
+    ):
+        assert word.encode() not in content, word
+    model = onnx.load_from_string(content)
+    facts = {entry.key: entry.value for entry in model.metadata_props}
+    assert facts == {
+        "architecture": "resnet18",
+        "library": "torchvision",
+        "stem": "tiny",
+        "num_features": "512",
+        "image_size": "16",
+        "mean": HEADER["mean"],
+        "std": HEADER["std"],
+        "version": HEADER["version"],
+    }
+    batch = [value.type.tensor_type.shape.dim[0].dim_param for value in (*model.graph.input, *model.graph.output)]
+    assert batch == ["batch", "batch"]
+
+
+def test_safetensors_hold_the_same_weights_and_more_words(exported: Path, sources: Path) -> None:
+    weights, header = read_tensors(exported / "backbone.safetensors")
+    before, old = read_tensors(sources / "backbone.safetensors")
+    assert weights.keys() == before.keys()
+    assert all(torch.equal(weight, before[name]) for name, weight in weights.items())
+    assert header.items() >= old.items()
+    assert (header["architecture"], header["library"], header["stem"]) == ("resnet18", "torchvision", "tiny")
+
+
+def test_a_plain_resnet_lacks_nothing_but_its_classifier(tmp_path: Path) -> None:
+    config = Backbone(name="resnet18")
+    save_backbone(tmp_path / "plain.safetensors", build_backbone(config, 32), config, 32, HEADER)
+    left = torchvision.models.resnet18().load_state_dict(load_file(tmp_path / "plain.safetensors"), strict=False)
+    assert (left.missing_keys, left.unexpected_keys) == (["fc.weight", "fc.bias"], [])
+
+
+def test_the_cards_code_runs_as_it_stands(
+    exported: Path, sources: Path, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(exported / "picture.png")
+    monkeypatch.chdir(exported)
+    blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    assert len(blocks) == 3
+    found: list[torch.Tensor] = []
+    names: dict = {}
+    for block in blocks:
+        exec(block, names)
+        found += [torch.as_tensor(names.pop("features"))] if "features" in names else []
+    images = (torch.from_numpy(pixels / 255) - torch.tensor([0.3, 0.4, 0.5])) / torch.tensor([0.2, 0.25, 0.3])
+    network, _ = load_backbone(sources / "backbone.safetensors")
+    with torch.no_grad():
+        expected = network.eval()(images.permute(2, 0, 1)[None].float())
+    assert [features.shape for features in found] == [(1, 512)] * 2
+    for features in found:
+        torch.testing.assert_close(features, expected, atol=1e-4, rtol=0)
+
+
+def test_the_card_states_where_the_network_comes_from(text: str) -> None:
+    front = yaml.safe_load(text.split("---\n")[1])
+    assert front["library_name"] == "torchvision"
+    assert {"ressl", "resnet18"} <= set(front["tags"])
+    (settings,) = [yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", text, flags=re.DOTALL)]
+    assert settings["method"]["queue_size"] == 77
+    assert settings["method"]["teacher_temperature"] == 0.04  # the paper's, unsaid
+    assert "by ReSSL: relational self-supervised learning (Zheng et al., 2021)" in text
+    assert "96 images, drawn with seed 1, of the split `train` of `demo`" in text
+    assert "Licence: CC BY 4.0" in text
+    assert "Alpaydin" in text
+    assert "mean [0.3, 0.4, 0.5] and standard deviation [0.2, 0.25, 0.3]" in text
+    assert "`conv1` is a 3x3 convolution of stride 2" in text
+
+
+def test_the_card_has_every_number_beside_its_protocol_and_baselines(text: str) -> None:
+    assert "| probe | linear/v1 | demo/test | top1 | 81.2 | 43.8 | 62.5 | 96 | 360 |" in text
+
+
+def test_the_card_of_adopted_weights_claims_no_training(root: Path, sources: Path) -> None:
+    from ssl_core.data.card import load_card
+    from ssl_core.model_card import write_model_card
+
+    network, header = load_backbone(sources / "backbone.safetensors")
+    spec = {"dataset": {"name": "demo"}, "backbone": SPEC["backbone"], "weights": "/somewhere/else/theirs.safetensors"}
+    text = write_model_card(
+        "theirs", spec, network, header, card=load_card(root / "datasets" / "demo.yaml"), results=[]
+    )
+    assert "Not done here: the weights are those of the file `theirs.safetensors`" in text
+    assert "/somewhere" not in text
+    assert "Not evaluated." in text

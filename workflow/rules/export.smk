@@ -1,0 +1,50 @@
+# The card of the data set is a parameter, as in rule shard: its content counts, not when a checkout wrote it.
+rule export:
+    input:
+        backbone="results/{experiment}/backbone.safetensors",
+        results=[
+            f"results/{{experiment}}/{evaluation}.json"
+            for evaluation, section in EVALUATIONS.items()
+            if section["protocol"] != "cost"
+        ],
+    output:
+        weights="results/{experiment}/export/backbone.safetensors",
+        onnx="results/{experiment}/export/backbone.onnx",
+        card="results/{experiment}/export/README.md",
+    log:
+        "logs/export/{experiment}.log",
+    threads: 16
+    params:
+        spec=lambda wildcards: canonical(pretrain_spec(wildcards)),
+        code=export_code,
+        dataset=lambda wildcards: card_of(pretrain_spec(wildcards)),
+        content=lambda wildcards: canonical(yaml.safe_load(Path(card_of(pretrain_spec(wildcards))).read_text())),
+        folder=lambda wildcards, output: str(Path(output.card).parent),
+    shell:
+        "ssl-core export {wildcards.experiment} --spec {params.spec:q} --backbone {input.backbone}"
+        " --card {params.dataset} --results {input.results} --output {params.folder} --threads {threads} --log {log}"
+
+
+# Timings are never twice the same: nothing but the table may take this result as an input. All threads, so that no
+# other job disturbs the clock.
+rule cost:
+    input:
+        backbone="results/{experiment}/backbone.safetensors",
+        onnx="results/{experiment}/export/backbone.onnx",
+        pretrain=lambda wildcards: (
+            [] if wildcards.experiment in ADOPTED else f"results/{wildcards.experiment}/pretrain.json"
+        ),
+    output:
+        json="results/{experiment}/{evaluation}.json",
+    log:
+        "logs/cost/{experiment}/{evaluation}.log",
+    wildcard_constraints:
+        evaluation=protocols("cost"),
+    threads: 16
+    params:
+        spec=lambda wildcards: canonical(evaluate_spec(wildcards)),
+        code=lambda wildcards: code_digest("ssl_core.stages.cost"),
+        pretrain=lambda wildcards, input: f"--pretrain {input.pretrain}" if input.pretrain else "",
+    shell:
+        "ssl-core cost {wildcards.experiment} {wildcards.evaluation} --spec {params.spec:q} --code {params.code}"
+        " --backbone {input.backbone} --onnx {input.onnx} {params.pretrain} --output {output.json} --log {log}"
