@@ -17,6 +17,8 @@ include: "workflow/rules/common.smk"
 include: "workflow/rules/shard.smk"
 include: "workflow/rules/pretrain.smk"
 include: "workflow/rules/evaluate.smk"
+include: "workflow/rules/pictures.smk"
+include: "workflow/rules/export.smk"
 include: "workflow/rules/report.smk"
 
 
@@ -27,9 +29,21 @@ if "gpu" not in workflow.global_resources:
 
 localrules:
     all,
+    all_evaluations,
 
 
 rule all:
     input:
-        results_of(config["experiments"]),
+        results_of(WRITTEN),
+        curves_of(WRITTEN),
+        "results/table.csv",
+
+
+# Also the sweeps, and what each experiment is passed on as.
+rule all_evaluations:
+    input:
+        results_of(EXPERIMENTS),
+        curves_of(EXPERIMENTS),
+        [f"results/{experiment}/export/README.md" for experiment in EXPERIMENTS],
+        [f"results/sweeps/{sweep}.csv" for sweep in SWEEPS],
         "results/table.csv",

@@ -6,7 +6,7 @@ Torch-free. A method's own hyper-parameters stand in its file (`ssl_core/methods
 
 import difflib
 from collections.abc import Iterable
-from typing import Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import (
     BaseModel,
@@ -23,7 +23,7 @@ from pydantic import (
 class Strict(BaseModel):
     """A frozen section that refuses keys it does not know."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Subset(Strict):
@@ -88,6 +88,35 @@ class Experiment(Strict):
         default_factory=dict
     )  # per view group, what differs from the method's views
     training: Training
+
+
+class Normalisation(Strict):
+    """What is taken from the channels of pixels in 0..1, and what they are then divided by."""
+
+    mean: tuple[float, float, float]
+    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat]
+
+
+class Adopted(Strict):
+    """An experiment whose network was trained elsewhere: `weights` in place of a method and its training."""
+
+    dataset: Dataset
+    backbone: Backbone
+    weights: str  # safetensors named as torchvision or timm name them, or a backbone.safetensors of ours
+    image_size: PositiveInt | None = None  # pixels the network sees; None: the data set's, or as a file of ours says
+    # Of the pictures the network was trained on; None: ImageNet's, or what a file of ours says in its header.
+    normalisation: Literal["imagenet", "dataset"] | Normalisation | None = None
+
+
+class Reported(Strict):
+    """Numbers from elsewhere that the table shows beside the measured ones; no stage ever reads them."""
+
+    source: str  # for example "ReSSL, Table 2"
+    epochs: PositiveInt | None = None
+    hours: str | None = None
+    hardware: str | None = None
+    note: str | None = None
+    results: dict[str, Annotated[float, Field(ge=0, le=100)]]  # evaluation -> its headline metric in percent
 
 
 Model = TypeVar("Model", bound=BaseModel)

@@ -1,27 +1,30 @@
-"""What `config.yaml` may say: the generated JSON schema, its check in one readable line, and sweeps as experiments.
+"""What `config.yaml` may say, checked in one readable line, and which experiments its seeds and sweeps make.
 
-`generate` imports every method and protocol, and so torch. All else here is torch-free: each dry run calls it.
+Torch-free, since each dry run calls it.
 """
 
-import importlib
 import itertools
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, TypeAdapter
-
-from ssl_core.config import Experiment, nearest
+from ssl_core.config import nearest
 from ssl_core.provenance import canonical, digest
+from ssl_core.structure import check_structure
 
 Config = Mapping[str, Any]
 
-DIALECT = "https://json-schema.org/draft/2020-12/schema"
 FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-RESERVED = {"experiments": {"sweeps"}, "evaluations": {"pretrain"}, "sweeps": set()}  # names of files under results/
-KINDS = {"object": "a mapping", "array": "a list", "null": "null", "integer": "a whole number", "string": "a text"}
-NOISE = {"title", "description", "default"}  # the schema says what may stand where; defaults live in the code
+SEEDED = re.compile(r"-seed\d+$")  # what `seeds` puts behind an experiment's name
+# Names of other files and folders under results/.
+RESERVED = {"experiments": {"sweeps"}, "evaluations": {"pretrain", "export"}, "sweeps": set()}
+ENTRIES = ("experiments", "evaluations", "sweeps", "reported")
+# Keys that name a file of weights; it may be another experiment's result.
+FILES = ("weights", "method.initial", "method.teacher.weights", "method.teacher.projector")
+# What only a pre-training leaves.
+PRETRAINED = ("model.safetensors", "pretrain.json", "history.csv", "views.png", "curves.png", "curves.svg")
 
 
 def check(config: Config, schema: Mapping[str, Any], cards: Iterable[str]) -> None:
@@ -29,44 +32,79 @@ def check(config: Config, schema: Mapping[str, Any], cards: Iterable[str]) -> No
 
     `cards` are the names of the data sets there are (`datasets/<name>.yaml`).
     """
-    _check_structure(config, schema, ())
+    _check_values(config, "at the top")
+    check_structure(config, schema, ())
     bases = config["experiments"]
     for section in ("experiments", "evaluations", "sweeps"):
         for name in config.get(section) or {}:
             _check_name(section, str(name))
+    for name, experiment in bases.items():
+        _check_kind(experiment, f"experiments.{name}")
     for name, sweep in (config.get("sweeps") or {}).items():
         base = sweep["base"]
         if base not in bases:
             raise ValueError(f"sweeps.{name}.base: there is no experiment '{base}'{nearest(base, bases)}")
-        for experiment in expand(name, config).values():
+        if "seeds" in bases[base] and "training.seed" in sweep["grid"]:
+            raise ValueError(f"sweeps.{name}.grid.training.seed: experiments.{base}.seeds sets it; drop one")
+        for experiment in variants(name, config).values():
             part = {"$ref": "#/$defs/experiment", "$defs": schema["$defs"]}
-            _check_structure(experiment, part, ("sweeps", name, "grid"))
+            check_structure(experiment, part, ("sweeps", name, "grid"))
+            _check_kind(experiment, f"sweeps.{name}.grid")
     cards = list(cards)
     for place, dataset in _datasets(config).items():
         if dataset not in cards:
             raise ValueError(
                 f"{place}: there is no data set '{dataset}' (no datasets/{dataset}.yaml){nearest(dataset, cards)}"
             )
+    _check_reported(config)
 
 
 def check_targets(config: Config, targets: Iterable[str]) -> None:
     """Raise a one-line `ValueError` for a file under `results/` whose experiment, evaluation or sweep there is not."""
     known = experiments(config)
     sweeps = config.get("sweeps") or {}
-    evaluations = {*(config.get("evaluations") or {}), *RESERVED["evaluations"]}
+    evaluations = {*(config.get("evaluations") or {}), "pretrain"}
     for target in targets:
         parts = Path(target).parts
-        if len(parts) != 3 or parts[0] != "results":
+        if len(parts) < 3 or parts[0] != "results":
             continue
         name, file = parts[1], Path(parts[2])
-        if name == "sweeps" and file.stem not in sweeps:
-            raise ValueError(f"{target}: there is no sweep '{file.stem}'{nearest(file.stem, sweeps)}")
-        if name != "sweeps" and name not in known:
-            raise ValueError(
-                f"{target}: there is no experiment '{name}'{nearest(name, known)} (more than config.yaml: --configfile)"
-            )
-        if name != "sweeps" and file.suffix == ".json" and file.stem not in evaluations:
+        if name == "sweeps":
+            if file.stem not in sweeps:
+                raise ValueError(f"{target}: there is no sweep '{file.stem}'{nearest(file.stem, sweeps)}")
+        elif name not in known:
+            raise ValueError(f"{target}: {unknown(name, config)} (more than config.yaml: --configfile)")
+        elif len(parts) == 3 and file.suffix == ".json" and file.stem not in evaluations:
             raise ValueError(f"{target}: there is no evaluation '{file.stem}'{nearest(file.stem, evaluations)}")
+        elif len(parts) == 3 and file.name in PRETRAINED and "weights" in known[name]:
+            raise ValueError(f"{target}: '{name}' takes its weights from a file, so nothing is pre-trained")
+
+
+def check_files(config: Config, targets: Iterable[str]) -> None:
+    """Raise a one-line `ValueError` for a file of weights that is not there, in the experiments that `targets` name.
+
+    Where they name none, those written out count. A file that another experiment will write need not be there yet.
+    """
+    known = experiments(config)
+    named = {parts[1] for parts in (Path(target).parts for target in targets) if len(parts) > 2}
+    for name in [name for name in known if name in named] or written(config):
+        for key, file in files(known[name]).items():
+            folder, _, last = file.rpartition("/")
+            made = folder.removeprefix("results/") in known and last in ("backbone.safetensors", "model.safetensors")
+            if not made and not Path(file).is_file():
+                raise ValueError(f"experiments.{name}.{key}: there is no file '{file}' (seen from the project's root)")
+
+
+def files(experiment: Config) -> dict[str, str]:
+    """Return the files of weights that an experiment names, by the path of their key."""
+    found = {}
+    for key in FILES:
+        value: Any = experiment
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, Mapping) else None
+        if value is not None:
+            found[key] = str(value)
+    return found
 
 
 def datasets(config: Config) -> list[str]:
@@ -74,22 +112,49 @@ def datasets(config: Config) -> list[str]:
     return list(dict.fromkeys(_datasets(config).values()))
 
 
+def written(config: Config) -> dict[str, Config]:
+    """Return the experiments that are written out, by name, one for each of their seeds."""
+    return {name: run for base, section in config["experiments"].items() for name, run in runs(base, section).items()}
+
+
 def experiments(config: Config) -> dict[str, Config]:
     """Return all experiments by name, those of the sweeps after those written out.
 
-    Raises `ValueError` where a sweep makes a name that is taken.
+    Raises `ValueError` where seeds or a sweep make a name that is taken.
     """
     found = dict(config["experiments"])
-    for sweep in config.get("sweeps") or {}:
-        for name, experiment in expand(sweep, config).items():
+    made = [(f"experiments.{base}.seeds", runs(base, section)) for base, section in found.items() if "seeds" in section]
+    made += [(f"sweeps.{sweep}", expand(sweep, config)) for sweep in config.get("sweeps") or {}]
+    for place, more in made:
+        for name, experiment in more.items():
             if name in found:
-                raise ValueError(f"sweeps.{sweep}: it makes an experiment '{name}', which exists already; rename one")
+                raise ValueError(f"{place}: it makes an experiment '{name}', which exists already; rename one")
             found[name] = experiment
-    return found
+    return {name: experiment for name, experiment in found.items() if "seeds" not in experiment}
 
 
-def expand(sweep: str, config: Config) -> dict[str, Config]:
-    """Return a sweep's experiments by name."""
+def runs(name: str, experiment: Config) -> dict[str, Config]:
+    """Return an experiment by its name, or, where it has `seeds`, one of each: `<name>-seed<seed>`."""
+    if "seeds" not in experiment:
+        return {name: experiment}
+    rest = {key: value for key, value in experiment.items() if key != "seeds"}
+    return {f"{name}-seed{seed}": _replaced(rest, ["training", "seed"], seed) for seed in experiment["seeds"]}
+
+
+def seeds(sections: Mapping[str, Config]) -> dict[str, dict[str, int]]:
+    """Return, for each of these sections that has seeds, the seed of each of its experiments by name."""
+    repeated = {name: section for name, section in sections.items() if "seeds" in section}
+    return {name: dict(zip(runs(name, part), part["seeds"], strict=True)) for name, part in repeated.items()}
+
+
+def reported(sections: Mapping[str, Config], config: Config) -> dict[str, Config]:
+    """Return what is reported of these sections and of their seeds' experiments, by name."""
+    names = {*sections, *(run for group in seeds(sections).values() for run in group)}
+    return {name: entry for name, entry in (config.get("reported") or {}).items() if name in names}
+
+
+def variants(sweep: str, config: Config) -> dict[str, Config]:
+    """Return a sweep's experiments by name as their base has them, seeds included."""
     found = {}
     for name, values in points(sweep, config).items():
         experiment = config["experiments"][config["sweeps"][sweep]["base"]]
@@ -97,6 +162,19 @@ def expand(sweep: str, config: Config) -> dict[str, Config]:
             experiment = _replaced(experiment, path.split("."), value)
         found[name] = experiment
     return found
+
+
+def expand(sweep: str, config: Config) -> dict[str, Config]:
+    """Return a sweep's experiments by name, one for each of their seeds."""
+    return {name: run for base, section in variants(sweep, config).items() for name, run in runs(base, section).items()}
+
+
+def unknown(name: str, config: Config) -> str:
+    """Say that there is no such experiment, and what is there instead."""
+    groups = seeds(named(config))
+    if name in groups:
+        return f"experiment '{name}' has seeds: ask for {', '.join(groups[name])}"
+    return f"there is no experiment '{name}'{nearest(name, experiments(config))}"
 
 
 def points(sweep: str, config: Config) -> dict[str, dict[str, Any]]:
@@ -123,132 +201,39 @@ def merge(config: Config, overlay: Config) -> dict[str, Any]:
     return merged
 
 
-def named_configs(folder: str) -> dict[str, type[BaseModel]]:
-    """Import every file of `ssl_core/<folder>/` that has a `Config` of its own, by the file's name."""
-    found = {}
-    for path in sorted((Path(__file__).parent / folder).glob("[a-z]*.py")):
-        module = importlib.import_module(f"ssl_core.{folder}.{path.stem}")
-        config = getattr(module, "Config", None)
-        if isinstance(config, type) and config.__module__ == module.__name__:
-            found[path.stem] = config
-    return found
+def without_nulls(config: Config) -> dict[str, Any]:
+    """Leave out the entries that an overlay sets to null, and what is reported of them."""
+    left, gone = {key: value for key, value in config.items() if value is not None}, {}
+    for key in ENTRIES:
+        section = left.get(key)
+        gone[key] = [name for name, entry in section.items() if entry is None] if isinstance(section, Mapping) else []
+        if gone[key]:
+            left[key] = {name: entry for name, entry in left[key].items() if entry is not None}
+    if isinstance(left.get("reported"), Mapping) and any(gone.values()):
+        kept, made = (
+            left.get("experiments") or {},
+            tuple(f"{name}-" for name in (*gone["experiments"], *gone["sweeps"])),
+        )
+        left["reported"] = {
+            name: _without_results(entry, gone["evaluations"])
+            for name, entry in left["reported"].items()
+            if SEEDED.sub("", str(name)) in kept or not (name in gone["experiments"] or str(name).startswith(made))
+        }
+    return left
 
 
-def generate() -> dict[str, Any]:
-    """Write the schema of `config.yaml` from the typed configuration of every section, method and protocol."""
-    from ssl_core.data.views import POLICIES, View
-
-    definitions: dict[str, Any] = {}
-    methods = _choice("name", "method", named_configs("methods"), definitions)
-    protocols = _choice("protocol", "protocol", named_configs("evaluations"), definitions)
-    experiment = _part(Experiment, definitions)
-    experiment["properties"]["method"] = methods
-    experiment["properties"]["views"] = _sections({"$ref": "#/$defs/change_of_view"})
-    experiment["required"] = ["dataset", "backbone", "method"]
-    definitions["experiment"] = experiment
-    definitions["change_of_view"] = _part(View, definitions) | {"required": []}
-    if "Augmentation" in definitions:  # its own keys, a policy's name, or a policy with changes
-        policy = {"enum": sorted(POLICIES)}
-        definitions["Augmentation"]["properties"]["policy"] = policy
-        definitions["Augmentation"] = {"anyOf": [policy, definitions["Augmentation"]]}
-    definitions["sweep"] = _mapping(
-        base={"type": "string"}, grid=_sections({"type": "array", "minItems": 1}) | {"minProperties": 1}
-    )
-    whole = _mapping(
-        experiments=_sections({"$ref": "#/$defs/experiment"}) | {"minProperties": 1},
-        evaluations=_sections(protocols),
-        sweeps=_sections({"$ref": "#/$defs/sweep"}),
-    )
-    return {"$schema": DIALECT} | whole | {"required": ["experiments"], "$defs": dict(sorted(definitions.items()))}
-
-
-def _choice(key: str, kind: str, models: Mapping[str, type[BaseModel]], definitions: dict[str, Any]) -> dict[str, Any]:
-    """Describe a section whose other keys depend on the name that stands under `key`."""
-    branches = []
-    for name, model in models.items():
-        part = _part(model, definitions)
-        part["properties"][key] = {"const": name}
-        part["required"] = [word for word in part.get("required", []) if word not in (key, "dataset")]
-        definitions[f"{kind}.{name}"] = part
-        chosen = {"required": [key], "properties": {key: {"const": name}}}
-        branches.append({"if": chosen, "then": {"$ref": f"#/$defs/{kind}.{name}"}})
-    return {"type": "object", "required": [key], "properties": {key: {"enum": list(models)}}, "allOf": branches}
-
-
-def _part(model: type[BaseModel], definitions: dict[str, Any]) -> dict[str, Any]:
-    """Describe one typed section; the sections inside it go to `definitions`."""
-    part = _bare(TypeAdapter(model).json_schema())
-    definitions.update(part.pop("$defs", {}))
-    return part
-
-
-def _bare(schema: Any) -> Any:
-    """Leave out titles, descriptions and defaults, so that only a change of structure changes the schema."""
-    if isinstance(schema, list):
-        return [_bare(item) for item in schema]
-    if not isinstance(schema, dict):
-        return schema
-    return {
-        key: {name: _bare(part) for name, part in value.items()} if key in ("properties", "$defs") else _bare(value)
-        for key, value in schema.items()
-        if key not in NOISE
-    }
-
-
-def _mapping(**properties: Any) -> dict[str, Any]:
-    return {"type": "object", "additionalProperties": False, "properties": properties, "required": list(properties)}
-
-
-def _sections(schema: Mapping[str, Any]) -> dict[str, Any]:
-    return {"type": "object", "additionalProperties": schema}
-
-
-def _check_structure(section: Any, schema: Mapping[str, Any], place: Sequence[str]) -> None:
-    from jsonschema import Draft202012Validator
-
-    for error in Draft202012Validator(schema).iter_errors(section):
-        raise ValueError(_explain(error, place)) from None
-
-
-def _explain(error: Any, place: Sequence[str]) -> str:
-    """Say in one line what a schema error means: where, what was found, what was expected."""
-    place = [*place, *map(str, error.relative_path)]
-    where = ".".join(place) or "at the top"
-    if error.validator == "anyOf":
-        # The alternative that is meant is the one that fails furthest in; a fault of kind is the fault of them all.
-        inner = [part for part in error.context if part.relative_path or part.validator == "additionalProperties"]
-        if inner:
-            return _explain(inner[0], place)
-        kinds = [kind for part in error.context for kind in _expected(part)]
-        return f"{where}: expected {' or '.join(kinds)}, found {error.instance!r}"
-    if error.validator == "additionalProperties":
-        key = next(str(key) for key in error.instance if key not in error.schema["properties"])
-        return f"{'.'.join([*place, key])}: unknown key{nearest(key, error.schema['properties'])}"
-    if error.validator == "required":
-        key = next(key for key in error.validator_value if key not in error.instance)
-        return f"{where}: the key '{key}' is missing"
-    if error.validator in ("enum", "const"):
-        values = error.validator_value if error.validator == "enum" else [error.validator_value]
-        return f"{where}: unknown value {error.instance!r}{nearest(str(error.instance), map(str, values))}"
-    if error.validator == "type":
-        return f"{where}: expected {' or '.join(_expected(error))}, found {error.instance!r}{_hint(error.instance)}"
-    return f"{where}: {error.message}"
-
-
-def _expected(error: Any) -> list[str]:
-    if error.validator == "type":
-        return [KINDS.get(error.validator_value, f"a {error.validator_value}")]
-    if error.validator == "enum":
-        return [", ".join(map(str, error.validator_value))]
-    return [error.message]
-
-
-def _hint(found: Any) -> str:
-    """YAML 1.1 reads 1e-3 as a text; say so."""
-    if isinstance(found, str) and re.fullmatch(r"[+-]?\d+[eE][+-]?\d+", found):
-        mantissa, exponent = re.split("[eE]", found)
-        return f" (YAML wants a point in it: {mantissa}.0e{exponent if exponent[0] in '+-' else '+' + exponent})"
-    return ""
+def _check_values(value: Any, place: str) -> None:
+    """Refuse what YAML can say and JSON cannot: keys that are no text, dates, bytes, numbers that are not finite."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            if not isinstance(key, str):
+                raise ValueError(f"{place}: the key {key!r} is no text: write it in quotes")
+            _check_values(inner, key if place == "at the top" else f"{place}.{key}")
+    elif isinstance(value, list):
+        for number, inner in enumerate(value):
+            _check_values(inner, f"{place}.{number}")
+    elif not isinstance(value, str | int | float | None) or (isinstance(value, float) and not math.isfinite(value)):
+        raise ValueError(f"{place}: {value!r} is no text, finite number, true, false or null; dates stand in quotes")
 
 
 def _check_name(section: str, name: str) -> None:
@@ -259,6 +244,47 @@ def _check_name(section: str, name: str) -> None:
         )
     if name in RESERVED[section]:
         raise ValueError(f"{section}.{name}: this name is taken by another file of the results; choose another")
+
+
+def _check_kind(experiment: Config, place: str) -> None:
+    """Refuse what does not go together: an experiment has either a method or the weights of another training."""
+    if "weights" not in experiment:
+        if "method" not in experiment:
+            raise ValueError(f"{place}: the key 'method' is missing (or 'weights', for a network trained elsewhere)")
+        for key in ("normalisation", "image_size"):
+            if key in experiment:
+                raise ValueError(f"{place}.{key}: it belongs to 'weights'; pre-training takes the data set's own")
+        return
+    for key in ("method", "training", "views", "seeds"):
+        if key in experiment:
+            raise ValueError(f"{place}.{key}: 'weights' names a network that is trained already; drop one")
+    if {"split", "subset"} & experiment["dataset"].keys():
+        raise ValueError(f"{place}.dataset: nothing is trained on it; drop split and subset, evaluations have theirs")
+
+
+def _check_reported(config: Config) -> None:
+    known = {*named(config), *experiments(config)}
+    evaluations = config.get("evaluations") or {}
+    for name, entry in (config.get("reported") or {}).items():
+        if name not in known:
+            raise ValueError(f"reported.{name}: there is no experiment '{name}'{nearest(name, known)}")
+        for evaluation in entry["results"]:
+            if evaluation not in evaluations:
+                place = f"reported.{name}.results.{evaluation}"
+                raise ValueError(f"{place}: there is no such evaluation{nearest(evaluation, evaluations)}")
+
+
+def _without_results(entry: Any, evaluations: Sequence[str]) -> Any:
+    """Leave out what is reported of evaluations that were removed."""
+    if not isinstance(entry, Mapping) or not isinstance(entry.get("results"), Mapping):
+        return entry
+    return {**entry, "results": {key: value for key, value in entry["results"].items() if key not in evaluations}}
+
+
+def named(config: Config) -> dict[str, Config]:
+    """Return the experiments as written and as sweeps vary them, before seeds multiply them."""
+    varied = {name: part for sweep in config.get("sweeps") or {} for name, part in variants(sweep, config).items()}
+    return {**config["experiments"], **varied}
 
 
 def _datasets(config: Config) -> dict[str, str]:

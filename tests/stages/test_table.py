@@ -1,10 +1,12 @@
 """The table says what the evaluations' JSON say, each number under its own protocol."""
 
+import csv
 import json
 import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from ssl_core.stages import table
@@ -98,7 +100,12 @@ def test_the_page_shows_numbers_gain_and_provenance_and_escapes_names(tmp_path: 
 
 def test_what_was_not_measured_is_empty(tmp_path: Path) -> None:
     table.run(write(tmp_path, result("a", "linear", 89.9, baselines={})), tmp_path / "table.csv")
-    assert (tmp_path / "table.csv").read_text().splitlines()[1] == "a,demo,89.9,99.0,,"
+    assert (tmp_path / "table.csv").read_text().splitlines()[1] == "a,demo,89.9,99.0"
+
+
+def test_a_baseline_that_only_others_have_is_empty(tmp_path: Path) -> None:
+    table.run(write(tmp_path, result("a", "knn", 1.0, baselines={}), result("b", "knn", 2.0)), tmp_path / "table.csv")
+    assert (tmp_path / "table.csv").read_text().splitlines()[1:] == ["a,demo,1.0,99.0,,", "b,demo,2.0,99.0,60.4,85.28"]
 
 
 def test_a_protocol_may_measure_something_in_place_of_top1(tmp_path: Path) -> None:
@@ -108,8 +115,7 @@ def test_a_protocol_may_measure_something_in_place_of_top1(tmp_path: Path) -> No
     }
     table.run(write(tmp_path, result("a", "knn", 0.0, **numbers)), tmp_path / "table.csv")
     assert (tmp_path / "table.csv").read_text() == (
-        "experiment,dataset,knn/v1 best_nn_top1,knn/v1 untrained best_nn_top1,knn/v1 pixels best_nn_top1\n"
-        "a,demo,70.0,50.0,\n"
+        "experiment,dataset,knn/v1 best_nn_top1,knn/v1 untrained best_nn_top1\na,demo,70.0,50.0\n"
     )
     assert ">+20.0<" in (tmp_path / "table.html").read_text()
 
@@ -123,3 +129,113 @@ def test_a_file_that_is_no_evaluation_is_named(tmp_path: Path) -> None:
 def test_two_results_for_one_place_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"1\.json: a second knn/v1 of a on demo"):
         table.run(write(tmp_path, result("a", "knn", 1.0), result("a", "knn", 2.0)), tmp_path / "table.csv")
+
+
+RUNS = {"a-seed0": (80.0, 50.0), "a-seed7": (86.1, 53.4), "a-seed3": (83.3, 49.9)}  # pre-trained, untrained
+SEEDS = {"a": {"a-seed0": 0, "a-seed7": 7, "a-seed3": 3}}
+COST: dict[str, Any] = {"headline": "images_per_second", "metrics": {"images_per_second": 12345.6, "ms": 0.081}}
+
+
+def runs(**changes: Any) -> list[dict[str, Any]]:
+    """One result a seed."""
+    pixels = {"pixels": {"top1": 70.0}}
+    return [
+        result(name, "knn", top1, baselines={"untrained": {"top1": untrained}, **pixels}, **changes)
+        for name, (top1, untrained) in RUNS.items()
+    ]
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def cells(page: str, row: int = 0) -> list[str]:
+    """Return the texts of one row of the page's table, tags left out."""
+    body = page.split("<tbody>")[1].split("</tbody>")[0].strip().splitlines()[row]
+    return [re.sub(r"<[^>]+>", "", cell) for cell in re.findall(r"<t[dh][^>]*>(.*?)</t[dh]>", body)]
+
+
+def test_seeds_are_one_row_of_mean_and_sample_deviation_and_one_row_each_in_the_csv(tmp_path: Path) -> None:
+    table.run(write(tmp_path, *runs()), tmp_path / "table.csv", seeds=SEEDS)
+    whole, *each = read(tmp_path / "table.csv")
+    top1, untrained = np.array(list(RUNS.values())).T
+    assert (whole["experiment"], whole["seeds"]) == ("a", "0 7 3")
+    assert float(whole["knn/v1 top1"]) == pytest.approx(np.mean(top1), abs=5e-3)
+    assert float(whole["knn/v1 top1 sd"]) == pytest.approx(np.std(top1, ddof=1), abs=5e-3)
+    assert float(whole["knn/v1 untrained top1"]) == pytest.approx(np.mean(untrained), abs=5e-3)
+    assert float(whole["knn/v1 untrained top1 sd"]) == pytest.approx(np.std(untrained, ddof=1), abs=5e-3)
+    assert float(whole["knn/v1 pixels top1 sd"]) == 0
+    assert [(row["experiment"], row["seeds"]) for row in each] == [("a-seed0", "0"), ("a-seed7", "7"), ("a-seed3", "3")]
+    assert [float(row["knn/v1 top1"]) for row in each] == list(top1)
+    assert [row["knn/v1 top1 sd"] for row in each] == ["", "", ""]
+
+
+def test_the_page_shows_seeds_as_one_row_and_their_gain_in_pairs(tmp_path: Path) -> None:
+    table.run(write(tmp_path, *runs()), tmp_path / "table.csv", seeds=SEEDS)
+    page = (tmp_path / "table.html").read_text()
+    top1, untrained = np.array(list(RUNS.values())).T
+    expected = f"{np.mean(top1):.1f} ± {np.std(top1, ddof=1):.1f} (3)"
+    gain = f"{np.mean(top1 - untrained):+.1f} ± {np.std(top1 - untrained, ddof=1):.1f}"
+    assert cells(page) == ["a", "demo", expected, gain, f"{np.mean(untrained):.1f}", "70.0"]
+    for name, (own, _) in RUNS.items():  # in the small print
+        assert f"<td>{name}</td><td>knn/v1</td><td>{own}</td>" in page
+
+
+def test_an_experiment_without_seeds_keeps_its_plain_numbers_beside_others(tmp_path: Path) -> None:
+    table.run(write(tmp_path, *runs(), result("b", "knn", 90.0)), tmp_path / "table.csv", seeds=SEEDS)
+    last = read(tmp_path / "table.csv")[-1]
+    assert (last["experiment"], last["seeds"], last["knn/v1 top1"], last["knn/v1 top1 sd"]) == ("b", "", "90.0", "")
+    assert cells((tmp_path / "table.html").read_text(), 1)[:4] == ["b", "demo", "90.0", "+29.6"]
+
+
+def test_one_seed_has_no_deviation(tmp_path: Path) -> None:
+    table.run(write(tmp_path, runs()[0]), tmp_path / "table.csv", seeds={"a": {"a-seed0": 0}})
+    assert cells((tmp_path / "table.html").read_text())[2] == "80.0"
+    assert read(tmp_path / "table.csv")[0]["knn/v1 top1 sd"] == ""
+
+
+def test_a_sweep_of_an_experiment_with_seeds_has_a_row_a_point(tmp_path: Path) -> None:
+    seeds = {f"t-{value}": {f"t-{value}-seed{seed}": seed for seed in (0, 1)} for value in (1, 2)}
+    paths = write(tmp_path, *(result(name, "knn", 50.0) for point in seeds.values() for name in point))
+    table.run(paths, tmp_path / "t.csv", grid={"t-1": {"x": 1}, "t-2": {"x": 2}}, seeds=seeds)
+    rows = [(row["experiment"], row["seeds"], row["x"]) for row in read(tmp_path / "t.csv")]
+    assert rows[:3] == [("t-1", "0 1", "1"), ("t-1-seed0", "0", "1"), ("t-1-seed1", "1", "1")]
+    assert [row[0] for row in rows[3:]] == ["t-2", "t-2-seed0", "t-2-seed1"]
+
+
+def test_a_reported_number_stands_beside_the_measured_one_with_its_source(tmp_path: Path) -> None:
+    claim = {"source": "ReSSL, <Table 2>", "epochs": 200, "hardware": "8 GPUs", "results": {"knn": 90.8}}
+    paths = write(tmp_path, *runs(), result("b", "knn", 1.0), result("a-seed0", "linear", 2.0))
+    table.run(paths, tmp_path / "table.csv", seeds=SEEDS, reported={"a": claim})
+    rows = {row["experiment"]: row for row in read(tmp_path / "table.csv")}
+    assert (rows["a"]["knn/v1 reported top1"], rows["a"]["source"]) == ("90.8", "ReSSL, <Table 2>")
+    assert (rows["b"]["knn/v1 reported top1"], rows["b"]["source"]) == ("", "")
+    assert "linear/v1 reported top1" not in rows["a"]
+    page = (tmp_path / "table.html").read_text()
+    assert "90.8−7.7" in cells(page)  # measured 83.13
+    assert "<td>a</td><td>ReSSL, &lt;Table 2&gt;</td><td>200</td><td>8 GPUs</td>" in page
+    assert "Table 2>" not in page
+
+
+def test_costs_with_different_headlines_stand_in_columns_of_their_own(tmp_path: Path) -> None:
+    trained = result("a", "cost", 0.0, baselines={}, **COST)
+    adopted = result("b", "cost", 0.0, baselines={}, headline="ms", metrics={"ms": 0.25})
+    table.run(write(tmp_path, trained, adopted), tmp_path / "table.csv")
+    page = (tmp_path / "table.html").read_text()
+    assert re.findall(r'<button type="button">([^<]*)', page) == ["experiment", "dataset", "images per second", "ms"]
+    assert [cells(page, row)[2:] for row in (0, 1)] == [["12,346", "0.081"], ["–", "0.2"]]
+
+
+def test_what_is_no_percentage_has_neither_bar_nor_gain(tmp_path: Path) -> None:
+    cost = result("a", "cost", 0.0, baselines={}, **COST)
+    table.run(write(tmp_path, cost, result("a", "knn", 83.0), result("b", "knn", 84.0)), tmp_path / "table.csv")
+    page = (tmp_path / "table.html").read_text()
+    assert cells(page) == ["a", "demo", "83.0", "+22.6", "60.4", "85.3", "12,346"]
+    assert cells(page, 1)[-1] == "–"
+    assert '<th colspan="1" class="group">cost/v1</th>' in page
+    assert ">images per second</button>" in page
+    assert page.count('class="bar"') == 2
+    first, second = read(tmp_path / "table.csv")
+    assert (first["cost/v1 images_per_second"], first["cost/v1 ms"], second["cost/v1 ms"]) == ("12345.6", "0.081", "")
+    assert "cost/v1 untrained images_per_second" not in first

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import yaml
 
-from ssl_core import schema
+from ssl_core import layers, schema
 from ssl_core.data.card import load_card
 from ssl_core.provenance import canonical, code_digest
 
@@ -19,9 +19,11 @@ os.environ.update(PATH=os.pathsep.join([*os.get_exec_path(), str(Path(sys.execut
 def checked(config):
     """Return all experiments of a valid configuration, sweeps included; an invalid one ends here with one line."""
     try:
+        layers.check_config_files(workflow.configfiles)
         structure = json.loads(Path(workflow.basedir, "workflow/schemas/config.schema.json").read_text())
         schema.check(config, structure, [path.stem for path in Path("datasets").glob("*.yaml")])
         schema.check_targets(config, sys.argv[1:])
+        schema.check_files(config, sys.argv[1:])
         for name in schema.datasets(config):
             load_card(Path(f"datasets/{name}.yaml"))
         return schema.experiments(config)
@@ -40,16 +42,40 @@ def evaluate_spec(wildcards):
     return {"dataset": dataset, **EVALUATIONS[wildcards.evaluation]}
 
 
+def files_of(wildcards):
+    """Return the files of weights that the experiment names: a change of one runs it again."""
+    return list(schema.files(pretrain_spec(wildcards)).values())
+
+
 def pretrain_code(wildcards):
     """Digest the code that pre-trains this experiment: the stage's and its method's."""
     method = pretrain_spec(wildcards)["method"]["name"]
     return code_digest("ssl_core.stages.pretrain", f"ssl_core.methods.{method}")
 
 
+def model_of(wildcards):
+    """Return the whole pre-trained model for the evaluations that build on its projector too, else nothing."""
+    section = EVALUATIONS[wildcards.evaluation]
+    asked = section["protocol"] == "semi_supervised" and section.get("variant", "").startswith("sslight")
+    trained = wildcards.experiment not in ADOPTED
+    return [f"results/{wildcards.experiment}/model.safetensors"] if asked and trained else []
+
+
 def evaluate_code(wildcards):
     """Digest the code of this evaluation: the stage's and its protocol's."""
     protocol = EVALUATIONS[wildcards.evaluation]["protocol"]
     return code_digest("ssl_core.stages.evaluate", f"ssl_core.evaluations.{protocol}")
+
+
+def export_code(wildcards):
+    """Digest the code that exports this experiment: the stage's and, for the settings it tells, the method's."""
+    method = pretrain_spec(wildcards).get("method")
+    return code_digest("ssl_core.stages.export", *([f"ssl_core.methods.{method['name']}"] if method else []))
+
+
+def card_of(spec):
+    """Return the card of the data set that a stage's section names."""
+    return f"datasets/{spec['dataset']['name']}.yaml"
 
 
 def manifest_of(spec):
@@ -64,14 +90,27 @@ def results_of(experiments):
     return [f"results/{experiment}/{evaluation}.json" for experiment in experiments for evaluation in EVALUATIONS]
 
 
+def curves_of(experiments):
+    """Return the pictures of these experiments' histories; adopted weights have none."""
+    return [f"results/{experiment}/curves.png" for experiment in experiments if experiment not in ADOPTED]
+
+
 def one_of(names):
     """Return a regular expression that matches exactly these names."""
     return "|".join(map(re.escape, names)) or "(?!)"
 
 
-EXPERIMENTS = checked(config)
-EVALUATIONS = config.get("evaluations") or {}
-SWEEPS = config.get("sweeps") or {}
+def protocols(*names):
+    """Return a regular expression that matches exactly the evaluations by one of these protocols."""
+    return one_of(evaluation for evaluation, section in EVALUATIONS.items() if section["protocol"] in names)
+
+
+CONFIG = schema.without_nulls(config)
+EXPERIMENTS = checked(CONFIG)
+ADOPTED = [experiment for experiment, section in EXPERIMENTS.items() if "weights" in section]
+WRITTEN = schema.written(CONFIG)  # all but the sweeps', which run when asked for
+EVALUATIONS = CONFIG.get("evaluations") or {}
+SWEEPS = CONFIG.get("sweeps") or {}
 # A machine without one (its driver brings the tool) trains on its processor, where threads say how many jobs fit.
 GPU = int(shutil.which("nvidia-smi") is not None)
 

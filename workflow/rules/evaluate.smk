@@ -1,11 +1,15 @@
+# Protocols that need or write more than this have rules of their own.
 rule evaluate:
     input:
         backbone="results/{experiment}/backbone.safetensors",
+        model=model_of,
         manifest=lambda wildcards: manifest_of(evaluate_spec(wildcards)),
     output:
         json="results/{experiment}/{evaluation}.json",
     log:
         "logs/evaluate/{experiment}/{evaluation}.log",
+    wildcard_constraints:
+        evaluation=protocols(*{section["protocol"] for section in EVALUATIONS.values()} - {"pictures", "cost"}),
     threads: 16
     resources:
         gpu=GPU,
@@ -14,5 +18,5 @@ rule evaluate:
         code=evaluate_code,
     shell:
         "ssl-core evaluate {wildcards.experiment} {wildcards.evaluation} --spec {params.spec:q} --code {params.code}"
-        " --backbone {input.backbone} --manifest {input.manifest} --output {output.json}"
+        " --backbone {input.backbone} --model {input.model} --manifest {input.manifest} --output {output.json}"
         " --threads {threads} --log {log}"

@@ -2,6 +2,7 @@
 rule pretrain:
     input:
         manifest=lambda wildcards: manifest_of(pretrain_spec(wildcards)),
+        weights=files_of,
     output:
         backbone="results/{experiment}/backbone.safetensors",
         model="results/{experiment}/model.safetensors",
@@ -20,6 +21,8 @@ rule pretrain:
         ),
     log:
         "logs/pretrain/{experiment}.log",
+    wildcard_constraints:
+        experiment=one_of([experiment for experiment in EXPERIMENTS if experiment not in ADOPTED]),
     threads: 16
     resources:
         gpu=GPU,
@@ -31,3 +34,22 @@ rule pretrain:
         "ssl-core pretrain {wildcards.experiment} --spec {params.spec:q} --code {params.code}"
         " --manifest {input.manifest} --output {params.folder}"
         " --checkpoint checkpoints/{wildcards.experiment}.pt --threads {threads} --log {log}"
+
+
+# In place of a pre-training: weights that were trained elsewhere become a backbone like all others.
+rule adopt:
+    input:
+        manifest=lambda wildcards: manifest_of(pretrain_spec(wildcards)),
+        weights=files_of,
+    output:
+        backbone="results/{experiment}/backbone.safetensors",
+    log:
+        "logs/adopt/{experiment}.log",
+    wildcard_constraints:
+        experiment=one_of(ADOPTED),
+    params:
+        spec=lambda wildcards: canonical(pretrain_spec(wildcards)),
+        code=lambda wildcards: code_digest("ssl_core.stages.adopt"),
+    shell:
+        "ssl-core adopt {wildcards.experiment} --spec {params.spec:q} --code {params.code}"
+        " --manifest {input.manifest} --output {output.backbone} --log {log}"

@@ -5,21 +5,24 @@ localrules:
 
 rule table:
     input:
-        results_of(config["experiments"]) if EVALUATIONS else [],
+        results_of(WRITTEN) if EVALUATIONS else [],
     output:
         csv="results/table.csv",
         html=report("results/table.html", caption="../report/table.rst", category="Results"),
     log:
         "logs/table.log",
     params:
+        seeds=canonical(schema.seeds(CONFIG["experiments"])),
+        reported=canonical(schema.reported(CONFIG["experiments"], CONFIG)),
         code=lambda wildcards: code_digest("ssl_core.stages.table"),
     shell:
-        "ssl-core table {input} --output {output.csv} --log {log}"
+        "ssl-core table {input} --seeds {params.seeds:q} --reported {params.reported:q}"
+        " --output {output.csv} --log {log}"
 
 
 rule sweep:
     input:
-        lambda wildcards: results_of(schema.expand(wildcards.sweep, config)) if EVALUATIONS else [],
+        lambda wildcards: results_of(schema.expand(wildcards.sweep, CONFIG)) if EVALUATIONS else [],
     output:
         csv="results/sweeps/{sweep}.csv",
         html=report(
@@ -31,7 +34,10 @@ rule sweep:
     log:
         "logs/sweeps/{sweep}.log",
     params:
-        grid=lambda wildcards: canonical(schema.points(wildcards.sweep, config)),
+        grid=lambda wildcards: canonical(schema.points(wildcards.sweep, CONFIG)),
+        seeds=lambda wildcards: canonical(schema.seeds(schema.variants(wildcards.sweep, CONFIG))),
+        reported=lambda wildcards: canonical(schema.reported(schema.variants(wildcards.sweep, CONFIG), CONFIG)),
         code=lambda wildcards: code_digest("ssl_core.stages.table"),
     shell:
-        "ssl-core table {input} --grid {params.grid:q} --output {output.csv} --log {log}"
+        "ssl-core table {input} --grid {params.grid:q} --seeds {params.seeds:q} --reported {params.reported:q}"
+        " --output {output.csv} --log {log}"

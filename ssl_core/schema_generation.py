@@ -1,0 +1,101 @@
+"""Generate the JSON schema of `config.yaml` from the typed configuration.
+
+Imports every method and protocol, and so torch: dry runs read the file that `make schema` writes instead.
+"""
+
+import importlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, TypeAdapter
+
+from ssl_core.config import Adopted, Experiment, Reported
+
+DIALECT = "https://json-schema.org/draft/2020-12/schema"
+NOISE = {"title", "description", "default"}  # the schema says what may stand where; defaults live in the code
+SEEDS = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1, "uniqueItems": True}
+
+
+def named_configs(folder: str) -> dict[str, type[BaseModel]]:
+    """Import every file of `ssl_core/<folder>/` that has a `Config` of its own, by the file's name."""
+    found = {}
+    for path in sorted((Path(__file__).parent / folder).glob("[a-z]*.py")):
+        module = importlib.import_module(f"ssl_core.{folder}.{path.stem}")
+        config = getattr(module, "Config", None)
+        if isinstance(config, type) and config.__module__ == module.__name__:
+            found[path.stem] = config
+    return found
+
+
+def generate() -> dict[str, Any]:
+    """Write the schema of `config.yaml` from the typed configuration of every section, method and protocol."""
+    from ssl_core.data.views import POLICIES, View
+
+    definitions: dict[str, Any] = {}
+    methods = _choice("name", "method", named_configs("methods"), definitions)
+    protocols = _choice("protocol", "protocol", named_configs("evaluations"), definitions)
+    experiment = _part(Experiment, definitions)
+    experiment["properties"]["method"] = methods
+    experiment["properties"]["seeds"] = SEEDS
+    experiment["properties"]["views"] = _sections({"$ref": "#/$defs/change_of_view"})
+    adopted = _part(Adopted, definitions)["properties"]
+    experiment["properties"] |= {key: adopted[key] for key in ("weights", "image_size", "normalisation")}
+    experiment["required"] = ["dataset", "backbone"]  # and a method or weights, which the check explains better
+    definitions["experiment"] = experiment
+    definitions["change_of_view"] = _part(View, definitions) | {"required": []}
+    if "Augmentation" in definitions:  # its own keys, a policy's name, or a policy with changes
+        policy = {"enum": sorted(POLICIES)}
+        definitions["Augmentation"]["properties"]["policy"] = policy
+        definitions["Augmentation"] = {"anyOf": [policy, definitions["Augmentation"]]}
+    definitions["sweep"] = _mapping(
+        base={"type": "string"}, grid=_sections({"type": "array", "minItems": 1}) | {"minProperties": 1}
+    )
+    whole = _mapping(
+        experiments=_sections({"$ref": "#/$defs/experiment"}) | {"minProperties": 1},
+        evaluations=_sections(protocols),
+        sweeps=_sections({"$ref": "#/$defs/sweep"}),
+        reported=_sections(_part(Reported, definitions)),
+    )
+    return {"$schema": DIALECT} | whole | {"required": ["experiments"], "$defs": dict(sorted(definitions.items()))}
+
+
+def _choice(key: str, kind: str, models: Mapping[str, type[BaseModel]], definitions: dict[str, Any]) -> dict[str, Any]:
+    """Describe a section whose other keys depend on the name that stands under `key`."""
+    branches = []
+    for name, model in models.items():
+        part = _part(model, definitions)
+        part["properties"][key] = {"const": name}
+        part["required"] = [word for word in part.get("required", []) if word not in (key, "dataset")]
+        definitions[f"{kind}.{name}"] = part
+        chosen = {"required": [key], "properties": {key: {"const": name}}}
+        branches.append({"if": chosen, "then": {"$ref": f"#/$defs/{kind}.{name}"}})
+    return {"type": "object", "required": [key], "properties": {key: {"enum": list(models)}}, "allOf": branches}
+
+
+def _part(model: type[BaseModel], definitions: dict[str, Any]) -> dict[str, Any]:
+    """Describe one typed section; the sections inside it go to `definitions`."""
+    part = _bare(TypeAdapter(model).json_schema())
+    definitions.update(part.pop("$defs", {}))
+    return part
+
+
+def _bare(schema: Any) -> Any:
+    """Leave out titles, descriptions and defaults, so that only a change of structure changes the schema."""
+    if isinstance(schema, list):
+        return [_bare(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    return {
+        key: {name: _bare(part) for name, part in value.items()} if key in ("properties", "$defs") else _bare(value)
+        for key, value in schema.items()
+        if key not in NOISE
+    }
+
+
+def _mapping(**properties: Any) -> dict[str, Any]:
+    return {"type": "object", "additionalProperties": False, "properties": properties, "required": list(properties)}
+
+
+def _sections(schema: Mapping[str, Any]) -> dict[str, Any]:
+    return {"type": "object", "additionalProperties": schema}

@@ -1,0 +1,55 @@
+"""What was reported elsewhere beside what was measured here, as text for a terminal."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ssl_core import schema
+from ssl_core.results import Summary, headline, load, summarise, value
+
+HEADER = ("experiment", "evaluation", "reported", "measured", "difference", "protocol", "source")
+RIGHT = range(2, 5)  # columns of numbers
+
+
+def run(config: Mapping[str, Any], folder: Path) -> str:
+    """Return a line for each reported number; what `folder` has no result of is "not run".
+
+    Raises `ValueError` where nothing is reported, and for a file that is no evaluation.
+    """
+    reported = config.get("reported") or {}
+    if not reported:
+        raise ValueError("nothing is reported: the section `reported` of a configuration holds numbers from elsewhere")
+    runs = schema.seeds(schema.named(config))
+    lines: list[tuple[str, ...]] = [HEADER]
+    for name, entry in reported.items():
+        for evaluation, claim in entry["results"].items():
+            lines.append(_line(name, evaluation, claim, entry["source"], folder, list(runs.get(name, [name]))))
+    widths = [max(len(line[column]) for line in lines) for column in range(len(HEADER))]
+    return "\n".join(_aligned(line, widths) for line in lines)
+
+
+def _line(name: str, evaluation: str, claim: float, source: str, folder: Path, runs: Sequence[str]) -> tuple[str, ...]:
+    paths = [folder / run / f"{evaluation}.json" for run in runs]
+    results = [load(path) for path in paths if path.is_file()]
+    summary = summarise(value(result, "", headline(result)) for result in results)
+    if summary is None:
+        return (name, evaluation, f"{claim:.1f}", "not run", "", "", source)
+    protocol = f"{results[0]['protocol']} {headline(results[0])}"
+    difference = f"{round(summary.mean - claim, 1) + 0.0:+.1f}"  # no "-0.0"
+    return (name, evaluation, f"{claim:.1f}", _measured(summary, len(runs)), difference, protocol, source)
+
+
+def _measured(summary: Summary, seeds: int) -> str:
+    if seeds == 1:
+        return f"{summary.mean:.1f}"
+    deviation = "" if summary.deviation is None else f" ± {summary.deviation:.1f}"
+    count = f"{summary.n}" if summary.n == seeds else f"{summary.n} of {seeds}"
+    return f"{summary.mean:.1f}{deviation} ({count})"
+
+
+def _aligned(line: Sequence[str], widths: Sequence[int]) -> str:
+    cells = [
+        cell.rjust(width) if column in RIGHT else cell.ljust(width)
+        for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+    ]
+    return "  ".join(cells).rstrip()
