@@ -1,6 +1,10 @@
-"""Every YAML that ships means something: it passes the schema, resolves, and trains two steps (T24)."""
+"""Every YAML that ships means something: it parses to the last key, says what to expect, and trains (T24)."""
 
 import json
+import re
+from collections.abc import Mapping
+from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -9,38 +13,130 @@ import torch
 import yaml
 
 from ssl_core import schema
+from ssl_core.config import Backbone, Experiment
 from ssl_core.data.card import load_card
 from ssl_core.data.loader import Loader
 from ssl_core.data.shards import Manifest
-from ssl_core.data.views import adjust
+from ssl_core.data.views import Views, adjust
 from ssl_core.methods.base import method_class, resolve
-from ssl_core.networks.backbones import build_backbone
+from ssl_core.networks.backbones import build_backbone, save_backbone, write_tensors
 from ssl_core.stages import evaluate, shard
 from ssl_core.training.loop import Trainer
 
 ROOT = Path(__file__).parent.parent
-SHIPPED = [ROOT / "config.yaml", *sorted((ROOT / "recipes").glob("*.yaml"))]
-EXPERIMENTS = [(path.stem, name) for path in SHIPPED for name in schema.experiments(yaml.safe_load(path.read_text()))]
+RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+DEFAULT = yaml.safe_load((ROOT / "config.yaml").read_text())
+STAND_IN = Backbone(name="resnet18", stem="tiny")
+QUICK = {"moco", "npid", "ressl", "simsiam"}  # methods of which `make test` trains one; `make test-long` all
 
 
-def configuration(stem: str) -> dict[str, Any]:
-    (path,) = [path for path in SHIPPED if path.stem == stem]
-    return yaml.safe_load(path.read_text())
+@cache
+def laid_over(path: Path) -> dict[str, Any]:
+    """Return what `--configfile` makes of a recipe and `config.yaml`."""
+    return schema.without_nulls(schema.merge(DEFAULT, yaml.safe_load(path.read_text())))
 
 
-@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def views_of(experiment: Experiment, size: int, avoid: tuple[str, ...] = ()) -> Views:
+    views = method_class(experiment.method.name).views(experiment.method, size)
+    return adjust(views, experiment.views, avoid=avoid)
+
+
+@pytest.fixture(scope="module", params=RECIPES, ids=lambda path: path.stem)
+def recipe(request):
+    return request.param
+
+
+@pytest.mark.parametrize("path", [ROOT / "config.yaml", *RECIPES], ids=lambda path: path.stem)
 def test_every_configuration_is_valid_down_to_the_last_key(path):
     structure = json.loads((ROOT / "workflow/schemas/config.schema.json").read_text())
-    configuration = yaml.safe_load(path.read_text())
+    configuration = laid_over(path)
     schema.check(configuration, structure, [card.stem for card in (ROOT / "datasets").glob("*.yaml")])
+    for experiment in schema.experiments(configuration).values():
+        resolved = resolve(experiment)
+        card = load_card(ROOT / "datasets" / f"{resolved.dataset.name}.yaml")
+        assert resolved.dataset.split in card.source.splits
+        assert views_of(resolved, card.image_size, tuple(card.avoid))
     for name, section in (configuration.get("evaluations") or {}).items():
-        dataset = {"dataset": {"name": "demo"}, **section}
-        evaluate.load(section, name).Config.model_validate(dataset)
+        evaluate.load(section, name).Config.model_validate({"dataset": {"name": "demo"}, **section})
+
+
+def test_a_recipe_leaves_out_the_demonstration_and_inherits_none_of_its_settings(recipe):
+    alone, merged = yaml.safe_load(recipe.read_text()), laid_over(recipe)
+    own = {section: schema.without_nulls(alone)[section] for section in ("experiments", "evaluations")}
+    assert {section: merged[section] for section in own} == own
+
+
+def test_a_recipe_says_what_to_expect_of_every_experiment(recipe):
+    configuration = laid_over(recipe)
+    for name in configuration["experiments"]:
+        reported = configuration["reported"][name]
+        assert all(reported[key] for key in ("source", "epochs", "hours", "hardware")), name
+    for name, reported in configuration["reported"].items():
+        epochs = resolve(schema.experiments(configuration)[name]).training.epochs
+        assert reported["epochs"] == epochs, name
+
+
+def test_the_commands_in_a_recipes_first_lines_name_targets_that_there_are(recipe):
+    configuration, text = laid_over(recipe), recipe.read_text().replace("\\\n#", "")
+    commands = re.findall(r"^#   .*?snakemake (.*)$", text, re.M)
+    assert commands
+    for command in commands:
+        cores, count, overlay, *targets = command.split()
+        assert (cores, count, overlay) == ("--cores", "all", f"--configfile=recipes/{recipe.name}")
+        schema.check_targets(configuration, [target for words in targets for target in braces(words)])
+
+
+def braces(word: str) -> list[str]:
+    """Expand {a,b} as a shell does."""
+    parts = [part[1:-1].split(",") if part.startswith("{") else [part] for part in re.split(r"({[^}]*})", word)]
+    return ["".join(choice) for choice in product(*parts)]
+
+
+def test_the_list_of_recipes_is_complete(recipe):
+    assert f"`{recipe.name}`" in (ROOT / "recipes" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "datasets").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_card_is_valid(path):
     assert load_card(path).name == path.stem
+
+
+# Two steps of every combination of a method and its switches
+
+
+# Numbers that every experiment of a method has; the test sets the first itself.
+AMOUNTS = {"queue_size", "temperature", "student_temperature", "teacher_temperature", "bank_momentum"}
+
+
+def switches(section: Any) -> Any:
+    """Leave of a method's section what picks code: names, flags and which keys there are; numbers only say how much."""
+    if isinstance(section, Mapping):
+        return tuple((key, switches(value)) for key, value in sorted(section.items()) if key not in AMOUNTS)
+    if isinstance(section, list):
+        return tuple(map(switches, section))
+    return section if isinstance(section, str | bool) or not section else "a number"
+
+
+def combinations() -> dict[Any, tuple[str, Mapping[str, Any]]]:
+    """Return one experiment for each, the first that ships; files of weights are the test's own."""
+    found = {}
+    for path in [ROOT / "config.yaml", *RECIPES]:
+        for name, experiment in schema.experiments(laid_over(path)).items():
+            method = {key: value for key, value in experiment["method"].items() if key not in ("teacher", "initial")}
+            key = switches([method, experiment.get("views") or {}, "initial" in experiment["method"]])
+            found.setdefault(key, (f"{path.stem}:{name}", experiment))
+    return found
+
+
+def training_parameters() -> list[Any]:
+    """Mark all but a first combination of a few methods `long`."""
+    seen, parameters = set(), []
+    for label, experiment in combinations().values():
+        method = experiment["method"]["name"]
+        marks = [] if method in QUICK - seen else [pytest.mark.long]
+        seen.add(method)
+        parameters.append(pytest.param(experiment, id=label, marks=marks))
+    return parameters
 
 
 @pytest.fixture(scope="module")
@@ -50,20 +146,38 @@ def demo(tmp_path_factory):
     return Manifest.load(folder / "manifest.json")
 
 
-@pytest.mark.parametrize(("stem", "name"), EXPERIMENTS)
-def test_every_experiment_trains_two_steps(stem, name, demo):
-    # On small stand-ins: digits, as small as the stem allows, 8 a step, a queue that fits them; all else as shipped.
-    spec = schema.experiments(configuration(stem))[name]
-    method = method_class(spec["method"]["name"])
-    fits = {"queue_size": 64} if "queue_size" in method.Config.model_fields else {}
-    spec = {**spec, "dataset": {"name": "demo"}, "method": {**spec["method"], **fits}}
-    spec["training"] = {**spec.get("training", {}), "batch_size": 8, "precision": "fp32"}
-    resolved = resolve(spec)
-    size = 96 if resolved.backbone.stem == "imagenet" else 32
-    views = adjust(method.views(resolved.method, size), resolved.views, avoid=demo.avoid)
-    backbone = build_backbone(resolved.backbone, size)
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """What stands for the trained networks that an experiment starts from."""
+    folder = tmp_path_factory.mktemp("weights")
+    backbone = build_backbone(STAND_IN, 64)
+    save_backbone(folder / "backbone.safetensors", backbone, STAND_IN, 64, {})
+    model = {f"backbone.{name}": weight for name, weight in backbone.state_dict().items()}
+    write_tensors(folder / "model.safetensors", model, {"experiment": "stand-in"})
+    return folder
+
+
+@pytest.mark.parametrize("experiment", training_parameters())
+def test_a_shipped_experiment_trains_two_steps(experiment, demo, weights):
+    # On stand-ins: 64 digits of 32 px (64 with smaller views beside), 8 a step, the smallest network, queues that fit.
+    method = method_class(experiment["method"]["name"])
+    own = {"queue_size": 64, "local_size": 32, "initial": str(weights / "model.safetensors")}
+    section = {key: own.get(key, value) for key, value in experiment["method"].items()}
+    if "queue_size" in method.Config.model_fields:
+        section["queue_size"] = 64
+    if "teacher" in section:
+        section["teacher"] = {"weights": str(weights / "backbone.safetensors")}
+    training = {**experiment.get("training", {}), "batch_size": 8, "precision": "fp32"}
+    dataset = {"name": "demo", "subset": {"images": 64}}
+    backbone = STAND_IN.model_dump()
+    resolved = resolve(
+        {**experiment, "dataset": dataset, "backbone": backbone, "method": section, "training": training}
+    )
+    size = 64 if len({view.size for view in views_of(resolved, 64).values()}) > 1 else 32
+    views = views_of(resolved, size, demo.avoid)
     with Loader(demo, resolved.dataset, views, batch_size=8, seed=0) as loader:
-        model = method(resolved.method, backbone, num_images=loader.num_images, batch_size=8, seed=0)
+        network = build_backbone(STAND_IN, size)
+        model = method(resolved.method, network, num_images=loader.num_images, batch_size=8, seed=0)
         trainer = Trainer(model, loader, resolved.training, device=torch.device("cpu"))
         trainer.total_steps, trainer.log_steps = 2, 1
         model.prepare(loader, trainer.device)
