@@ -1,0 +1,260 @@
+"""Try what this machine can do and say it, one line each: what works, what to mind, what to do."""
+
+import importlib.util
+import os
+import shutil
+import sqlite3
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+PYTHONS = ((3, 11), (3, 13))  # the oldest and the newest that are tested
+SPACE = 5e9  # bytes that a run on small data may need
+SHARED = 1e9  # bytes of /dev/shm that several processes want
+MEMORY = 4e9
+PORT = 5000  # of `make ui`
+DECODE = """
+import io, numpy as np
+from PIL import Image
+from nvidia.dali import fn, pipeline_def
+file = io.BytesIO()
+Image.fromarray(np.full((8, 8, 3), 100, np.uint8)).save(file, "JPEG")
+content = np.frombuffer(file.getvalue(), np.uint8)
+@pipeline_def(batch_size=2, num_threads=1, device_id=None)
+def graph():
+    return fn.resize(fn.decoders.image(fn.external_source(lambda: [content, content])), size=(4, 4))
+pipe = graph()
+pipe.build()
+assert np.array(pipe.run()[0].at(1)).shape == (4, 4, 3)
+"""
+
+
+class Finding(NamedTuple):
+    """One line of the report."""
+
+    state: Literal["ok", "warning", "fails"]
+    what: str
+    told: str
+
+
+def examine() -> bool:
+    """Print all findings; return whether everything needed works."""
+    checks: list[Callable[[], Iterator[Finding]]] = [
+        _python, _torch, _gpu, _dali, _processor, _memory, _disk, _shared_memory, _project, _database, _port, _programs,
+    ]  # fmt: skip
+    fine = True
+    for check in checks:
+        try:
+            for finding in check():
+                print(f"{finding.state:<8} {finding.what:<15} {finding.told}", flush=True)
+                fine &= finding.state != "fails"
+        except Exception as error:  # whatever it is, the next check may say more
+            print(
+                f"{'fails':<8} {check.__name__.strip('_'):<15} {' '.join(str(error).split()) or type(error).__name__}"
+            )
+            fine = False
+    print("all that is needed works" if fine else "mend what fails; `make install` renews the environment")
+    return fine
+
+
+def _python() -> Iterator[Finding]:
+    version = ".".join(map(str, sys.version_info[:3]))
+    if PYTHONS[0] <= sys.version_info[:2] <= PYTHONS[1]:
+        yield Finding("ok", "Python", version)
+    else:
+        yield Finding("fails", "Python", f"{version}, but 3.11 to 3.13 are needed: make PYTHON=python3.12")
+
+
+def _torch() -> Iterator[Finding]:
+    import torch
+    import torchvision
+
+    product = torch.full((8, 8), 0.5) @ torch.full((8, 8), 2.0)
+    right = bool((product == 8).all())
+    versions = f"{torch.__version__}, torchvision {torchvision.__version__}"
+    if right:
+        yield Finding("ok", "torch", f"{versions}, multiplies matrices")
+    else:
+        yield Finding("fails", "torch", f"{versions} multiplies matrices wrongly")
+
+
+def _gpu() -> Iterator[Finding]:
+    import torch
+
+    tool = shutil.which("nvidia-smi")
+    if torch.cuda.is_available():
+        for number in range(torch.cuda.device_count()):
+            card = torch.cuda.get_device_properties(number)
+            size = torch.ones(8, 8, device=f"cuda:{number}").sum().item()
+            yield Finding("ok" if size == 64 else "fails", "GPU", f"{card.name}, {_size(card.total_memory)}")
+    elif torch.version.cuda is None:
+        yield Finding("warning", "GPU", "this torch is built without CUDA: runs use the processor")
+    elif tool is None:
+        yield Finding("ok", "GPU", "none (no nvidia-smi here): runs use the processor")
+    else:
+        answer = subprocess.run([tool], capture_output=True, text=True, timeout=10)
+        reason = "has no card" if answer.returncode else f"may be too old for CUDA {torch.version.cuda}: update it"
+        yield Finding("warning", "GPU", f"torch sees none; the driver {reason}; runs use the processor")
+
+
+def _dali() -> Iterator[Finding]:
+    name = next((name for name in ("nvidia-dali-cuda130", "nvidia-dali-cuda120") if _version(name)), None)
+    if name is None:
+        yield Finding("fails", "DALI", "not installed: say `make install`")
+        return
+    # In a process of its own: where an instruction is missing it dies instead of raising.
+    answer = subprocess.run([sys.executable, "-W", "ignore", "-c", DECODE], capture_output=True, text=True, timeout=60)
+    if answer.returncode == 0:
+        yield Finding("ok", "DALI", f"{_version(name)}, decodes and resizes two images")
+    else:
+        reason = (answer.stderr.strip().splitlines() or [f"it ends with status {answer.returncode}"])[-1]
+        yield Finding("fails", "DALI", f"{_version(name)}: {reason}")
+
+
+def _processor() -> Iterator[Finding]:
+    import torch
+
+    from ssl_core.provenance import hardware
+    from ssl_core.training.loop import autocast_type
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    load = os.getloadavg()[0]
+    yield Finding("ok", "processor", f"{hardware()}; load {load:.1f}" + (" (busy)" if load > cores else ""))
+    limit = os.environ.get("OMP_NUM_THREADS")
+    if limit is not None and limit.isdecimal() and int(limit) < cores:
+        yield Finding("ok", "threads", f"OMP_NUM_THREADS={limit} of {cores} cores; the workflow sets it for each job")
+    native = autocast_type("auto", torch.device("cuda" if torch.cuda.is_available() else "cpu")) is not None
+    told = "native: precision auto uses it" if native else "not native here: precision auto uses float32"
+    yield Finding("ok", "bfloat16", told)
+
+
+def _memory() -> Iterator[Finding]:
+    import psutil
+
+    memory = psutil.virtual_memory()
+    told = f"{_size(memory.available)} of {_size(memory.total)} free"
+    if memory.available < MEMORY:
+        yield Finding("warning", "memory", f"{told}: a run wants 1 to 4 GB, lower batch_size if it does not fit")
+    else:
+        yield Finding("ok", "memory", told)
+
+
+def _disk() -> Iterator[Finding]:
+    for what, place in (("disk", Path()), ("temporary files", Path(tempfile.gettempdir()))):
+        free = shutil.disk_usage(place).free
+        try:
+            with tempfile.NamedTemporaryFile(dir=place, prefix=".ssl-core-doctor-"):
+                writable = True
+        except OSError:
+            writable = False
+        if not writable:
+            yield Finding("fails", what, f"{place.resolve()} cannot be written: make it yours or choose another")
+        elif free < SPACE:
+            yield Finding("warning", what, f"{_size(free)} free in {place.resolve()}: free some before large data sets")
+        else:
+            yield Finding("ok", what, f"{_size(free)} free in {place.resolve()}")
+
+
+def _shared_memory() -> Iterator[Finding]:
+    place = Path("/dev/shm")
+    free = shutil.disk_usage(place).free if place.is_dir() else 0
+    if free < SHARED:
+        yield Finding("warning", "/dev/shm", f"{_size(free)} free: for several GPUs give a container --shm-size 1g")
+    else:
+        yield Finding("ok", "/dev/shm", f"{_size(free)} free")
+
+
+def _project() -> Iterator[Finding]:
+    from ssl_core.data.shards import Manifest, verify
+    from ssl_core.layers import CONFIG, load
+
+    if not CONFIG.exists():
+        yield Finding("warning", "project", "no config.yaml here: run from the root of the project")
+        return
+    layers = load([])
+    yield Finding("ok", "config.yaml", f"valid, {len(layers.settings['experiments'])} experiments")
+    manifests = sorted(Path("shards").glob("*/manifest.json"))
+    if not manifests:
+        yield Finding("ok", "data sets", "none sharded yet; a run shards what it needs")
+    for path in manifests:
+        try:
+            manifest = Manifest.load(path)
+            for split in manifest.splits:
+                verify(manifest, split)
+            images = ", ".join(f"{name} {split.images}" for name, split in manifest.splits.items())
+            yield Finding("ok", "data set", f"{manifest.dataset}: {images} images, all shards of the right size")
+        except ValueError as error:
+            yield Finding("warning", "data set", str(error))
+
+
+def _database() -> Iterator[Finding]:
+    with tempfile.TemporaryDirectory() as folder:  # where SQLite cannot lock files (some network disks) this raises
+        connection = sqlite3.connect(Path(folder, "try.db"))
+        connection.execute("PRAGMA journal_mode=WAL")
+        connection.execute("CREATE TABLE tried (number INTEGER)")
+        connection.commit()
+        connection.close()
+    if os.environ.get("SSL_TRACKING") == "off":
+        yield Finding("ok", "tracking", "switched off by SSL_TRACKING")
+        return
+    address = os.environ.get("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db")
+    if not address.startswith("sqlite:///"):
+        yield from _server(address)
+        return
+    path = Path(address.removeprefix("sqlite:///"))
+    if not path.exists():
+        yield Finding("ok", "tracking", f"{path} will be made by the first run")
+        return
+    connection = sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=2)
+    runs = connection.execute("SELECT COUNT(*) FROM runs").fetchone()[0]
+    connection.close()
+    yield Finding("ok", "tracking", f"{path} answers, {runs} runs")
+
+
+def _server(address: str) -> Iterator[Finding]:
+    from urllib.request import urlopen
+
+    try:
+        with urlopen(f"{address.rstrip('/')}/health", timeout=3):
+            yield Finding("ok", "tracking", f"{address} answers")
+    except OSError as error:
+        yield Finding("warning", "tracking", f"{address} does not answer ({error}): runs go on without it")
+
+
+def _port() -> Iterator[Finding]:
+    import socket
+
+    with socket.socket() as caller:
+        caller.settimeout(1)
+        taken = caller.connect_ex(("127.0.0.1", PORT)) == 0
+    if taken:
+        yield Finding("warning", f"port {PORT}", "in use, perhaps by `make ui` itself: make ui PORT=5001")
+    else:
+        yield Finding("ok", f"port {PORT}", "free for `make ui`")
+
+
+def _programs() -> Iterator[Finding]:
+    if shutil.which("sbatch") is None:
+        yield Finding("ok", "SLURM", "not here, only needed for a cluster")
+    elif importlib.util.find_spec("snakemake_executor_plugin_slurm") is None:
+        yield Finding("warning", "SLURM", "its plugin is missing: uv pip install snakemake-executor-plugin-slurm")
+    else:
+        yield Finding("ok", "SLURM", "sbatch and Snakemake's plugin are here")
+    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "firefox"))), None)
+    told = browser or "none found on this machine; look at tables, reports and MLflow from another"
+    yield Finding("ok", "browser", told)
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _size(number: float) -> str:
+    return f"{number / 1e9:.1f} GB"

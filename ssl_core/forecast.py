@@ -1,0 +1,202 @@
+"""What an experiment costs before it runs: parameters, floating-point operations, memory, and time from ten steps."""
+
+import contextlib
+import io
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from ssl_core.config import Experiment, Training
+from ssl_core.data.loader import SHUFFLE_BUFFER, Batch, Loader
+from ssl_core.data.shards import Manifest
+from ssl_core.data.views import Views
+from ssl_core.methods.base import Method, Progress, method_class
+from ssl_core.networks.backbones import Network, build_backbone, check_image_size
+from ssl_core.training.loop import Trainer, autocast_type
+from ssl_core.training.optimizers import build_optimizer
+from ssl_core.training.schedules import forward_batch_size
+
+STEPS, WARM_UP = 10, 2  # timed steps, and steps before them
+SECONDS = 8.0  # of timed steps; a slow machine times fewer
+PROBE_FLOP = 5e11  # what a processor's core may do in all steps of a probe: some ten seconds
+OPTIMIZER_STATES = {"sgd": 1, "lars": 1, "adamw": 2}  # numbers a trained parameter
+LIBRARIES = 0.9e9  # bytes of a process that has imported torch and DALI, measured on a processor
+ENCODED = 9_000  # bytes an image in the shuffle buffer, as the loader has it
+
+
+class Walk(NamedTuple):
+    """What one image costs."""
+
+    backbone: float  # FLOP of one pass of the largest view through the backbone
+    step: float  # FLOP of all passes, forward and backward, over all its views
+    activations: float  # bytes kept for the backward pass
+
+
+class Timing(NamedTuple):
+    """Ten steps on this machine."""
+
+    steps: int
+    seconds: float  # a step of `batch_size` images
+    batch_size: int
+    waited: float  # share of the time
+    dtype: str
+
+
+def build(resolved: Experiment, image_size: int, views: Views, *, num_images: int, batch_size: int) -> Method:
+    """Build the method as pre-training does, with its checks; raise the same `ValueError`s."""
+    torch.manual_seed(resolved.training.seed)
+    backbone = build_backbone(resolved.backbone, image_size)
+    for view in views.values():
+        check_image_size(backbone, resolved.backbone, view.size)
+    method = method_class(resolved.method.name)(
+        resolved.method, backbone, num_images=num_images, batch_size=batch_size, seed=resolved.training.seed
+    )
+    build_optimizer(method, resolved.training, constant=method.constant_rate, undecayed=method.undecayed)
+    return method
+
+
+def device() -> torch.device:
+    """Return where pre-training would run."""
+    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def forward_flop(backbone: Network, size: int) -> float:
+    """Count the floating-point operations of one image; a multiply-add counts two."""
+    mode = backbone.training
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        backbone.eval()(torch.zeros(1, 3, size, size))
+    backbone.train(mode)
+    return float(counter.get_total_flops())
+
+
+def walk(method: Method, views: Views, training: Training) -> Walk:
+    """Take a few random images through the method, forward and backward, on the processor, and count."""
+    size = max(view.size for view in views.values())
+    backbone = forward_flop(method.backbone, size)
+    images = int(min(16, training.batch_size, max(4, 1e11 / backbone)))
+    kept: dict[int, int] = {}
+    alive = []  # else a freed storage's address could come again
+    constant = {tensor.untyped_storage().data_ptr() for tensor in (*method.parameters(), *method.buffers())}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in constant:
+            kept[storage.data_ptr()] = storage.nbytes()
+            alive.append(storage)
+        return tensor
+
+    dtype = autocast_type(training.precision, device())
+    method.train()
+    with (
+        FlopCounterMode(display=False, custom_mapping={torch.ops.aten.convolution_backward: _backward_flop}) as counter,
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+    ):
+        with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
+            losses = method(random_batch(views, images), Progress(0, 100))
+        losses.total.backward()
+    method.zero_grad(set_to_none=True)
+    return Walk(backbone, counter.get_total_flops() / images, sum(kept.values()) / images)
+
+
+def memory(method: Method, views: Views, training: Training, walked: Walk, num_images: int) -> dict[str, float]:
+    """Estimate the bytes of one process, by what they hold. A rough sum: allocators and kernels take more."""
+    batch = forward_batch_size(training)
+    trained = 4 * count(method, trained=True)
+    pixels = sum(view.count * 3 * view.size**2 for view in views.values())
+    return {
+        "weights and memory": sum(tensor.nbytes for tensor in (*method.parameters(), *method.buffers())),
+        "gradients and optimizer": trained * (1 + OPTIMIZER_STATES[training.optimizer]),
+        "activations": walked.activations * batch,
+        "views": 4.0 * pixels * batch * 3,  # one in use, two made ahead
+        "shuffle buffer": ENCODED * min(num_images / training.gpus, SHUFFLE_BUFFER),
+        "libraries": LIBRARIES,
+    }
+
+
+def count(module: nn.Module, *, trained: bool = False) -> int:
+    """Count parameters, or those that are trained."""
+    return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad or not trained)
+
+
+def probe(
+    method: Method, resolved: Experiment, views: Views, manifest: Manifest | None, *, walked: Walk, threads: int
+) -> Timing:
+    """Time up to ten steps of the real loop in one process, with the real loader or, without shards, random images.
+
+    On a processor the batch shrinks where ten steps would take minutes; `method` is trained by it.
+    """
+    torch.set_num_threads(threads)
+    place = device()
+    training = resolved.training
+    batch_size = forward_batch_size(training)
+    if place.type == "cpu":
+        affordable = PROBE_FLOP * threads / (walked.step * (STEPS + WARM_UP))
+        batch_size = max(min(batch_size, 8), min(batch_size, int(affordable)))
+    alone = {"batch_size": batch_size, "gpus": 1, "accumulation": 1, "compile": False}
+    with _loader(resolved, views, manifest, batch_size, place, threads) as loader:
+        trainer = Trainer(method, loader, training.model_copy(update=alone), device=place)
+        with contextlib.redirect_stderr(io.StringIO()):  # its progress line would speak of another run
+            while trainer.step < WARM_UP and trainer.seconds < SECONDS / 4:
+                _steps(trainer, 1)
+            before, waited = trainer.seconds, trainer.waited
+            steps = 0
+            while steps < STEPS and trainer.seconds - before < SECONDS:
+                _steps(trainer, 1)
+                steps += 1
+    seconds = trainer.seconds - before
+    dtype = "bfloat16" if trainer.dtype is not None else "float32"
+    return Timing(steps, seconds / steps, batch_size, (trainer.waited - waited) / seconds, dtype)
+
+
+def random_batch(views: Views, images: int) -> Batch:
+    """Make a batch of noise."""
+    made = {
+        group: [
+            torch.randn(images, 3, view.size, view.size).contiguous(memory_format=torch.channels_last)
+            for _ in range(view.count)
+        ]
+        for group, view in views.items()
+    }
+    return Batch(made, torch.zeros(images, dtype=torch.long), torch.arange(images))
+
+
+def _backward_flop(grad: Any, inputs: Any, weight: Any, *rest: Any, out_shape: Any = None) -> int:
+    """Count a convolution's backward pass from shapes: once the forward pass for the inputs, once for the weights.
+
+    torch's own count takes a depthwise convolution for a full one.
+    """
+    wanted = rest[-1]  # of inputs, weight, bias
+    return sum(wanted[:2]) * 2 * grad[0] * math.prod(grad[2:]) * math.prod(weight)
+
+
+class _Noise:
+    """Random batches where there are no shards; what the loop asks of a loader."""
+
+    def __init__(self, views: Views, batch_size: int) -> None:
+        self._batch = random_batch(views, batch_size)
+        self.steps_per_epoch, self.num_images = STEPS, STEPS * batch_size
+
+    def next(self) -> Batch:
+        return self._batch
+
+
+@contextlib.contextmanager
+def _loader(
+    resolved: Experiment, views: Views, manifest: Manifest | None, batch_size: int, place: torch.device, threads: int
+) -> Iterator[Loader]:
+    if manifest is None:
+        yield cast(Loader, _Noise(views, batch_size))
+        return
+    options: dict[str, Any] = {"batch_size": batch_size, "seed": resolved.training.seed, "device": place.type}
+    threads = 1 if place.type == "cpu" else threads  # as pre-training deals them out
+    with Loader(manifest, resolved.dataset, views, threads=threads, **options) as loader:
+        yield loader
+
+
+def _steps(trainer: Trainer, number: int) -> None:
+    trainer.total_steps = trainer.step + number
+    trainer.run(save=lambda: None, log=lambda row: None)

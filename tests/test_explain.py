@@ -1,0 +1,181 @@
+"""What `explain`, `views` and `doctor` say, in a project of its own with a tiny data set."""
+
+import contextlib
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from ssl_core import cli, doctor, forecast, layers, schema
+from ssl_core.config import Backbone, Training
+from ssl_core.methods.base import resolve
+from ssl_core.networks.backbones import build_backbone
+
+Tell = Callable[..., str]
+
+CONFIG: dict[str, Any] = {
+    "experiments": {
+        "first": {
+            "dataset": {"name": "tiny"},
+            "backbone": {"name": "mobilenet_v3_small", "stem": "small"},
+            "method": {"name": "ressl", "queue_size": 16, "projector_hidden": 8, "embedding_dim": 8},
+            "views": {"teacher": {"augmentation": "none"}},
+            "training": {"epochs": 2, "batch_size": 8, "warmup_epochs": 1, "precision": "fp32"},
+        }
+    },
+    "sweeps": {"heat": {"base": "first", "grid": {"method.teacher_temperature": [0.02, 0.05]}}},
+}
+OVERLAY = {"experiments": {"first": {"method": {"student_augmentation": "simclr"}, "training": {"epochs": 3}}}}
+
+
+@pytest.fixture(scope="module")
+def project(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project whose data set has twenty images, sharded."""
+    folder = tmp_path_factory.mktemp("project")
+    random = np.random.default_rng(0)
+    for number in range(20):
+        path = folder / "images" / f"class{number % 2}" / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(random.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(path)
+    (folder / "workflow").symlink_to(root / "workflow")
+    (folder / "datasets").mkdir()
+    source = {"type": "image_folder", "path": str(folder / "images"), "splits": {"train": {}}}
+    for name in ("tiny", "unsharded"):
+        card = {"name": name, "image_size": 16, "avoid": ["flip"], "source": source}
+        (folder / "datasets" / f"{name}.yaml").write_text(yaml.safe_dump(card))
+    (folder / "config.yaml").write_text(yaml.safe_dump(CONFIG))
+    (folder / "mine.yaml").write_text(yaml.safe_dump(OVERLAY))
+    assert cli.main(["shard", str(folder / "datasets" / "tiny.yaml"), "--output", str(folder / "shards" / "tiny")]) == 0
+    return folder
+
+
+@pytest.fixture
+def tell(project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Tell:
+    """Return what runs a command in the project and gives what it prints."""
+    monkeypatch.chdir(project)
+
+    def run(*arguments: str) -> str:
+        assert cli.main(arguments) == 0, capsys.readouterr().err
+        return capsys.readouterr().out
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def told(project: Path) -> str:
+    """What `explain` says of the first experiment with the overlay."""
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as told:
+        patch.chdir(project)
+        assert cli.main(["explain", "first", "--no-probe", "--configfile", "mine.yaml"]) == 0
+    return told.getvalue()
+
+
+def test_the_settings_are_yaml_and_say_the_same_again(told: str) -> None:
+    section = yaml.safe_load(told)
+    assert resolve(section) == resolve(schema.merge(CONFIG, OVERLAY)["experiments"]["first"])
+    assert max(map(len, told.splitlines())) <= 100
+
+
+@pytest.mark.parametrize(
+    ("line", "origin"),
+    [
+        ("queue_size: 16", "config.yaml"),
+        ("epochs: 3", "mine.yaml"),
+        ("solarize: 0.0", "mine.yaml (simclr)"),
+        ("student_temperature: 0.1", "paper default (preset small)"),
+        ("learning_rate: 0.06", "paper default (preset small)"),
+        ("gradient_clip: null", "default"),
+    ],
+)
+def test_each_value_says_who_set_it(line: str, origin: str, told: str) -> None:
+    (found,) = [row for row in told.splitlines() if row.strip().startswith(line + " ")]
+    assert found.endswith(f"  # {origin}")
+
+
+def test_a_point_of_a_sweep_says_what_the_sweep_set(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(project)
+    found = layers.load([])
+    assert found.origin("heat-0.02", ("method", "teacher_temperature")) == "sweep heat"
+    assert found.origin("heat-0.02", ("method", "queue_size")) == "config.yaml"
+    assert found.origin("heat-0.02", ("method", "warmup")) is None
+
+
+def test_it_counts_images_steps_and_batches(told: str) -> None:
+    assert "20 images: 2 steps an epoch, 6 in all (an epoch leaves 4 images out" in told
+    assert "effective learning rate: 0.001875 = 0.06 x 8 / 256, sgd" in told
+    assert "seen by teacher" in told
+    assert "tiny's card switches off flip" in told
+
+
+def test_the_probe_says_how_long_it_takes(tell: Tell) -> None:
+    told = tell("explain", "first", "--threads", "1")
+    assert "for 4 steps, without evaluations" in told
+    assert "10 steps of 8 images took" in told
+    assert "in float32" in told
+
+
+def test_without_shards_it_says_how_to_make_them(project: Path, tell: Tell, tmp_path: Path) -> None:
+    path = tmp_path / "other.yaml"
+    path.write_text(yaml.safe_dump({"experiments": {"first": {"dataset": {"name": "unsharded"}}}}))
+    told = tell("explain", "first", "--probe", "--threads", "1", "--configfile", str(path))
+    assert "before `snakemake --cores all shards/unsharded/manifest.json`" in told.replace("\n#      ", "")
+    assert "noise in the place of data" in told.replace("\n#      ", "")
+
+
+def test_seeds_and_null_entries_work(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(project)
+    path = tmp_path / "seeds.yaml"
+    repeated = {**CONFIG["experiments"]["first"], "seeds": [0, 7]}
+    path.write_text(yaml.safe_dump({"experiments": {"first": None, "again": repeated}, "sweeps": {"heat": None}}))
+    found = layers.load([path])
+    assert found.experiment("again-seed7")["training"]["seed"] == 7
+    assert found.origin("again-seed7", ("training", "seed")) == "seeds"
+    with pytest.raises(ValueError, match="there is no experiment 'first'"):
+        found.experiment("first")
+
+
+def test_views_draws_what_training_would(tell: Tell, tmp_path: Path) -> None:
+    told = tell("views", "first", "--threads", "1", "--output", str(tmp_path / "views.png"))
+    assert "a row an image of tiny/train, a column a view" in told
+    with Image.open(tmp_path / "views.png") as picture:
+        assert picture.width < picture.height  # two columns, eight rows
+
+
+def test_flops_are_those_of_the_papers() -> None:
+    network = build_backbone(Backbone(name="resnet18"), 224)
+    assert forecast.forward_flop(network, 224) == pytest.approx(2 * 1.814e9, rel=0.01)  # 1.8 G multiply-adds
+
+
+def test_a_step_costs_its_passes(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ssl_core.explain import find
+
+    monkeypatch.chdir(project)
+    subject = find(layers.load([]).experiment("first"))
+    method = forecast.build(subject.resolved, 16, subject.views, num_images=20, batch_size=8)
+    walked = forecast.walk(method, subject.views, subject.resolved.training)
+    # A student's pass forward and, about twice that, backward, and a teacher's; heads come on top.
+    assert 3.7 < walked.step / walked.backbone < 4.5
+    held = forecast.memory(method, subject.views, subject.resolved.training, walked, 20)
+    assert held["gradients and optimizer"] == 2 * 4 * forecast.count(method, trained=True)
+    adamw = forecast.memory(method, subject.views, Training(optimizer="adamw", batch_size=16), walked, 20)
+    assert adamw["gradients and optimizer"] == 3 * 4 * forecast.count(method, trained=True)
+    assert adamw["activations"] == 2 * held["activations"]
+
+
+def test_the_doctor_says_what_works_and_what_does_not(
+    project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(project)
+    assert doctor.examine()
+    told = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in told[:2]] == ["Python", "torch"]
+    assert all(line.split()[0] in ("ok", "warning") for line in told[:-1])
+    assert any("tiny: train 20 images, all shards of the right size" in line for line in told)
+    monkeypatch.setattr("sys.executable", "/bin/false")  # DALI is tried in a process of its own
+    assert not doctor.examine()
+    assert any(line.startswith("fails    DALI") for line in capsys.readouterr().out.splitlines())
