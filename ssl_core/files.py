@@ -1,5 +1,7 @@
 """Files that appear whole or not at all."""
 
+import errno
+import glob
 import json
 import os
 from collections.abc import Iterator
@@ -7,11 +9,33 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@contextmanager
+def room_for(path: Path) -> Iterator[None]:
+    """Turn what a full disk raises while `path` is written into a `ValueError` that names it."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in FULL:
+            raise ValueError(f"{path} cannot be written ({error.strerror}): make room and run again") from error
+        raise
+
 
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """Give a temporary path in the same folder; on success sync it to disk and rename it to `path`, else remove it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Give a temporary path in the same folder; on success sync it to disk and rename it to `path`, else remove it.
+
+    A full disk is a `ValueError` that names `path`, whose old content stays.
+    """
+    with room_for(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(path)
+        yield from _atomic(path)
+
+
+def _atomic(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
@@ -27,10 +51,24 @@ def atomic(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def _remove_leftovers(path: Path) -> None:
+    """Remove what killed processes left of earlier attempts to write `path`."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        process = left.name.split(".")[-2]
+        if process.isdecimal() and not Path("/proc", process).exists():
+            left.unlink(missing_ok=True)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write `text` atomically as UTF-8."""
     with atomic(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write `content` atomically."""
+    with atomic(path) as temporary:
+        temporary.write_bytes(content)
 
 
 def write_json(path: Path, content: Any) -> None:

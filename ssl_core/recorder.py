@@ -137,7 +137,8 @@ class Recorder:
             case "headline":
                 self._headline(messages[0])
             case "artifact":
-                self.client.log_artifact(self.run_id, messages[0]["path"], messages[0]["folder"])
+                run_id = self.parent_id if messages[0]["on_parent"] else self.run_id
+                self.client.log_artifact(run_id, messages[0]["path"], messages[0]["folder"])
             case "dataset":
                 self._dataset(messages[0])
             case "model":

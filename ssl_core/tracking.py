@@ -85,9 +85,9 @@ class Run:
         """Record numbers on the parent run and on its model: the columns by which experiments are compared."""
         self._send("headline", values={key: float(value) for key, value in values.items()})
 
-    def artifact(self, path: Path, *, folder: str | None = None) -> None:
-        """Copy a file into the run; it must stay where it is until the run has ended."""
-        self._send("artifact", path=str(path.absolute()), folder=folder)
+    def artifact(self, path: Path, *, folder: str | None = None, on_parent: bool = False) -> None:
+        """Copy a file into the run, or its parent; it must stay where it is until the run has ended."""
+        self._send("artifact", path=str(path.absolute()), folder=folder, on_parent=on_parent)
 
     def dataset(self, name: str, digest: str, *, num_images: int, source: Path, context: str = "training") -> None:
         """Name the data this stage reads; `digest` is the manifest's."""

@@ -17,6 +17,7 @@ from ssl_core.recorder import flatten
 
 STAGE = """
 import os, signal, sys
+from pathlib import Path
 from ssl_core import tracking
 stage, end, run_id = sys.argv[1:]
 with tracking.start(stage, "tiny", digest="d" * 64, parameters={"stage": stage}, run_id=run_id or None) as run:
@@ -24,6 +25,8 @@ with tracking.start(stage, "tiny", digest="d" * 64, parameters={"stage": stage},
         run.metrics({"loss": 10.0 - step}, step=step)
     if stage == "linear":
         run.headline({"linear/top1": 89.9})
+        open("card.md", "w").close()
+        run.artifact(Path("card.md"), on_parent=True)
     if end == "exception":
         raise RuntimeError("boom")
     if end == "interrupt":
@@ -91,6 +94,11 @@ def test_headline_stands_on_the_parent_and_in_the_leaderboard(four: Path) -> Non
     assert select(four, query.format(stages(four)["experiment"][0])) == [(89.9,)]
     (view,) = select(four, "select value from experiment_tags where key = 'mlflow.sharedViewState.leaderboard'")[0]
     assert "metrics.`linear/top1`" in view
+
+
+def test_an_artifact_of_the_experiment_stands_on_the_parent(four: Path) -> None:
+    (path,) = four.glob("mlruns/*/*/artifacts/card.md")
+    assert path.parts[-3] == stages(four)["experiment"][0]
 
 
 def test_the_database_writes_ahead(four: Path) -> None:

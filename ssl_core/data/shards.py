@@ -12,12 +12,13 @@ import tarfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import PrivateAttr, ValidationError
+from pydantic import Field, PrivateAttr, ValidationError, model_validator
 
 from ssl_core.config import Strict
 from ssl_core.files import atomic, read_json
+from ssl_core.provenance import canonical, digest
 
 BLOCK = 512  # a tar's unit, in bytes
 MAX_IMAGES = 10**8  # what eight digits can name
@@ -27,10 +28,11 @@ META = "meta.i64"
 class Shard(Strict):
     """One tar; its index is the file of the same stem."""
 
-    file: str
+    file: str = Field(pattern=r"^[^/]+\.tar$")
     images: int
     bytes: int
     sha256: str
+    index_sha256: str | None = None  # None: not checked
 
 
 class Rejected(Strict):
@@ -50,6 +52,13 @@ class Split(Strict):
     shards: tuple[Shard, ...]
     rejected: tuple[Rejected, ...]
 
+    @model_validator(mode="after")
+    def _add_up(self) -> "Split":
+        held = sum(shard.images for shard in self.shards)
+        if held != self.images:
+            raise ValueError(f"{self.images} images, but its shards hold {held}")
+        return self
+
 
 class Manifest(Strict):
     """What a folder of shards holds. The same card and source give the same manifest, byte for byte."""
@@ -66,15 +75,24 @@ class Manifest(Strict):
 
     @classmethod
     def load(cls, path: Path) -> "Manifest":
-        """Read a manifest; raise a `ValueError` that names the file if it is missing or says something else."""
+        """Read a manifest; a `ValueError` names the file if it is missing, changed or says something else."""
+        content = read_json(path)
+        said = content.pop("sha256", None) if isinstance(content, dict) else None
         try:
-            manifest = cls.model_validate(read_json(path), strict=False)
+            manifest = cls.model_validate(content, strict=False)
         except ValidationError as error:
             problem = error.errors(include_url=False)[0]
-            where = ".".join(map(str, problem["loc"]))
+            where = " ".join(".".join(map(str, problem["loc"])).split())
             raise ValueError(f"{path} is no manifest ({where}: {problem['msg']}): shard the data set again") from None
+        if said is not None and said != digest(canonical(content)):
+            raise ValueError(f"{path} was changed after it was written: remove {path.parent} and shard again")
         manifest._folder = path.parent
         return manifest
+
+    def content(self) -> dict[str, Any]:
+        """Return what stands in the file: all of it, and the sha256 of that."""
+        said = self.model_dump(mode="json")
+        return {**said, "sha256": digest(canonical(said))}
 
     @property
     def folder(self) -> Path:
@@ -97,7 +115,10 @@ class Manifest(Strict):
 
 
 def verify(manifest: Manifest, split: str, *, deep: bool = False) -> None:
-    """Raise a `ValueError` that names the first tar or index that is missing or cut short; `deep` hashes the tars."""
+    """Raise a `ValueError` that names the first tar or index that is missing, cut short or changed.
+
+    Indices are always hashed, tars if `deep`.
+    """
     again = f"remove {manifest.folder} and shard {manifest.dataset} again"
     for shard in manifest.split(split).shards:
         tar = manifest.folder / shard.file
@@ -110,6 +131,8 @@ def verify(manifest: Manifest, split: str, *, deep: bool = False) -> None:
         lines = index.read_bytes().count(b"\n")
         if lines != shard.images + 1:
             raise ValueError(f"{index} has {lines} lines instead of {shard.images + 1}: {again}")
+        if shard.index_sha256 is not None and file_sha256(index) != shard.index_sha256:
+            raise ValueError(f"{index} is not the file that was written (its sha256 differs): {again}")
         if deep and file_sha256(tar) != shard.sha256:
             raise ValueError(f"{tar} is not the file that was written (its sha256 differs): {again}")
 
@@ -136,8 +159,15 @@ class ShardWriter:
         """End the tar, write the index and return what the manifest says of them."""
         self._write(bytes(-(self.bytes + 2 * BLOCK) % tarfile.RECORDSIZE + 2 * BLOCK))
         self._tar.close()
-        self._index.write_text("\n".join([f"v1.2 {len(self._lines)}", *self._lines, ""]))
-        return Shard(file=self._name, images=len(self._lines), bytes=self.bytes, sha256=self._hash.hexdigest())
+        index = "\n".join([f"v1.2 {len(self._lines)}", *self._lines, ""])
+        self._index.write_text(index)
+        return Shard(
+            file=self._name,
+            images=len(self._lines),
+            bytes=self.bytes,
+            sha256=self._hash.hexdigest(),
+            index_sha256=digest(index),
+        )
 
     def abandon(self) -> None:
         """Let go of the tar; after `close` this does nothing."""

@@ -60,7 +60,9 @@ class Folder:
         return found
 
     def read(self, name: str) -> bytes:
-        """Return a file's bytes."""
+        """Return a file's bytes; a name that leads out of the folder, as a list in it may say, is a `ValueError`."""
+        if posixpath.normpath(name).startswith(("/", "..")):
+            raise ValueError(f"{name!r} lies outside {self.root}")
         return (self.root / name).read_bytes()
 
 

@@ -6,15 +6,16 @@ is missing) and the other way round. Sources of the variants: CW and RS for the 
 
 import copy
 import difflib
+import hashlib
 import json
 from collections.abc import Mapping
 from functools import partialmethod
 from pathlib import Path
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
 import torch
 import torchvision
-from pydantic import ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
@@ -33,6 +34,8 @@ CONVOLUTIONAL = (
     "efficientnet_b0",
     "efficientnet_b1",
 )
+IMAGE_SIZE = TypeAdapter(Annotated[int, Field(ge=1, le=8192)])  # what a file may ask for
+CHECKSUM = "ssl_core_sha256"  # a file's own, in its metadata
 TRANSFORMERS: dict[str, dict[str, int]] = {
     "vit_tiny_16": {"patch_size": 16, "embed_dim": 192, "num_heads": 3},
     "vit_tiny_32": {"patch_size": 32, "embed_dim": 192, "num_heads": 3},
@@ -231,46 +234,68 @@ def load_backbone(path: Path) -> tuple[Network, dict[str, str]]:
         raise ValueError(f"{path} is no backbone of this project: its header does not say which network it holds")
     try:
         config = Backbone.model_validate_json(header["backbone"])
+        image_size = IMAGE_SIZE.validate_python(header["image_size"])
     except ValidationError as error:
         raise ValueError(f"{path}: its header describes no known backbone: {error.errors()[0]['msg']}") from None
-    module = build_backbone(config, int(header["image_size"]))
+    module = build_backbone(config, image_size)
     load_strictly(module, weights, path)
     return module, header
 
 
-def load_weights(module: nn.Module, path: Path) -> None:
-    """Load a plain torchvision or timm safetensors file into a backbone; only its classifier may be left over.
+def load_weights(module: nn.Module, path: Path) -> list[str]:
+    """Load a plain torchvision or timm safetensors file into a backbone; return what was left over of its classifier.
 
-    Raises ValueError naming the file and the weight that is missing, unknown or of another shape.
+    Only a classifier may be left over, and only batch norm's counter of batches, which files from before torch 0.4.1
+    lack and evaluation never reads, may be missing. Raises ValueError naming the file and the weight that is missing,
+    unknown or of another shape.
     """
     weights, _ = read_tensors(path)
     own = module.state_dict()
-    known = {name: weight for name, weight in weights.items() if name in own or name.split(".")[0] not in CLASSIFIERS}
-    load_strictly(module, known, path)
+    dropped = [name for name in weights if name not in own and name.split(".")[0] in CLASSIFIERS]
+    counters = {name: own[name] for name in own if name.endswith(".num_batches_tracked")}
+    known = {name: weight for name, weight in weights.items() if name not in dropped}
+    load_strictly(module, {**counters, **known}, path)
+    return dropped
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file atomically, the same bytes for the same content."""
+    """Write a safetensors file atomically, the same bytes for the same content.
+
+    The metadata also get the sha256 of the whole file, taken while zeros stand in its place.
+    """
     content = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, dict(metadata))
     # safetensors writes its metadata in the order of a randomly seeded hash map
     length = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + length])
-    header["__metadata__"] = dict(sorted(metadata.items()))
+    header["__metadata__"] = dict(sorted({**metadata, CHECKSUM: "0" * 64}.items()))
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)  # the format aligns the tensors to 8 bytes
+    content = len(text).to_bytes(8, "little") + text + content[8 + length :]
     with atomic(path) as temporary:
-        temporary.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
+        temporary.write_bytes(_with_checksum(content, "0" * 64, hashlib.sha256(content).hexdigest()))
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read the tensors and the metadata of a safetensors file; a missing or broken one is a `ValueError`."""
+    """Read the tensors and the metadata of a safetensors file; a missing or broken one is a `ValueError`.
+
+    A file that says its own sha256, as those written here do, is checked against it.
+    """
     if not path.is_file():
         raise ValueError(f"{path} does not exist")
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{path} is truncated or no safetensors file ({error}): write it again") from None
+    said = metadata.pop(CHECKSUM, None)
+    if said is not None and hashlib.sha256(_with_checksum(path.read_bytes(), said, "0" * 64)).hexdigest() != said:
+        raise ValueError(f"{path} is not the file that was written (its sha256 differs): write it again")
+    return tensors, metadata
+
+
+def _with_checksum(content: bytes, old: str, new: str) -> bytes:
+    return content.replace(f'"{CHECKSUM}":"{old}"'.encode(), f'"{CHECKSUM}":"{new}"'.encode(), 1)
 
 
 def load_strictly(module: nn.Module, weights: Mapping[str, Tensor], path: Path) -> None:

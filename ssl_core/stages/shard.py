@@ -16,18 +16,20 @@ from bisect import bisect
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import numpy as np
-from tqdm import tqdm
 
 from ssl_core.config import Strict
 from ssl_core.data.card import Card, Channels, load_card
 from ssl_core.data.images import channel_moments, prepare
-from ssl_core.data.shards import MAX_IMAGES, Manifest, Rejected, Shard, Split, file_sha256, new_shard, renumber
+from ssl_core.data.multilabels import new_shard, renumber
+from ssl_core.data.shards import MAX_IMAGES, Manifest, Rejected, Shard, Split, file_sha256
 from ssl_core.data.sources import Opened, Samples, open_source
-from ssl_core.files import write_json, write_text
+from ssl_core.files import room_for, write_json, write_text
+from ssl_core.progress import progress_bar
 
 IMAGES_PER_SHARD = 2000  # CIFAR: 25 tars of 6 MB; ImageNet: 641 of 240 MB, enough for DALI to shuffle whole tars
 SHUFFLE_SEED = 0
@@ -84,7 +86,7 @@ def run(card: Path, output: Path, *, threads: int) -> None:
         splits[name] = _close_gaps([part for part in parts if part.split == name], output, state)
     manifest = _manifest(described, opened, splits)
     state.remove_others(manifest)
-    write_json(output / "manifest.json", manifest.model_dump(mode="json"))
+    write_json(output / "manifest.json", manifest.content())
     print(_report(manifest))
 
 
@@ -122,7 +124,7 @@ class State:
     def note(self, part: Packed) -> None:
         """Write down that a shard is finished."""
         self._known[part.split, part.number] = part
-        with open(self._path, "a") as file:
+        with room_for(self._path), open(self._path, "a") as file:
             file.write(self._line(part))
 
     def remove_others(self, manifest: Manifest) -> None:
@@ -165,7 +167,10 @@ def pack(task: Task) -> Packed:
                 continue
             finally:
                 _advance(1)
-            writer.add(index, extension, stored, record.label)
+            if record.labels is None:
+                writer.add(index, extension, stored, record.label)
+            else:
+                writer.add_labels(index, extension, stored, record.labels)
             labels[record.label] += 1
             if task.stride and index % task.stride == 0:
                 moments += channel_moments(image)
@@ -187,7 +192,9 @@ def _bad(samples: Samples, index: int, error: Exception) -> Bad:
 
 
 def _is_kept(path: Path, part: Packed) -> bool:
-    there = path.exists() and path.with_suffix(".idx").exists() and file_sha256(path) == part.shard.sha256
+    index = path.with_suffix(".idx")
+    there = path.exists() and index.exists() and file_sha256(path) == part.shard.sha256
+    there = there and file_sha256(index) == part.shard.index_sha256
     return there and not (part.bad and _job.card.on_error == "fail")
 
 
@@ -214,7 +221,7 @@ def _pack_all(card: Card, opened: Opened, output: Path, state: State, threads: i
         futures = [pool.submit(pack, task) for task in tasks]
         pending, total = set(futures), sum(len(task.indices) for task in tasks)
         try:
-            with tqdm(total=total, desc=f"shards/{card.name}", unit=" images", disable=None) as bar:
+            with progress_bar(total, f"shards/{card.name}", unit="images") as bar:
                 while pending and not any(future.exception() for future in futures if future.done()):
                     done, pending = wait(pending, timeout=0.3, return_when=FIRST_COMPLETED)
                     bar.update(job.done.value - bar.n)
@@ -226,7 +233,12 @@ def _pack_all(card: Card, opened: Opened, output: Path, state: State, threads: i
             raise
         finally:
             pool.shutdown(cancel_futures=True)
-        return [future.result() for future in futures]  # of several errors always the same one, the first in order
+        try:
+            return [future.result() for future in futures]  # of several errors always the same one, the first in order
+        except BrokenProcessPool:
+            raise ValueError(
+                "a worker process was killed, most likely for want of memory: run with fewer threads"
+            ) from None
 
 
 def _tasks(opened: Opened, state: State) -> Iterator[Task]:

@@ -1,9 +1,14 @@
-"""The running state of a pre-training: one file that is replaced whole, and that knows what it belongs to."""
+"""The running state of a pre-training: one file that is replaced whole, and that knows what it belongs to.
+
+The state before the last is kept as `<name>.previous.pt`, for the day that a disk loses the last.
+"""
 
 import json
+import zipfile
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from tqdm import tqdm
@@ -30,36 +35,76 @@ class Identity:
 
 
 def save(path: Path, state: dict[str, Any], identity: Identity) -> None:
-    """Write `state` beside its identity; the old file stays until the new one is safe on disk."""
+    """Write `state` beside its identity; the old file becomes the previous one when the new one is safe on disk.
+
+    Raises a `ValueError` that names the file if the disk is full; the old file then stays.
+    """
+    content = {"identity": {f.name: getattr(identity, f.name) for f in fields(identity)}, **state}
     with atomic(path) as temporary:
-        torch.save({"identity": {f.name: getattr(identity, f.name) for f in fields(identity)}, **state}, temporary)
+        with open(temporary, "wb") as file:
+            _write(content, file)
+        if path.exists():
+            path.replace(previous(path))
 
 
 def load(path: Path, identity: Identity) -> dict[str, Any] | None:
-    """Return the saved state, or None where there is none to continue from.
+    """Return the last saved state that is whole, or None where there is none to continue from.
 
     A checkpoint of another configuration, code or data, or a damaged one, is set aside under another name and said so.
     """
-    if not path.exists():
-        return None
+    for file in (path, previous(path)):
+        if not file.exists():
+            continue
+        then = "the one before it is used" if file == path and previous(path).exists() else "training starts afresh"
+        try:
+            state = _read(file)
+            saved = Identity(**state.pop("identity"))
+        except Exception as error:  # any way in which reading fails means the same: it is damaged
+            _set_aside(
+                file, "damaged", f"it cannot be read ({(str(error).splitlines() or [type(error).__name__])[0]})", then
+            )
+            continue
+        differences = identity.differences(saved)
+        if not differences:
+            return state
+        _set_aside(file, "other", f"it belongs to another run: {'; '.join(differences)}", "training starts afresh")
+        previous(path).unlink(missing_ok=True)  # of that run, too
+    return None
+
+
+def remove(path: Path) -> None:
+    """Remove a checkpoint and the one before it."""
+    path.unlink(missing_ok=True)
+    previous(path).unlink(missing_ok=True)
+
+
+def previous(path: Path) -> Path:
+    """Return where the checkpoint before the last one lies."""
+    return path.with_suffix(".previous.pt")
+
+
+def _write(content: dict[str, Any], file: BinaryIO) -> None:
     try:
-        # weights_only: a checkpoint cannot run code. Any way in which reading fails means the same: it is damaged.
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        saved = Identity(**state.pop("identity"))
-    except Exception as error:
-        _set_aside(path, "damaged", f"it cannot be read ({str(error).splitlines()[0]})")
-        return None
-    differences = identity.differences(saved)
-    if differences:
-        _set_aside(path, "other", f"it belongs to another run: {'; '.join(differences)}")
-        return None
-    return state
+        torch.save(content, file)
+    except RuntimeError as error:  # torch hides the reason, for example a full disk
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
 
 
-def _set_aside(path: Path, kind: str, reason: str) -> None:
+def _read(path: Path) -> dict[str, Any]:
+    with zipfile.ZipFile(path) as archive:  # torch writes checksums but does not look at them
+        damaged = archive.testzip()
+    if damaged is not None:
+        raise ValueError(f"the checksum of {damaged} differs")
+    return torch.load(path, map_location="cpu", weights_only=True)  # weights_only: a checkpoint cannot run code
+
+
+def _set_aside(path: Path, kind: str, reason: str, then: str) -> None:
     aside = path.with_suffix(f".{kind}.pt")
-    path.replace(aside)
-    tqdm.write(f"checkpoint {path} is set aside as {aside.name}, since {reason}; training starts afresh")
+    with suppress(FileNotFoundError):  # another rank was here first
+        path.replace(aside)
+    tqdm.write(f"checkpoint {path} is set aside as {aside.name}, since {reason}; {then}")
 
 
 def _flat(section: Any, prefix: str = "") -> dict[str, str]:

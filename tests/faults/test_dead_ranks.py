@@ -1,0 +1,83 @@
+"""A run of two processes of which one dies, as when memory runs out: it ends, says so, leaves nobody, and goes on."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from .conftest import SPEC, Ended, Stage, Undisturbed, Warm, contents
+from .test_interruptions import children, survivors, until
+
+pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]
+TWO = json.dumps({**SPEC, "training": {**SPEC["training"], "gpus": 2}})
+MINUTE = 60
+
+
+def start(warm: Warm, folder: Path) -> Stage:
+    return warm.start(folder, "pretrain", more=["--spec", TWO, "--threads", "2"])
+
+
+def ranks(launcher: int) -> list[int]:
+    """Return the process ids of both ranks once both are there."""
+    found = sorted(
+        child for child in children(launcher) if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()
+    )
+    return found if len(found) == 2 else []
+
+
+@pytest.fixture(scope="module")
+def whole(warm: Warm, undisturbed: Undisturbed, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    folder = tmp_path_factory.mktemp("two") / "project"
+    shutil.copytree(undisturbed.before["pretrain"], folder)
+    ended = start(warm, folder).wait()
+    assert ended.status == 0, ended.output
+    return contents(folder)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("moment", ["start", "training"])
+def test_a_killed_rank_ends_the_run_within_a_minute(
+    moment: str, victim: int, warm: Warm, undisturbed: Undisturbed, whole: dict[str, bytes], tmp_path: Path
+) -> None:
+    folder = tmp_path / "project"
+    shutil.copytree(undisturbed.before["pretrain"], folder)
+    running = start(warm, folder)
+    processes = until(lambda: ranks(running.process))
+    if moment == "training":
+        until(lambda: list(map(hash, (folder / "checkpoints").glob("tiny.pt"))))
+    time.sleep(random.Random(f"{moment} {victim}").uniform(0, 1))  # the moment is what is tested
+    os.kill(processes[victim], signal.SIGKILL)
+    killed = time.monotonic()
+    ended = running.wait()
+    assert time.monotonic() - killed < MINUTE
+    says(ended, f"process {victim} of 2 failed: it was killed, most likely for want of memory")
+    until(lambda: [] if survivors(running.process) else [1])
+    ended = start(warm, folder).wait()
+    assert ended.status == 0, ended.output
+    assert ("continuing at step" in ended.output) == (moment == "training")
+    assert contents(folder) == whole
+
+
+def test_ranks_do_not_outlive_a_killed_launcher(warm: Warm, undisturbed: Undisturbed, tmp_path: Path) -> None:
+    folder = tmp_path / "project"
+    shutil.copytree(undisturbed.before["pretrain"], folder)
+    running = start(warm, folder)
+    until(lambda: ranks(running.process))
+    until(lambda: list(map(hash, (folder / "checkpoints").glob("tiny.pt"))))
+    os.kill(running.process, signal.SIGKILL)
+    assert running.wait().status == -signal.SIGKILL
+    killed = time.monotonic()
+    until(lambda: [] if survivors(running.process) else [1])
+    assert time.monotonic() - killed < MINUTE
+
+
+def says(ended: Ended, words: str) -> None:
+    assert ended.status == 2, ended.output
+    lines = [line for line in ended.output.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, ended.output
+    assert words in lines[0]

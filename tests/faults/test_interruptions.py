@@ -1,0 +1,103 @@
+"""Stages are ended at random moments; the plain command then writes what an undisturbed run writes, byte by byte."""
+
+import os
+import random
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from .conftest import STAGES, Undisturbed, Warm, contents, final
+
+SIGNALS = {"SIGKILL": (signal.SIGKILL, False), "SIGTERM": (signal.SIGTERM, False), "Ctrl-C": (signal.SIGINT, True)}
+ENDS = {"SIGKILL": {-9}, "SIGTERM": {-15, 143}, "Ctrl-C": {130, 1}}
+
+
+def disturb(warm: Warm, undisturbed: Undisturbed, folder: Path, stage: str, name: str, *, seed: int, times: int) -> int:
+    """End a stage `times` times, then let it finish; return how often it was ended before it was through."""
+    shutil.copytree(undisturbed.before[stage], folder)
+    moments, whole, hits = random.Random(f"{stage} {name} {seed}"), final(undisturbed.after[stage]), 0
+    number, group = SIGNALS[name]
+    for _ in range(times):
+        running = warm.start(folder, stage)
+        time.sleep(moments.uniform(0.02, undisturbed.seconds[stage]))  # the moment is what is tested
+        running.send(number, group=group)
+        ended = running.wait()
+        assert ended.status in {0} | ENDS[name], ended.output
+        until(lambda group=running.process: [] if survivors(group) else [group])  # its workers go with it
+        hits += ended.status != 0
+        found = final(folder)
+        assert {file: whole.get(file) for file in found} == found, f"{stage}, {name}, seed {seed}"
+    ended = warm.run(folder, stage)
+    assert ended.status == 0, ended.output
+    assert contents(folder) == contents(undisturbed.after[stage])
+    return hits
+
+
+# A pre-training among the quick tests is killed in tests/workflow/test_interruption.py.
+FEW = [*(("shard", name) for name in SIGNALS), ("evaluate", "SIGKILL")]
+
+
+@pytest.mark.parametrize(("stage", "name"), FEW)
+def test_a_stage_ended_at_a_random_moment_goes_on_to_the_same_bytes(
+    stage: str, name: str, warm: Warm, undisturbed: Undisturbed, tmp_path: Path
+) -> None:
+    disturb(warm, undisturbed, tmp_path / "project", stage, name, seed=0, times=1)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", SIGNALS)
+@pytest.mark.parametrize("stage", STAGES)
+def test_stages_ended_at_many_random_moments_go_on_to_the_same_bytes(
+    stage: str, name: str, warm: Warm, undisturbed: Undisturbed, tmp_path: Path
+) -> None:
+    hits = sum(disturb(warm, undisturbed, tmp_path / str(seed), stage, name, seed=seed, times=4) for seed in (1, 2))
+    print(f"{stage}, {name}: ended {hits} times of 8 before it was through")
+    assert hits
+
+
+def test_a_killed_shard_worker_ends_the_stage_with_a_word(warm: Warm, bare: Path, tmp_path: Path) -> None:
+    """As when memory runs out and the kernel picks a worker."""
+    folder = tmp_path / "project"
+    shutil.copytree(bare, folder)
+    (folder / "images/train/circle/slow.png").symlink_to("/dev/zero")  # which a worker reads until it is killed
+    running = warm.start(folder, "shard")
+    (worker, *_) = until(lambda: children(running.process))
+    os.kill(worker, signal.SIGKILL)
+    ended = running.wait()
+    assert ended.status == 2
+    assert "a worker process was killed" in ended.output.splitlines()[-1]
+    (folder / "images/train/circle/slow.png").unlink()
+    assert warm.run(folder, "shard").status == 0
+
+
+def until(found: Callable[[], list[int]]) -> list[int]:
+    """Look again and again until something is found."""
+    deadline = time.monotonic() + 300
+    while not (result := found()):
+        assert time.monotonic() < deadline
+        time.sleep(0.005)  # between looks
+    return result
+
+
+def children(process: int) -> list[int]:
+    """Return the ids of a process's children that live."""
+    return [child for child, parent, _ in processes() if parent == process]
+
+
+def survivors(group: int) -> list[int]:
+    """Return the ids of the processes of a group that live."""
+    return [process for process, _, its_group in processes() if its_group == group]
+
+
+def processes() -> Iterator[tuple[int, int, int]]:
+    """Iterate over the living processes of this machine as (id, parent's id, group)."""
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            state, parent, group = path.read_text().rpartition(")")[2].split()[:3]
+            if state != "Z":
+                yield int(path.parent.name), int(parent), int(group)

@@ -1,0 +1,112 @@
+"""The whole workflow under Snakemake: ended at random moments, and started twice at once."""
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from .conftest import KNN, SPEC, contents, final
+from .test_interruptions import survivors, until
+
+pytestmark = [pytest.mark.long, pytest.mark.timeout(3600)]
+TARGET = "results/tiny/knn.json"
+MOMENTS = 9  # three by each signal
+
+
+def start(folder: Path, *arguments: str) -> "subprocess.Popen[str]":
+    path = os.pathsep.join([str(folder / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]])
+    return subprocess.Popen(
+        ["snakemake", "--cores", "1", "--nocolor", *arguments],
+        cwd=folder,
+        env={**os.environ, "PATH": path, "SSL_TRACKING": "off"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finish(folder: Path, *arguments: str) -> str:
+    process = start(folder, *arguments)
+    output, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, output
+    return output
+
+
+@pytest.fixture(scope="module")
+def project(root: Path, bare: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny project with the rules."""
+    folder = tmp_path_factory.mktemp("workflow") / "project"
+    shutil.copytree(bare, folder)
+    shutil.copy(root / "Snakefile", folder)
+    shutil.copytree(root / "workflow", folder / "workflow")
+    config: dict[str, Any] = {"experiments": {"tiny": SPEC}, "evaluations": {"knn": KNN}}
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def undisturbed(project: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, bytes], float]:
+    folder = tmp_path_factory.mktemp("undisturbed") / "project"
+    shutil.copytree(project, folder)
+    begin = time.monotonic()
+    finish(folder, TARGET)
+    return contents(folder), time.monotonic() - begin
+
+
+def test_the_workflow_ended_at_random_moments_goes_on_to_the_same_bytes(
+    project: Path, undisturbed: tuple[dict[str, bytes], float], tmp_path: Path
+) -> None:
+    whole, seconds = undisturbed
+    moments, hits = random.Random(0), 0
+    for number in range(MOMENTS):
+        kind = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)[number % 3]
+        folder = tmp_path / str(number)
+        shutil.copytree(project, folder)
+        process = start(folder, TARGET)
+        moment = moments.uniform(1, seconds)
+        time.sleep(moment)  # the moment is what is tested
+        if process.poll() is None:
+            os.killpg(process.pid, kind)
+        output, _ = process.communicate(timeout=600)
+        until(lambda group=process.pid: [] if survivors(group) else [1])
+        hits += process.returncode != 0
+        found = final(folder)
+        assert {file: whole.get(file) for file in found} == found, f"{kind.name} after {moment:.1f} s: {output}"
+        if (folder / ".snakemake" / "locks").is_dir() and any((folder / ".snakemake" / "locks").iterdir()):
+            finish(folder, "--unlock")
+        finish(folder, TARGET)
+        assert contents(folder) == whole, f"{kind.name} after {moment:.1f} s"
+    print(f"ended {hits} times of {MOMENTS} before it was through")
+    assert hits >= MOMENTS // 2
+
+
+def test_a_second_workflow_in_the_same_folder_is_refused_and_harms_nobody(
+    project: Path, undisturbed: tuple[dict[str, bytes], float], tmp_path: Path
+) -> None:
+    folder = tmp_path / "project"
+    shutil.copytree(project, folder)
+    (folder / "bin").mkdir()
+    gate = folder / "bin" / "ssl-core"  # holds the first workflow in its first job until the second has tried
+    real = Path(sys.executable).parent / "ssl-core"
+    gate.write_text(f'#!/bin/sh\ntouch started\nuntil [ -e go ]; do sleep 0.05; done\nexec {real} "$@"\n')
+    gate.chmod(0o755)
+    first = start(folder, TARGET)
+    until(lambda: [1] if (folder / "started").exists() else [])
+    second = start(folder, TARGET)
+    output, _ = second.communicate(timeout=120)
+    assert second.returncode != 0
+    assert "Directory cannot be locked" in output
+    assert "--unlock" in output
+    (folder / "go").touch()
+    output, _ = first.communicate(timeout=600)
+    assert first.returncode == 0, output
+    assert contents(folder) == undisturbed[0]

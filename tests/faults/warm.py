@@ -1,0 +1,62 @@
+"""A process that has imported all that a stage needs, and forks a fresh one for each command it reads.
+
+Starting a stage takes seconds of imports; forked from here it takes none, so that many can be killed. Reads lines of
+JSON on standard input: `{"arguments": [...], "folder": ..., "log": ...}` runs `ssl-core` with the arguments, answers
+with the process id and, when the process has ended, with its status; `{"mount": [...]}` runs `mount`.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from typing import Any
+
+import torch
+
+import ssl_core.evaluations.knn
+import ssl_core.methods.ressl
+import ssl_core.stages.evaluate
+import ssl_core.stages.pretrain
+import ssl_core.stages.shard  # noqa: F401
+from ssl_core import cli
+
+
+def stage(command: dict[str, Any]) -> None:
+    """Be `ssl-core`, at the head of a process group as under a shell; never returns."""
+    os.setsid()
+    os.chdir(command["folder"])
+    log = os.open(command["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    for stream in (sys.stdout, sys.stderr):
+        os.dup2(log, stream.fileno())
+    status = 1
+    try:
+        status = cli.main(command["arguments"])
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else 1
+    finally:
+        sys.stdout.flush()
+        os._exit(status)
+
+
+def main() -> None:
+    """Serve until standard input ends."""
+    torch.set_num_threads(1)
+    answer = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    print(os.getpid(), file=answer, flush=True)
+    for line in sys.stdin:
+        command = json.loads(line)
+        if "mount" in command:
+            print(subprocess.run(["mount", *command["mount"]]).returncode, file=answer, flush=True)
+            continue
+        process = os.fork()
+        if process == 0:
+            stage(command)
+        print(process, file=answer, flush=True)
+        print(os.waitpid(process, 0)[1], file=answer, flush=True)
+
+
+if __name__ == "__main__":
+    main()
