@@ -1,4 +1,4 @@
-"""The console script `ssl-core`: one command a stage, which is what the rules call, and two to look before running.
+"""The console script `ssl-core`: one command a stage, which is what the rules call, and some to look before running.
 
 Stages, and with them torch and MLflow, are imported by the command that needs them. What a user got wrong (a
 `ValueError`) ends as one line on stderr and exit code 2; the traceback is in the log.
@@ -6,17 +6,15 @@ Stages, and with them torch and MLflow, are imported by the command that needs t
 
 import argparse
 import json
+import os
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO, TextIO
 
-from pydantic import ValidationError
-
-CONFIG = Path("config.yaml")
-SCHEMA = Path("workflow/schemas/config.schema.json")
+from ssl_core import mistakes
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -27,19 +25,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
             chosen.command(chosen)
         except KeyboardInterrupt:
             return 130
-        except ValueError as error:
+        except Exception as error:
+            kept = f" (log: {chosen.log})" if chosen.log else ""
+            told = mistakes.explain(error)
+            if told is None:
+                traceback.print_exc()
+                print(f"error: {type(error).__name__}, a fault of the program{kept}", file=sys.stderr)
+                return 1
             if log is not None:
                 log.write(traceback.format_exc())
-            print(f"error: {_one_line(error)}", file=sys.stderr)
+            print(f"error: {told}{kept}", file=sys.stderr)
             return 2
-        except Exception:
-            traceback.print_exc()
-            return 1
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="ssl-core", description="Self-supervised pre-training of small networks.")
+    parser = argparse.ArgumentParser(
+        prog="ssl-core",
+        description="Self-supervised pre-training of small networks.",
+        epilog="Look with explain, views, doctor and compare; Snakemake calls the rest (snakemake --cores all). "
+        "`ssl-core COMMAND --help` says more.",
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     shard = commands.add_parser("shard", help="write a data set as shards")
@@ -54,34 +60,91 @@ def _parser() -> argparse.ArgumentParser:
     pretrain.add_argument("--checkpoint", type=Path, required=True)
     pretrain.set_defaults(command=_pretrain)
 
+    adopt = commands.add_parser("adopt", help="take a backbone from weights that were trained elsewhere")
+    adopt.add_argument("experiment")
+    adopt.add_argument("--manifest", type=Path, required=True)
+    adopt.add_argument("--output", type=Path, required=True)
+    adopt.set_defaults(command=_adopt)
+
     evaluate = commands.add_parser("evaluate", help="measure a backbone by one protocol")
     evaluate.add_argument("experiment")
     evaluate.add_argument("evaluation")
     evaluate.add_argument("--backbone", type=Path, required=True)
+    evaluate.add_argument("--model", type=Path, nargs="?", help="the whole pre-trained model, where a protocol asks")
     evaluate.add_argument("--manifest", type=Path, required=True)
     evaluate.add_argument("--output", type=Path, required=True)
     evaluate.set_defaults(command=_evaluate)
+
+    export = commands.add_parser("export", help="write a backbone as others load it, with a model card")
+    export.add_argument("experiment")
+    export.add_argument("--spec", type=_json, required=True, help="the experiment's own section, as JSON")
+    export.add_argument("--backbone", type=Path, required=True)
+    export.add_argument("--card", type=Path, required=True, help="of the experiment's data set")
+    export.add_argument("--results", type=Path, nargs="*", default=[], metavar="JSON")
+    export.add_argument("--output", type=Path, required=True)
+    export.set_defaults(command=_export)
+
+    cost = commands.add_parser("cost", help="measure what a backbone costs")
+    cost.add_argument("experiment")
+    cost.add_argument("evaluation")
+    cost.add_argument("--backbone", type=Path, required=True)
+    cost.add_argument("--onnx", type=Path, required=True)
+    cost.add_argument("--pretrain", type=Path, help="the summary of the pre-training, where there was one")
+    cost.add_argument("--output", type=Path, required=True)
+    cost.set_defaults(command=_cost)
+
+    curves = commands.add_parser("curves", help="draw the history of a pre-training")
+    curves.add_argument("experiment")
+    curves.add_argument("--history", type=Path, required=True, metavar="CSV")
+    curves.add_argument("--output", type=Path, required=True, metavar="PNG")
+    curves.set_defaults(command=_curves)
 
     table = commands.add_parser("table", help="gather results into one table")
     table.add_argument("results", type=Path, nargs="*", metavar="JSON")
     table.add_argument("--output", type=Path, required=True)
     table.add_argument("--grid", type=_json, help="what each experiment of a sweep sets, as JSON")
+    table.add_argument("--seeds", type=_json, help="which experiments differ in their seed alone, as JSON")
+    table.add_argument("--reported", type=_json, help="numbers from elsewhere to show beside, as JSON")
     table.set_defaults(command=_table)
 
-    explain = commands.add_parser("explain", help="show an experiment with everything it leaves unsaid")
-    explain.add_argument("experiment")
-    explain.add_argument("--configfile", type=Path, nargs="*", default=[], help="laid over config.yaml")
+    compare = commands.add_parser("compare", help="print reported numbers beside the measured ones")
+    compare.add_argument(
+        "--configfile", type=Path, nargs="+", default=[], metavar="YAML", help="files laid over config.yaml"
+    )
+    compare.set_defaults(command=_compare)
+
+    explain = commands.add_parser("explain", help="show an experiment with everything it leaves unsaid, and its cost")
+    explain.add_argument(
+        "--probe",
+        action=argparse.BooleanOptionalAction,
+        help="time ten steps to say how long the run will take (default: if the data set is sharded)",
+    )
     explain.set_defaults(command=_explain)
+
+    views = commands.add_parser("views", help="draw what the networks see, without training")
+    views.add_argument("--output", type=Path, default=Path("views.png"), metavar="PNG", help="default: views.png")
+    views.set_defaults(command=_views)
+
+    for look in (explain, views):
+        look.add_argument("experiment", help="its name in config.yaml; also one that a sweep or seeds make")
+        look.add_argument(
+            "--configfile", type=Path, nargs="+", default=[], metavar="YAML", help="files laid over config.yaml"
+        )
+        look.add_argument("--threads", type=int, help="processor threads (default: all cores)")
+
+    doctor = commands.add_parser("doctor", help="try what this machine can do, one line each")
+    doctor.set_defaults(command=_doctor)
 
     schema = commands.add_parser("schema", help="print the schema of config.yaml")
     schema.set_defaults(command=_schema)
 
-    for stage in (pretrain, evaluate):
+    for stage in (pretrain, adopt, evaluate, cost):
         stage.add_argument("--spec", type=_json, required=True, help="the stage's own section, as JSON")
         stage.add_argument("--code", required=True, help="digest of the code that the stage runs")
-    for stage in (shard, pretrain, evaluate):
+    for stage in (shard, pretrain, evaluate, export):
         stage.add_argument("--threads", type=int, default=1)
-    for command in (shard, pretrain, evaluate, table, explain, schema):
+    stages = (shard, pretrain, adopt, evaluate, export, cost, curves, table)
+    for command in (*stages, compare, explain, views, doctor, schema):
         command.add_argument("--log", type=Path, help="also keep what goes to the terminal in this file")
     return parser
 
@@ -106,6 +169,12 @@ def _pretrain(chosen: argparse.Namespace) -> None:
     )
 
 
+def _adopt(chosen: argparse.Namespace) -> None:
+    from ssl_core.stages import adopt
+
+    adopt.run(chosen.experiment, spec=chosen.spec, code=chosen.code, manifest=chosen.manifest, output=chosen.output)
+
+
 def _evaluate(chosen: argparse.Namespace) -> None:
     from ssl_core.stages import evaluate
 
@@ -115,61 +184,89 @@ def _evaluate(chosen: argparse.Namespace) -> None:
         spec=chosen.spec,
         code=chosen.code,
         backbone=chosen.backbone,
+        model=chosen.model,
         manifest=chosen.manifest,
         output=chosen.output,
         threads=chosen.threads,
     )
 
 
+def _export(chosen: argparse.Namespace) -> None:
+    from ssl_core.stages import export
+
+    export.run(
+        chosen.experiment,
+        spec=chosen.spec,
+        backbone=chosen.backbone,
+        card=chosen.card,
+        results=chosen.results,
+        output=chosen.output,
+        threads=chosen.threads,
+    )
+
+
+def _cost(chosen: argparse.Namespace) -> None:
+    from ssl_core.stages import cost
+
+    cost.run(
+        chosen.experiment,
+        chosen.evaluation,
+        spec=chosen.spec,
+        code=chosen.code,
+        backbone=chosen.backbone,
+        onnx=chosen.onnx,
+        pretrain=chosen.pretrain,
+        output=chosen.output,
+    )
+
+
+def _curves(chosen: argparse.Namespace) -> None:
+    from ssl_core.stages import curves
+
+    curves.run(chosen.experiment, history=chosen.history, output=chosen.output)
+
+
 def _table(chosen: argparse.Namespace) -> None:
     from ssl_core.stages import table
 
-    table.run(chosen.results, chosen.output, grid=chosen.grid)
+    table.run(chosen.results, chosen.output, grid=chosen.grid, seeds=chosen.seeds, reported=chosen.reported)
+
+
+def _compare(chosen: argparse.Namespace) -> None:
+    from ssl_core.layers import load
+    from ssl_core.stages import compare
+
+    print(compare.run(load(chosen.configfile).settings, Path("results")))
 
 
 def _schema(chosen: argparse.Namespace) -> None:
-    from ssl_core import schema
+    from ssl_core import schema_generation
 
-    print(json.dumps(schema.generate(), indent=2))
+    print(json.dumps(schema_generation.generate(), indent=2))
 
 
 def _explain(chosen: argparse.Namespace) -> None:
-    """Print the resolved experiment, then what follows from it."""
-    import yaml
+    from ssl_core.explain import explain
 
-    from ssl_core import config, schema
-    from ssl_core.files import read_json
-    from ssl_core.methods import base
-    from ssl_core.training.schedules import effective_learning_rate
-
-    settings: dict[str, Any] = {}
-    for path in (CONFIG, *chosen.configfile):
-        settings = schema.merge(settings, _yaml(path))
-    schema.check(settings, read_json(SCHEMA), [path.stem for path in Path("datasets").glob("*.yaml")])
-    experiments = schema.experiments(settings)
-    if chosen.experiment not in experiments:
-        raise ValueError(
-            f"there is no experiment '{chosen.experiment}'{config.nearest(chosen.experiment, experiments)}"
-        )
-    resolved = base.resolve(experiments[chosen.experiment])
-    print(yaml.safe_dump(resolved.model_dump(mode="json", serialize_as_any=True), sort_keys=False), end="")
-    training = resolved.training
-    rate = effective_learning_rate(training)
-    print(f"# learning rate after warm-up: {rate:g}, for {training.batch_size} images a step")
-    images = _num_images(resolved.dataset)
-    if images is not None:
-        steps = images // training.batch_size
-        print(f"# {images} images: {steps} steps an epoch, {steps * training.epochs} in all")
+    explain(chosen.experiment, chosen.configfile, probe=chosen.probe, threads=chosen.threads or _cores())
 
 
-def _num_images(dataset: Any) -> int | None:
-    """Count the images of an experiment, or None before its data set is sharded."""
-    from ssl_core.data.shards import Manifest
+def _views(chosen: argparse.Namespace) -> None:
+    from ssl_core.preview import draw
 
-    manifest = Path("shards", dataset.name, "manifest.json")
-    if dataset.subset is not None:
-        return dataset.subset.images
-    return Manifest.load(manifest).split(dataset.split).images if manifest.exists() else None
+    print(draw(chosen.experiment, chosen.configfile, chosen.output, threads=chosen.threads or _cores()))
+
+
+def _doctor(chosen: argparse.Namespace) -> None:
+    from ssl_core.doctor import examine
+
+    if not examine():
+        raise SystemExit(1)
+
+
+def _cores() -> int:
+    """Count the processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _json(text: str) -> Any:
@@ -179,50 +276,41 @@ def _json(text: str) -> Any:
         raise argparse.ArgumentTypeError(f"not valid JSON ({error})") from None
 
 
-def _yaml(path: Path) -> dict[str, Any]:
-    import yaml
-
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path} does not exist: run from the root of the project") from None
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected keys at the top, found {content!r}")
-    return content
-
-
-def _one_line(error: ValueError) -> str:
-    """Say an error in one line; pydantic's first fault stands for all."""
-    if isinstance(error, ValidationError):
-        first = error.errors()[0]
-        return f"{'.'.join(map(str, first['loc']))}: {first['msg']}, found {first['input']!r}"
-    return " ".join(str(error).split())
-
-
 @contextmanager
-def _logged(path: Path | None) -> Iterator[TextIO | None]:
+def _logged(path: Path | None) -> Iterator["_Log | None"]:
     """Copy stderr into a file meanwhile; the terminal stays one, so that the progress line can overwrite itself."""
     if path is None:
         yield None
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     terminal = sys.stderr
-    with open(path, "w", encoding="utf-8", buffering=1) as file:
-        copied = _Copied(terminal, file)
+    with open(path, "wb", buffering=0) as file:
+        log = _Log(file)
+        copied = _Copied(terminal, log)
         sys.stderr = copied
         try:
-            yield file
+            yield log
         finally:
             sys.stderr = terminal
             copied.finish()
 
 
+class _Log:
+    """A text file that loses what a full disk does not take: no reason to end a run."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+
+    def write(self, text: str) -> None:
+        """Write at once, whatever the text."""
+        with suppress(OSError):
+            self._file.write(text.encode("utf-8", "backslashreplace"))
+
+
 class _Copied:
     """A stream whose finished lines also go to a file, without what a progress line overwrote."""
 
-    def __init__(self, stream: TextIO, file: TextIO) -> None:
+    def __init__(self, stream: TextIO, file: _Log) -> None:
         self._stream = stream
         self._file = file
         self._line = ""
@@ -230,7 +318,7 @@ class _Copied:
     def write(self, text: str) -> int:
         """Write to both."""
         *lines, self._line = (self._line + text).split("\n")
-        self._file.writelines(f"{_as_seen(line)}\n" for line in lines)
+        self._file.write("".join(f"{_as_seen(line)}\n" for line in lines))
         return self._stream.write(text)
 
     def finish(self) -> None:

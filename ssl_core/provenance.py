@@ -15,7 +15,7 @@ from typing import Any
 
 PACKAGE = Path(__file__).parent
 # Bookkeeping: these change how a run is watched, stored or started, never what it computes.
-BOOKKEEPING = frozenset(f"ssl_core.{name}" for name in ("tracking", "files", "provenance", "cli", "schema"))
+BOOKKEEPING = frozenset(f"ssl_core.{name}" for name in ("tracking", "files", "provenance", "progress", "cli", "schema"))
 DISTRIBUTIONS = ("ssl-core", "torch", "torchvision", "nvidia-dali-cuda130", "timm", "numpy", "scikit-learn")
 
 

@@ -28,7 +28,7 @@ def test_what_the_user_got_wrong_is_one_line_and_exit_code_2(
 ) -> None:
     monkeypatch.setattr(pretrain, "run", raising(ValueError("data/x.tar:\n  is truncated")))
     assert cli.main([*PRETRAIN, "--log", str(tmp_path / "logs" / "x.log")]) == 2
-    assert capsys.readouterr().err.endswith("error: data/x.tar: is truncated\n")
+    assert capsys.readouterr().err.endswith(f"error: data/x.tar: is truncated (log: {tmp_path}/logs/x.log)\n")
 
 
 def test_the_log_keeps_the_traceback_that_the_terminal_is_spared(
@@ -70,7 +70,7 @@ def test_a_stage_gets_what_its_rule_says(monkeypatch: pytest.MonkeyPatch, tmp_pa
     words = ["--code", "c", "--backbone", "b", "--manifest", "m", "--output", "o", "--threads", "3"]
     assert cli.main(["evaluate", "first", "knn", "--spec", json.dumps(spec), *words]) == 0
     paths = {name: Path(name[0]) for name in ("backbone", "manifest", "output")}
-    assert seen == {"names": ("first", "knn"), "spec": spec, "code": "c", "threads": 3, **paths}
+    assert seen == {"names": ("first", "knn"), "spec": spec, "code": "c", "threads": 3, "model": None, **paths}
 
 
 def test_a_table_of_no_results_is_written_with_its_page(tmp_path: Path) -> None:
@@ -87,10 +87,10 @@ def test_explain_shows_what_an_experiment_leaves_unsaid(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], root: Path
 ) -> None:
     monkeypatch.chdir(root)
-    assert cli.main(["explain", "ressl_r18"]) == 0
+    assert cli.main(["explain", "ressl_r18", "--no-probe"]) == 0
     told = capsys.readouterr().out
-    assert "student_temperature: 0.1\n" in told
-    assert "# learning rate after warm-up: 0.001" in told
+    assert "student_temperature: 0.1  " in told
+    assert "effective learning rate: 0.001 " in told
 
 
 def test_explain_names_the_nearest_experiment(

@@ -10,13 +10,13 @@ import torch
 from ssl_core.config import nearest, parse
 from ssl_core.data.shards import Manifest
 from ssl_core.evaluations.features import Outcome, gather_subjects
-from ssl_core.files import write_json
+from ssl_core.files import write_bytes, write_json
 from ssl_core.networks.backbones import load_backbone
 from ssl_core.provenance import canonical, digest, file_digest, hardware, versions
 from ssl_core.tracking import start
 
 PROTOCOLS = Path(__file__).parent.parent / "evaluations"
-SHARED = {"features", "probe"}  # what protocols are made of
+SHARED = {"features", "probe", "projection", "drawing"}  # what protocols are made of
 
 
 def run(
@@ -29,8 +29,11 @@ def run(
     output: Path,
     code: str,
     threads: int,
+    model: Path | None = None,
 ) -> None:
     """Evaluate `backbone` as the section `spec` says and write the results to `output`.
+
+    `model` is the whole pre-trained model, for the protocols that want more of it than the backbone.
 
     Raises `ValueError` for a wrong key, a data set or split without labels, and weights that do not fit.
     """
@@ -39,12 +42,13 @@ def run(
     config = parse(protocol.Config, spec, f"evaluations.{evaluation}")
     shards = Manifest.load(manifest)
     network, header = load_backbone(backbone)
-    subjects = gather_subjects(network, header, image_size=config.image_size, threads=threads)
+    subjects = gather_subjects(network, header, image_size=config.image_size, threads=threads, model=model)
     digests = {
         "spec": digest(canonical(spec)),
         "code": code,
         "data": file_digest(manifest),
         "backbone": file_digest(backbone),
+        **({"model": file_digest(model)} if model else {}),
     }
     # The version of the pre-training, so that its run in MLflow becomes the parent; a backbone from elsewhere has none.
     version = header.get("version", digests["backbone"])
@@ -56,6 +60,10 @@ def run(
 
         outcome = protocol.run(config, subjects, shards, log)
         result = describe(experiment, evaluation, outcome, dataset=config.dataset.name, seed=config.seed)
+        for name, content in outcome.pictures.items():
+            picture = output.with_suffix("") / name
+            write_bytes(picture, content)
+            tracked.artifact(picture, folder="pictures")
         write_json(output, {**result, "digests": digests, "versions": versions(), "hardware": hardware()})
         # A number without its protocol meets the wrong ones: "linear/v1 top1", but "mine linear-features/v1 top1".
         label = outcome.protocol if evaluation == config.protocol else f"{evaluation} {outcome.protocol}"

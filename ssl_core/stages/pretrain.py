@@ -6,6 +6,7 @@ import json
 import os
 import resource
 import shutil
+import signal
 import sys
 import time
 from contextlib import nullcontext
@@ -17,13 +18,13 @@ import torch
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from ssl_core import provenance, tracking
+from ssl_core import provenance, schema, tracking
 from ssl_core.config import Experiment
 from ssl_core.data.loader import Loader
 from ssl_core.data.picture import draw_views
 from ssl_core.data.shards import Manifest, verify
 from ssl_core.data.views import POLICIES, View, Views, adjust
-from ssl_core.files import write_json, write_text
+from ssl_core.files import atomic, write_json, write_text
 from ssl_core.methods.base import method_class, resolve
 from ssl_core.networks.backbones import build_backbone, check_image_size, save_backbone, write_tensors
 from ssl_core.training import checkpoint as checkpoints
@@ -87,8 +88,11 @@ def run(
     try:
         elastic_launch(launch, _work_as_rank)(job)
     except ChildFailedError as error:
-        failure = next(iter(error.failures.values()))
+        killed = [failure for failure in error.failures.values() if failure.exitcode == -signal.SIGKILL]
+        failure = next(iter([*killed, *error.failures.values()]))  # the others fail because one was killed
         reason = dict(failure.message)["message"] if isinstance(failure.message, dict) else str(failure.message)
+        if killed:
+            reason = "it was killed, most likely for want of memory; lower batch_size or run again to go on"
         raise ValueError(f"process {failure.local_rank} of {processes} failed: {reason}") from None
 
 
@@ -103,9 +107,7 @@ def _work(job: Job) -> None:
     training = resolved.training
     device = _start_process(training.gpus, job.threads)
     manifest = Manifest.load(job.manifest)
-    identity = checkpoints.Identity(
-        spec=provenance.canonical(job.spec), code=job.code, data=provenance.file_digest(job.manifest)
-    )
+    identity = checkpoints.Identity(spec=provenance.canonical(job.spec), code=job.code, data=_data_digest(job))
     # The backbone comes first after the seed, so that the evaluations' untrained baseline is this very network.
     torch.manual_seed(training.seed)
     backbone = build_backbone(resolved.backbone, manifest.image_size)
@@ -133,6 +135,15 @@ def _work(job: Job) -> None:
             _lead(job, resolved, manifest, views, trainer, identity, state["tracking_run"] if state else None)
         else:
             trainer.run(save=lambda: _discard(trainer.state()), log=lambda row: None)
+
+
+def _data_digest(job: Job) -> str:
+    """Digest what is learnt from: the data set, and the files of weights that the experiment names."""
+    files = [Path(file) for file in schema.files(job.spec).values()]
+    for missing in (file for file in files if not file.is_file()):
+        raise ValueError(f"{missing} does not exist")
+    first, *more = [provenance.file_digest(file) for file in (job.manifest, *files)]
+    return provenance.digest("".join([first, *more])) if more else first
 
 
 def _prepare(trainer: Trainer) -> None:
@@ -192,7 +203,7 @@ def _lead(
             tracked.artifact(job.output / name)
         tracked.model(job.output / "backbone.safetensors", settings)
     picture.unlink()
-    job.checkpoint.unlink(missing_ok=True)
+    checkpoints.remove(job.checkpoint)
 
 
 def _version(identity: checkpoints.Identity) -> str:
@@ -262,7 +273,6 @@ def _report(
 ) -> dict[str, Any]:
     training, cuda = resolved.training, trainer.device.type == "cuda"
     peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    students = sum(view.count for view in views.values() if "student" in view.seen_by)
     return {
         "experiment": job.experiment,
         "version": _version(identity),
@@ -275,12 +285,17 @@ def _report(
             "images_per_second": round(training.batch_size * trainer.total_steps / trainer.seconds, 1),
             "peak_memory_mb": round(peak / 2**20),
             "data_wait_share": round(trainer.waited / trainer.seconds, 4),
-            "backward_passes": students * training.batch_size * trainer.total_steps,
+            "backward_passes": round(students_views(views) * training.batch_size * trainer.total_steps),
         },
         "digests": {"spec": provenance.digest(identity.spec), "code": identity.code, "data": identity.data},
         "versions": provenance.versions(),
         "hardware": provenance.hardware(),
     }
+
+
+def students_views(views: Views) -> float:
+    """Count the pictures the student sees of an image; a region's view is a tile, a quarter of JigClu's montage."""
+    return sum(view.count * (0.25 if view.region else 1.0) for view in views.values() if "student" in view.seen_by)
 
 
 def _write(
@@ -294,7 +309,8 @@ def _write(
     )
     write_text(new["history.csv"], _csv(trainer.history))
     write_json(new["pretrain.json"], report)
-    shutil.copyfile(picture, new["views.png"])  # the tracking may still be reading the first
+    with atomic(new["views.png"]) as copy:
+        shutil.copyfile(picture, copy)  # the tracking may still be reading the first
     metadata = {
         "version": report["version"],
         "seed": str(resolved.training.seed),

@@ -11,7 +11,9 @@ from safetensors import safe_open
 
 from ssl_core.config import Backbone
 from ssl_core.files import read_json
+from ssl_core.methods.base import method_class, resolve
 from ssl_core.networks.backbones import build_backbone, load_backbone
+from ssl_core.provenance import file_digest
 from ssl_core.stages import pretrain, shard
 
 SPEC = {
@@ -62,6 +64,24 @@ def test_a_rerun_gives_the_same_bytes(finished, manifest, tmp_path):
         assert (again / name).read_bytes() == (finished / name).read_bytes(), name
 
 
+def test_the_files_of_weights_belong_to_what_a_run_learns_from(manifest, tmp_path):
+    def digest(**method):
+        job = pretrain.Job(
+            experiment="tiny", spec={"method": method}, code="c", manifest=manifest, output=tmp_path,
+            checkpoint=tmp_path / "c.pt", threads=1,
+        )  # fmt: skip
+        return pretrain._data_digest(job)
+
+    start = tmp_path / "start.safetensors"
+    assert digest() == file_digest(manifest)
+    with pytest.raises(ValueError, match=r"start\.safetensors does not exist"):
+        digest(initial=str(start))
+    start.write_text("weights")
+    first = digest(initial=str(start))
+    start.write_text("other weights")
+    assert len({digest(), first, digest(initial=str(start)), digest(teacher={"weights": str(manifest)})}) == 4
+
+
 def test_the_backbone_loads_back_and_moved_from_where_it_began(finished):
     network, header = load_backbone(finished / "backbone.safetensors")
     torch.manual_seed(0)
@@ -94,6 +114,16 @@ def test_the_summary_has_resolved_settings_and_cost(finished):
     assert summary["resolved"]["method"]["teacher_temperature"] == 0.04
     assert summary["cost"]["backward_passes"] == 12 * 32
     assert summary["cost"]["images_per_second"] > 0
+
+
+@pytest.mark.parametrize(
+    ("method", "passes"),
+    [({"name": "ressl"}, 1), ({"name": "simclr"}, 2), ({"name": "swav", "num_locals": 6}, 8), ({"name": "jigclu"}, 1)],
+)
+def test_a_pass_is_a_picture_that_the_student_sees(method, passes):
+    """JigClu lays its four patches into one montage; SwAV's are two large and six small crops."""
+    resolved = resolve({**SPEC, "method": method})
+    assert pretrain.students_views(method_class(method["name"]).views(resolved.method, 32)) == passes
 
 
 def test_the_model_holds_teacher_and_queue_too(finished):

@@ -6,8 +6,8 @@ import yaml
 
 from .conftest import Project
 
-FIRST = {"results/first/backbone.safetensors", "results/first/linear.json", "results/first/knn.json"}
-SECOND = {"results/second/backbone.safetensors", "results/second/linear.json", "results/second/knn.json"}
+FIRST = {f"results/first/{file}" for file in ("backbone.safetensors", "curves.png", "linear.json", "knn.json")}
+SECOND = {file.replace("first", "second") for file in FIRST}
 BOOKKEEPING = ("tracking", "files", "provenance", "cli", "schema")
 TABLE = {"results/table.csv"}
 
@@ -62,6 +62,38 @@ def test_what_computes_nothing_new_runs_nothing(done: Project) -> None:
     (done.folder / "checkpoints").mkdir()
     (done.folder / "checkpoints" / "first.pt").write_text("state")
     assert done.pending() == set()
+
+
+def test_a_reported_number_changes_the_table_alone(done: Project) -> None:
+    config = done.config
+    config["reported"] = {"first": {"source": "Table 2", "results": {"linear": 90.8}}}
+    done.configure(config)
+    assert done.pending() == TABLE
+
+
+def test_seeds_run_an_experiment_each(done: Project) -> None:
+    config = done.config
+    config["experiments"]["first"]["seeds"] = [0, 4]
+    done.configure(config)
+    assert done.pending() == {file.replace("first", f"first-seed{seed}") for file in FIRST for seed in (0, 4)} | TABLE
+
+
+def test_a_file_of_weights_runs_its_experiments_again(fresh: Project) -> None:
+    config = fresh.config
+    second = config["experiments"]["second"]
+    second["method"]["initial"] = "start.safetensors"
+    taken = {key: second[key] for key in ("dataset", "backbone")} | {"weights": "start.safetensors"}
+    chained = taken | {"weights": "results/second/backbone.safetensors"}
+    config["experiments"] |= {"taken": taken, "chained": chained}
+    fresh.configure(config)
+    (fresh.folder / "start.safetensors").write_text("weights")
+    backbones = {f"results/{name}/backbone.safetensors" for name in ("first", "second", "taken", "chained")}
+    run = fresh.snakemake(*backbones)
+    assert run.returncode == 0, run.stderr
+    assert [call.split()[1] for call in fresh.calls() if call.startswith("adopt")] == ["taken", "chained"]
+    assert fresh.pending(*backbones) == set()
+    (fresh.folder / "start.safetensors").write_text("other weights")
+    assert fresh.pending(*backbones) == backbones - {"results/first/backbone.safetensors"}
 
 
 def test_code_of_a_method_runs_its_experiments_again(done: Project) -> None:

@@ -44,6 +44,22 @@ def test_an_overlay_adds_its_experiments(fresh: Project) -> None:
     assert targets <= fresh.pending(*targets, "--configfile", "overlay.yaml")
 
 
+def test_a_null_in_an_overlay_leaves_an_experiment_out(fresh: Project) -> None:
+    (fresh.folder / "overlay.yaml").write_text("{experiments: {first: null}, sweeps: {heat: null}}\n")
+    pending = fresh.pending("--configfile", "overlay.yaml")
+    assert {path.split("/")[1] for path in pending if path.endswith(".json")} - {"tiny"} == {"second"}
+
+
+def test_a_missing_file_of_weights_ends_in_one_line(fresh: Project) -> None:
+    config = fresh.config
+    first = config["experiments"]["first"]
+    config["experiments"]["taken"] = {**first, "weights": "gone.safetensors"}
+    del config["experiments"]["taken"]["method"]
+    fresh.configure(config)
+    words = "error: experiments.taken.weights: there is no file 'gone.safetensors' (seen from the project's root)"
+    assert refusal(fresh) == words
+
+
 def test_a_sweep_makes_its_experiments_and_one_table(fresh: Project) -> None:
     pending = fresh.pending("results/sweeps/heat.csv")
     experiments = {path.split("/")[1] for path in pending if path.endswith("backbone.safetensors")}
@@ -102,3 +118,33 @@ def test_a_dry_run_imports_neither_torch_nor_mlflow(fresh: Project) -> None:
     )
     run = subprocess.run([sys.executable, "-c", probe], cwd=fresh.folder, capture_output=True, text=True, timeout=60)
     assert run.stdout.splitlines()[-1] == "set()", run.stdout + run.stderr
+
+
+def test_a_cost_needs_the_export_and_the_export_all_other_evaluations(fresh: Project) -> None:
+    config = fresh.config
+    config["evaluations"]["price"] = {"protocol": "cost"}
+    fresh.configure(config)
+    run = fresh.snakemake("results/first/price.json")
+    assert run.returncode == 0, run.stderr
+    (export,) = [call for call in fresh.calls() if call.startswith("export first")]
+    assert "--results results/first/linear.json results/first/knn.json --output results/first/export" in export
+    assert "--card datasets/tiny.yaml" in export
+    (cost,) = [call for call in fresh.calls() if call.startswith("cost first price")]
+    assert "--onnx results/first/export/backbone.onnx --pretrain results/first/pretrain.json" in cost
+    assert '--spec {"dataset":{"name":"tiny"},"protocol":"cost"}' in cost
+    assert fresh.pending("results/first/export/README.md", "results/first/price.json") == set()
+
+
+def test_pictures_come_with_their_evaluation_and_only_what_was_trained_has_curves(fresh: Project) -> None:
+    config = fresh.config
+    first = config["experiments"]["first"]
+    config["experiments"]["taken"] = {key: first[key] for key in ("dataset", "backbone")} | {"weights": "w.safetensors"}
+    config["evaluations"]["looks"] = {"protocol": "pictures"}
+    fresh.configure(config)
+    (fresh.folder / "w.safetensors").write_text("weights")
+    run = fresh.snakemake("-n", "all", "results/taken/looks/tsne.svg")
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("rule pictures:") == 3
+    assert "results/taken/looks/neighbours.png" in run.stdout
+    assert "results/first/curves.png" in run.stdout
+    assert "results/taken/curves.png" not in run.stdout

@@ -28,7 +28,7 @@ def checked(config):
             load_card(Path(f"datasets/{name}.yaml"))
         return schema.experiments(config)
     except ValueError as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {' '.join(str(error).split())}")
 
 
 def pretrain_spec(wildcards):
