@@ -3,6 +3,7 @@
 PYTHON ?= python3
 CORES ?= all
 ARGS ?=
+PORT ?= 5000
 UV_VERSION := 0.13.8
 
 BIN := .venv/bin
@@ -13,7 +14,7 @@ unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV CONDA_PREFIX
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 export MLFLOW_DISABLE_TELEMETRY := true
 
-.PHONY: all install test test-long bench check format schema ui lock clean
+.PHONY: all install test test-long bench check format schema docs ui lock clean
 .DELETE_ON_ERROR:
 .SUFFIXES:
 
@@ -32,6 +33,7 @@ install: $(INSTALLED)
 # The stamp is written last: an interrupted installation is taken up again.
 $(INSTALLED): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; (3, 11) <= v <= (3, 13) or sys.exit("error: Python 3.11 to 3.13 is needed, $(PYTHON) is %d.%d; say make PYTHON=python3.12" % v)'
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "error: $(PYTHON) cannot make environments: apt install python3-venv (Debian, Ubuntu), or say make PYTHON=python3.12" >&2; exit 1; }
 	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
 	VIRTUAL_ENV=$(CURDIR)/.venv $(BIN)/python -m uv pip sync --require-hashes requirements.lock
@@ -64,10 +66,15 @@ schema: $(INSTALLED)
 	ssl-core schema > workflow/schemas/config.schema.json.new
 	mv workflow/schemas/config.schema.json.new workflow/schemas/config.schema.json
 
+# A site of all documentation in site/.
+docs: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 mkdocs build --quiet $(ARGS)
+
 # One worker and no job executor: a sixth of the processes and memory of the default.
 ui: $(INSTALLED)
-	@echo "The leaderboard: http://127.0.0.1:5000/#/experiments/1/runs?workflowType=machine_learning&viewStateShareKey=leaderboard"
-	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false mlflow ui --host 127.0.0.1 --workers 1 \
+	@python -c 'import socket, sys; s = socket.socket(); s.connect_ex(("127.0.0.1", $(PORT))) or sys.exit("error: port $(PORT) is in use, perhaps by another make ui: say make ui PORT=5001")'
+	@echo "The leaderboard: http://127.0.0.1:$(PORT)/#/experiments/1/runs?workflowType=machine_learning&viewStateShareKey=leaderboard"
+	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false mlflow ui --host 127.0.0.1 --port $(PORT) --workers 1 \
 	  --backend-store-uri $${MLFLOW_TRACKING_URI:-sqlite:///mlflow.db} $(ARGS)
 
 lock: $(INSTALLED)
