@@ -102,6 +102,15 @@ def test_one_job_at_a_time_uses_the_gpu(fresh: Project) -> None:
         assert len(re.findall(r"rule (?:pretrain|evaluate):", started)) <= 1, started
 
 
+def test_jobs_together_never_take_more_cores_than_there_are(fresh: Project) -> None:
+    run = fresh.snakemake("--cores", "2")
+    assert run.returncode == 0, run.stderr
+    rounds = run.stderr.split("Execute ")[1:]
+    assert "rule shard:" in rounds[0]  # alone: the job that Snakemake 9.12 books nothing for
+    for started in rounds:
+        assert sum(int(threads) for threads in re.findall(r"^    threads: (\d+)", started, re.M)) <= 2, started
+
+
 def test_a_failed_stage_fails_the_run(fresh: Project) -> None:
     (fresh.folder / "bin" / "ssl-core").write_text("#!/bin/sh\necho 'error: no' >&2\nexit 2\n")
     run = fresh.snakemake("shards/tiny/manifest.json")

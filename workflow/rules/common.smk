@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import yaml
+from snakemake.scheduling.job_scheduler import JobScheduler
 
 from ssl_core import layers, schema
 from ssl_core.data.card import load_card
@@ -14,6 +15,20 @@ from ssl_core.provenance import canonical, code_digest
 
 # Where no environment is activated, jobs find `ssl-core` beside the Python that runs Snakemake.
 os.environ.update(PATH=os.pathsep.join([*os.get_exec_path(), str(Path(sys.executable).parent)]))
+
+
+# Snakemake before 9.17 books no cores and no GPU for a job that is the only one ready, yet hands its share back at the
+# end: after the first sharding a machine would seem to have twice what it has (docs/decisions, 8).
+def book_lone_job(self, jobs, select=JobScheduler.job_selector):
+    selected = select(self, jobs)
+    if len(jobs) == 1:
+        with self._lock:
+            self.update_available_resources(selected)
+    return selected
+
+
+if JobScheduler.job_selector.__name__ == "job_selector":
+    JobScheduler.job_selector = book_lone_job
 
 
 def checked(config):
