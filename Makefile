@@ -19,11 +19,11 @@ export MLFLOW_DISABLE_TELEMETRY := true
 .SUFFIXES:
 
 all: $(INSTALLED)
-	snakemake --cores $(CORES) $(ARGS)
+	snakemake --rerun-incomplete --cores $(CORES) $(ARGS)
 
 # Always asked, so that Snakemake decides what is out of date.
 results/% shards/%: $(INSTALLED) FORCE
-	snakemake --cores $(CORES) $@ $(ARGS)
+	snakemake --rerun-incomplete --cores $(CORES) $@ $(ARGS)
 
 FORCE:
 Makefile pyproject.toml requirements.lock: ;

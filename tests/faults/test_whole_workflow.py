@@ -72,7 +72,7 @@ def test_the_workflow_ended_at_random_moments_goes_on_to_the_same_bytes(
         folder = tmp_path / str(number)
         shutil.copytree(project, folder)
         process = start(folder, TARGET)
-        moment = moments.uniform(1, seconds)
+        moment = moments.uniform(1, 0.7 * seconds)
         time.sleep(moment)  # the moment is what is tested
         if process.poll() is None:
             os.killpg(process.pid, kind)
@@ -83,10 +83,32 @@ def test_the_workflow_ended_at_random_moments_goes_on_to_the_same_bytes(
         assert {file: whole.get(file) for file in found} == found, f"{kind.name} after {moment:.1f} s: {output}"
         if (folder / ".snakemake" / "locks").is_dir() and any((folder / ".snakemake" / "locks").iterdir()):
             finish(folder, "--unlock")
-        finish(folder, TARGET)
+        finish(folder, "--rerun-incomplete", TARGET)
         assert contents(folder) == whole, f"{kind.name} after {moment:.1f} s"
     print(f"ended {hits} times of {MOMENTS} before it was through")
     assert hits >= MOMENTS // 2
+
+
+def test_a_kill_between_an_output_and_snakemakes_note_of_it_wants_one_more_word(
+    project: Path, undisturbed: tuple[dict[str, bytes], float], tmp_path: Path
+) -> None:
+    folder = tmp_path / "project"
+    shutil.copytree(project, folder)
+    (folder / "bin").mkdir()
+    real, target = Path(sys.executable).parent / "ssl-core", "shards/tiny/manifest.json"
+    stage = folder / "bin" / "ssl-core"
+    stage.write_text(f'#!/bin/sh\n{real} "$@"\nkill -9 0\n')  # itself, Snakemake and all of its group
+    stage.chmod(0o755)
+    process = start(folder, target)
+    process.communicate(timeout=300)
+    assert process.returncode == -signal.SIGKILL
+    assert (folder / target).exists()
+    stage.unlink()
+    finish(folder, "--unlock")
+    output, _ = start(folder, target).communicate(timeout=300)
+    assert "rerun your command with the --rerun-incomplete flag" in output
+    finish(folder, "--rerun-incomplete", target)
+    assert contents(folder).items() <= undisturbed[0].items()
 
 
 def test_a_second_workflow_in_the_same_folder_is_refused_and_harms_nobody(
