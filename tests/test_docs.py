@@ -95,7 +95,11 @@ def made_by(words: list[str], project: Path) -> list[list[str]]:
     """Return the Snakemake commands that `make` would run; a target that is not there fails."""
     (project / ".venv").mkdir(exist_ok=True)
     (project / ".venv" / ".installed").touch()
-    run = subprocess.run(["make", "--dry-run", *words], capture_output=True, text=True)
+    # Not with what `make test ARGS=...` itself was told.
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("ARGS", "MAKEFLAGS", "MAKEOVERRIDES")
+    }
+    run = subprocess.run(["make", "--dry-run", *words], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     return [line.split() for line in run.stdout.splitlines() if line.startswith("snakemake ")]
 
