@@ -116,14 +116,14 @@ def fit_chosen(
     held_rows, held_labels = rows[sets.fitted :], sets.known.labels[sets.fitted :]
     weights = before = rows.new_zeros(classes, rows.shape[1], dtype=torch.float64)
     best, table, unconverged = (-1.0, 0.0, weights), {}, 0
-    for l2 in grid(
-        config
-    ):  # from the strongest; the path of the weights is smooth, so its next point is near this line
+    for l2 in grid(config):  # from the strongest; the path of the weights is smooth: its next point is near this line
         starts = (weights, 2 * weights - before)
         before = weights
         weights, _, converged = fit(fit_rows, fit_labels, starts, l2, max_iterations=config.max_iterations)
         unconverged += not converged
-        logits = torch.cat([(part @ weights.T.to(part.dtype)).cpu() for part in held_rows.split(CHUNK)])
+        logits = torch.empty(len(held_rows), classes)
+        for part, target in zip(held_rows.split(CHUNK), logits.split(CHUNK)):
+            target.copy_(part @ weights.T.to(part.dtype))
         table[f"{l2:.4g}"] = score = scores(logits, held_labels)[metric]
         if score > best[0]:  # a tie goes to the stronger penalty
             best = (score, l2, weights)
@@ -317,4 +317,7 @@ def _rotate(features: Tensor, *, standardize: bool) -> tuple[Tensor, Callable[[T
 def _logits(weights: Tensor, features: Tensor, device: str) -> Tensor:
     """Apply (classes, dim + 1) weights to raw features (n, dim), on the CPU in the end."""
     slopes, bias = weights[:, :-1].to(device), weights[:, -1].to(device)
-    return torch.cat([(part.to(device).double() @ slopes.T + bias).cpu() for part in features.split(CHUNK)])
+    logits = torch.empty(len(features), len(weights), dtype=torch.double)  # a list of parts would break up the heap
+    for part, target in zip(features.split(CHUNK), logits.split(CHUNK)):
+        target.copy_(part.to(device).double() @ slopes.T + bias)
+    return logits

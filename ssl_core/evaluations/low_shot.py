@@ -213,8 +213,10 @@ def _score(
                 target.copy_(scaled(train[part]))
             weights, failed = fit(prepared, targets[rows], config)
             unconverged += failed
-            logits = [scaled(part) @ weights[:, :-1].T + weights[:, -1] for part in test.split(CHUNK)]
-            values.append(mean_average_precision(torch.cat(logits), truth, counted))
+            logits = torch.empty(len(test), len(weights), dtype=torch.float64)  # a list would break up the heap
+            for part, target in zip(test.split(CHUNK), logits.split(CHUNK)):
+                target.copy_(scaled(part) @ weights[:, :-1].T + weights[:, -1])
+            values.append(mean_average_precision(logits, truth, counted))
         metrics[f"map_{shots}"] = round(float(np.mean(values)), 4)
         if len(values) > 1:
             spread[shots] = round(float(np.std(values, ddof=1)), 4)

@@ -80,7 +80,11 @@ def run(card: Path, output: Path, *, threads: int) -> None:
     output.mkdir(parents=True, exist_ok=True)
     with open_source(described, scratch=output) as opened:
         state = State(output, _identity(opened))
-        parts = _pack_all(described, opened, output, state, threads)
+        try:
+            parts = _pack_all(described, opened, output, state, threads)
+        except BrokenProcessPool:
+            reason = "a worker process was killed, most likely for want of memory: run with fewer threads"
+            raise ValueError(reason) from None
     splits = {}
     for name in opened.splits:
         splits[name] = _close_gaps([part for part in parts if part.split == name], output, state)
@@ -233,12 +237,7 @@ def _pack_all(card: Card, opened: Opened, output: Path, state: State, threads: i
             raise
         finally:
             pool.shutdown(cancel_futures=True)
-        try:
-            return [future.result() for future in futures]  # of several errors always the same one, the first in order
-        except BrokenProcessPool:
-            raise ValueError(
-                "a worker process was killed, most likely for want of memory: run with fewer threads"
-            ) from None
+        return [future.result() for future in futures]  # of several errors always the same one, the first in order
 
 
 def _tasks(opened: Opened, state: State) -> Iterator[Task]:
