@@ -237,13 +237,13 @@ class Recorder:
         metrics = [Metric(key, value, message["time"], 0, model_id=self.model_id) for key, value in values]
         self.client.log_batch(self.parent_id, metrics=metrics)
         with _locked(self.uri):
-            self._widen_leaderboard(message["values"])
+            self._widen_leaderboard(message["columns"])
 
-    def _widen_leaderboard(self, values: dict[str, float]) -> None:
+    def _widen_leaderboard(self, new: list[str]) -> None:
         """Add columns to the shared view of the runs page (...&viewStateShareKey=leaderboard), which shows none."""
         tags = self.client.get_experiment(self.experiment_id).tags
         old = json.loads(tags.get(LEADERBOARD, "{}")).get("selectedColumns", [])
-        columns = list(dict.fromkeys([*old, *(f"metrics.`{key}`" for key in values)]))
+        columns = list(dict.fromkeys([*old, *(f"metrics.`{key}`" for key in new)]))
         if columns != old:
             self.client.set_experiment_tag(self.experiment_id, LEADERBOARD, json.dumps({"selectedColumns": columns}))
 

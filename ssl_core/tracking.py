@@ -12,6 +12,7 @@ import select
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
@@ -81,9 +82,10 @@ class Run:
         """Record numbers of this stage, of a step or (no step) of the whole."""
         self._send("metrics", values={key: float(value) for key, value in values.items()}, step=step)
 
-    def headline(self, values: dict[str, float]) -> None:
-        """Record numbers on the parent run and on its model: the columns by which experiments are compared."""
-        self._send("headline", values={key: float(value) for key, value in values.items()})
+    def headline(self, values: dict[str, float], *, columns: Sequence[str] | None = None) -> None:
+        """Record numbers on the parent run and its model; `columns` (else all) stand on the page of all experiments."""
+        numbers = {key: float(value) for key, value in values.items()}
+        self._send("headline", values=numbers, columns=list(numbers if columns is None else columns))
 
     def artifact(self, path: Path, *, folder: str | None = None, on_parent: bool = False) -> None:
         """Copy a file into the run, or its parent; it must stay where it is until the run has ended."""

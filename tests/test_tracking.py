@@ -1,5 +1,6 @@
 """MLflow gets everything, whatever happens to the training; the training gets nothing, whatever happens to MLflow."""
 
+import json
 import os
 import signal
 import socket
@@ -24,7 +25,7 @@ with tracking.start(stage, "tiny", digest="d" * 64, parameters={"stage": stage},
     for step in range(1, 6):
         run.metrics({"loss": 10.0 - step}, step=step)
     if stage == "linear":
-        run.headline({"linear/top1": 89.9})
+        run.headline({"linear/top1": 89.9, "linear/top5": 99.0}, columns=["linear/top1"])
         open("card.md", "w").close()
         run.artifact(Path("card.md"), on_parent=True)
     if end == "exception":
@@ -90,10 +91,11 @@ def test_metrics_arrive_even_from_a_process_that_was_killed(four: Path) -> None:
 
 
 def test_headline_stands_on_the_parent_and_in_the_leaderboard(four: Path) -> None:
-    query = "select value from metrics where key = 'linear/top1' and run_uuid = '{}'"
-    assert select(four, query.format(stages(four)["experiment"][0])) == [(89.9,)]
+    query = "select key, value from metrics where run_uuid = '{}'"
+    found = select(four, query.format(stages(four)["experiment"][0]))
+    assert set(found) == {("linear/top1", 89.9), ("linear/top5", 99.0)}
     (view,) = select(four, "select value from experiment_tags where key = 'mlflow.sharedViewState.leaderboard'")[0]
-    assert "metrics.`linear/top1`" in view
+    assert json.loads(view)["selectedColumns"] == ["metrics.`linear/top1`"]
 
 
 def test_an_artifact_of_the_experiment_stands_on_the_parent(four: Path) -> None:

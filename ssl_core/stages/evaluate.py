@@ -69,7 +69,8 @@ def run(
         label = outcome.protocol if evaluation == config.protocol else f"{evaluation} {outcome.protocol}"
         for network, metrics in outcome.metrics.items():
             tracked.metrics({f"{outcome.protocol} {network} {name}": value for name, value in numbers(metrics).items()})
-        tracked.headline({f"{label} {name}": value for name, value in numbers(outcome.metrics["pretrained"]).items()})
+        found = {f"{label} {name}": value for name, value in numbers(outcome.metrics["pretrained"]).items()}
+        tracked.headline(found, columns=[f"{label} {outcome.headline}"])
         tracked.dataset(
             shards.dataset, digests["data"], num_images=outcome.num_test, source=manifest, context=outcome.split
         )
