@@ -8,7 +8,7 @@ from ssl_core.data.picture import draw_views
 from ssl_core.explain import find, shard_command
 from ssl_core.layers import load
 
-ROWS = 8  # images
+IMAGES = 8
 
 
 def draw(name: str, overlays: Sequence[Path], picture: Path, *, threads: int) -> str:
@@ -23,8 +23,8 @@ def draw(name: str, overlays: Sequence[Path], picture: Path, *, threads: int) ->
         raise ValueError(f"the data set '{dataset}' is not sharded yet: run `{shard_command(dataset)}` first")
     if picture.suffix.lower() != ".png":
         raise ValueError(f"{picture}: the picture is a PNG, so let its name end in .png")
-    rows = min(ROWS, resolved.dataset.subset.images if resolved.dataset.subset else ROWS)
-    options = {"batch_size": rows, "seed": resolved.training.seed, "shuffle": False, "threads": threads}
+    images = min(IMAGES, resolved.dataset.subset.images if resolved.dataset.subset else IMAGES)
+    options = {"batch_size": images, "seed": resolved.training.seed, "shuffle": False, "threads": threads}
     with Loader(manifest, resolved.dataset, views, **options) as loader:
         draw_views(loader.next(), views, picture, mean=manifest.mean, std=manifest.std)
-    return f"{picture}: a row an image of {manifest.dataset}/{resolved.dataset.split}, a column a view"
+    return f"{picture}: a column an image of {manifest.dataset}/{resolved.dataset.split}, a row a view"

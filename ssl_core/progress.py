@@ -10,7 +10,9 @@ SECONDS = 15.0  # between lines of a log
 PLAIN = "{desc}: {n_fmt} of {total_fmt}{unit} ({percentage:.0f} %), {rate_fmt}, {remaining} left{postfix}"
 
 
-def progress_bar(total: int, what: str, *, unit: str, initial: int = 0, leave: bool = True) -> tqdm:
+def progress_bar(
+    total: int, what: str, *, unit: str, initial: int = 0, leave: bool = True, disable: bool = False
+) -> tqdm:
     """Return a bar over `total` units with their rate and the time left; `unit` is a plural, as in "images".
 
     What a bar tells is of this sitting: `initial` units count as done, not as fast.
@@ -22,7 +24,7 @@ def progress_bar(total: int, what: str, *, unit: str, initial: int = 0, leave: b
         options = {**shape, "mininterval": 0.5, "leave": leave}
     else:
         options = {"file": _Lines(sys.stderr), "mininterval": SECONDS, "bar_format": PLAIN}
-    return tqdm(total=total, initial=initial, desc=what, unit=f" {unit}", **options)
+    return tqdm(total=total, initial=initial, desc=what, unit=f" {unit}", disable=disable, **options)
 
 
 class _Lines:

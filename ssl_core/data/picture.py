@@ -1,4 +1,4 @@
-"""The picture of what each network sees: one row an image, one column a view."""
+"""The picture of what each network sees: one column an image, one row a view."""
 
 import textwrap
 from collections.abc import Sequence
@@ -14,40 +14,34 @@ from ssl_core.data.views import POLICIES, Augmentation, View, Views
 from ssl_core.files import atomic
 
 CELL = 1.45  # inches of the largest view; others are smaller, but never less than half of it
-GAP = 0.22  # inches between groups
+GAP, MARGIN = 0.06, 0.2  # inches
+HEADER = 0.65  # inches above each group of views
 
 
 def draw_views(
-    batch: Batch, views: Views, path: Path, *, mean: Sequence[float], std: Sequence[float], rows: int = 8
+    batch: Batch, views: Views, path: Path, *, mean: Sequence[float], std: Sequence[float], images: int = 8
 ) -> None:
-    """Draw the first `rows` images of a batch as a PNG; `mean` and `std` (of pixels in 0..1) undo the normalisation."""
-    columns = [(group, index) for group, view in views.items() for index in range(view.count)]
-    rows = min(rows, len(batch.labels))
+    """Draw the first `images` of a batch as a PNG; `mean` and `std` (of pixels in 0..1) undo the normalisation."""
+    count = min(images, len(batch.labels))
     largest = max(view.size for view in views.values())
-    widths = [CELL * max(0.5, views[group].size / largest) for group, _ in columns]
-    lefts = [sum(widths[:k]) + 0.06 * k + GAP * _groups_before(columns, k) for k in range(len(columns))]
-    margin, header, cell = 0.2, 0.9, max(widths) + 0.06
-    width, height = lefts[-1] + widths[-1] + 2 * margin, rows * cell + header + margin
+    sides = {group: CELL * max(0.5, view.size / largest) for group, view in views.items()}
+    heights = {group: HEADER + view.count * (sides[group] + GAP) for group, view in views.items()}
+    width, height = count * (max(sides.values()) + GAP) - GAP + 2 * MARGIN, sum(heights.values()) + MARGIN
     figure = Figure(figsize=(width, height), dpi=110, facecolor="white")
-    for (group, index), left, side in zip(columns, lefts, widths, strict=True):
-        pixels = _pixels(batch.views[group][index][:rows], mean, std)
-        for row in range(rows):
-            bottom = height - header - (row + 1) * cell + (cell - side) / 2
-            place = ((margin + left) / width, bottom / height, side / width, side / height)
-            axes = figure.add_axes(place)
-            axes.imshow(pixels[row], interpolation="nearest")  # 16 px are shown as 16 px
-            axes.set_axis_off()
+    top = height
     for group, view in views.items():
-        of_group = [k for k, (name, _) in enumerate(columns) if name == group]
-        left, right = lefts[of_group[0]], lefts[of_group[-1]] + widths[of_group[-1]]
-        _title(figure, group, view, (margin + left) / width, (margin + right) / width, 1 - header / height)
+        _title(figure, group, view, top)
+        for index, seen in enumerate(batch.views[group]):
+            bottom = top - HEADER - (index + 1) * (sides[group] + GAP) + GAP
+            for column, pixels in enumerate(_pixels(seen[:count], mean, std)):
+                left = MARGIN + column * (max(sides.values()) + GAP)
+                axes = figure.add_axes((left / width, bottom / height, sides[group] / width, sides[group] / height))
+                axes.imshow(pixels, interpolation="nearest")  # 16 px are shown as 16 px
+                axes.set_axis_off()
+        top -= heights[group]
     FigureCanvasAgg(figure)
     with atomic(path) as temporary:
         figure.savefig(temporary, format="png", metadata={"Software": None})
-
-
-def _groups_before(columns: Sequence[tuple[str, int]], column: int) -> int:
-    return len({group for group, _ in columns[: column + 1]}) - 1
 
 
 def _pixels(images: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
@@ -56,16 +50,17 @@ def _pixels(images: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -
     return (images * torch.tensor(std) + torch.tensor(mean)).clamp(0, 1).numpy()
 
 
-def _title(figure: Figure, group: str, view: View, left: float, right: float, bottom: float) -> None:
+def _title(figure: Figure, group: str, view: View, top: float) -> None:
     """Write above a group its name and, in small print, size, crop, augmentation and who sees it."""
-    width, inches = figure.get_figwidth() * (right - left), figure.get_figheight()
+    width, height = figure.get_figwidth(), figure.get_figheight()
     crop = "center" if view.crop == "center" else f"area {view.area[0]:g}-{view.area[1]:g}"
-    lines = [f"{view.size} px, {crop}", _augmentation_name(view.augmentation)]
+    parts = [f"{view.size} px, {crop}", _augmentation_name(view.augmentation)]
     if view.seen_by != (group,):
-        lines.append("seen by " + ", ".join(view.seen_by))
-    lines = [part for line in lines for part in textwrap.wrap(line, width=max(12, int(width / 0.062)))]
-    figure.text(left, bottom + 0.65 / inches, group, fontsize=10, fontweight="bold", va="bottom", ha="left")
-    figure.text(left, bottom + 0.61 / inches, "\n".join(lines), fontsize=7, color="0.35", va="top", ha="left")
+        parts.append("seen by " + ", ".join(view.seen_by))
+    small = "\n".join(textwrap.wrap("; ".join(parts), width=max(12, int((width - 2 * MARGIN) / 0.062)))[:2])
+    left = MARGIN / width
+    figure.text(left, (top - 0.12) / height, group, fontsize=10, fontweight="bold", va="top", ha="left")
+    figure.text(left, (top - 0.31) / height, small, fontsize=7, color="0.35", va="top", ha="left")
 
 
 def _augmentation_name(augmentation: Augmentation) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ssl_core.results import (
+    BASELINES,
     Result,
     Row,
     Summary,
@@ -17,7 +18,7 @@ from ssl_core.results import (
     value,
 )
 
-WORDS = {"top1": "top 1", "top5": "top 5"}
+WIDE = 4  # evaluations of one data set that stand beside each other; more stand below each other
 SEEDS = """<p>Where an experiment has several <b>seeds</b>, its row is their mean ± standard deviation (of the
 sample), in brackets how many; gains are taken seed by seed, baselines are means. The line at the end of the bar spans
 the deviation. The small print has each run.</p>"""
@@ -26,25 +27,72 @@ Compare them only as far as their sources did the same.</p>"""
 
 
 def as_html(rows: Sequence[Row], *, title: str) -> str:
-    """Return the page: the table, what its words mean, and in small print where each number comes from."""
-    parameters, groups = parameters_of(rows), groups_of(rows)
-    columns = {group: _columns(rows, group) for group in groups}
+    """Return the page: a table a data set, what its words mean, and in small print where each number comes from."""
+    tables = [[row for row in rows if row.dataset == name] for name in sorted({row.dataset for row in rows})]
     sources = [row for row in rows if row.reported]
     parts = {
         "title": html.escape(title),
-        "top": "".join(_group_heading(rows, group, len(columns[group])) for group in groups),
-        "lead": 2 + len(parameters),
-        "header": "".join(_heading(name) for name in ("experiment", "dataset", *parameters)),
-        "measures": "".join(_measures(columns[group]) for group in groups),
-        "rows": "\n".join(_html_row(row, columns, parameters) for row in rows),
+        "tables": "\n".join(_wide(part) if len(groups_of(part)) <= WIDE else _long(part) for part in tables),
         "seeds": SEEDS if any(row.seeds for row in rows) else "",
         "reported": REPORTED + _sources(sources) if sources else "",
-        "print": "\n".join(line for row in rows for group in groups for line in _small_print(row, group)),
+        "print": "\n".join(line for row in rows for group in groups_of(rows) for line in _small_print(row, group)),
     }
     page = PAGE
     for name, text in parts.items():
-        page = page.replace(f"<!--{name}-->", str(text))
+        page = page.replace(f"<!--{name}-->", text)
     return page
+
+
+def _wide(rows: Sequence[Row]) -> str:
+    """Write a row an experiment, a group of columns an evaluation."""
+    parameters, groups = parameters_of(rows), groups_of(rows)
+    columns = {group: _columns(rows, group) for group in groups}
+    top = "".join(_group_heading(rows, group, len(columns[group])) for group in groups)
+    head = "".join(map(_heading, ("experiment", "dataset", *parameters)))
+    head += "".join(_measures(columns[group]) for group in groups)
+    body = []
+    for row in rows:
+        cells = [
+            _html_cell(row, group, name, "" if index else "first")
+            for group, names in columns.items()
+            for index, name in enumerate(names)
+        ]
+        body.append(f"<tr>{_lead(row, parameters)}{''.join(cells)}</tr>")
+    return _table(f'<th colspan="{2 + len(parameters)}"></th>{top}', head, body)
+
+
+def _long(rows: Sequence[Row]) -> str:
+    """Write a row an experiment and evaluation, one evaluation after the other, where columns would be too many."""
+    parameters, groups = parameters_of(rows), groups_of(rows)
+    found = {name for group in groups for name in _columns(rows, group)}
+    columns = ["pre-trained", *(name for name in ("gain", *BASELINES, "reported") if name in found)]
+    head = "".join(map(_heading, ("experiment", "dataset", *parameters, "evaluation", "measure"))) + _measures(columns)
+    body = []
+    for group in groups:
+        for row in rows:
+            if group not in row.results:
+                continue
+            metric = headline(row.results[group][0])
+            shown = columns if baselines([row], group) else [metric, *columns[1:]]  # a count has no bar
+            cells = [_html_cell(row, group, name, "first" if name == shown[0] else "") for name in shown]
+            named = f"<td>{html.escape(group)}</td><td>{html.escape(_words(metric))}</td>"
+            body.append(f"<tr>{_lead(row, parameters)}{named}{''.join(cells)}</tr>")
+    return _table("", head, body)
+
+
+def _table(top: str, head: str, body: Sequence[str]) -> str:
+    top = f"<tr>{top}</tr>" if top else ""
+    rows = "\n".join(body)
+    return (
+        f'<div class="scroll"><table class="results">\n<thead>{top}<tr>{head}</tr></thead>\n'
+        f"<tbody>\n{rows}\n</tbody></table></div>"
+    )
+
+
+def _lead(row: Row, parameters: Sequence[str]) -> str:
+    """Write the cells that say which experiment this is."""
+    values = "".join(f'<td class="number">{html.escape(str(row.values.get(name, "")))}</td>' for name in parameters)
+    return f"<th>{html.escape(row.experiment)}</th><td>{html.escape(row.dataset)}</td>{values}"
 
 
 def _columns(rows: Sequence[Row], group: str) -> list[str]:
@@ -62,7 +110,7 @@ def _group_heading(rows: Sequence[Row], group: str, width: int) -> str:
 
 
 def _words(metric: str) -> str:
-    return WORDS.get(metric, metric.replace("_", " "))
+    return metric.replace("_", " ").replace("top1", "top 1").replace("top5", "top 5").replace("map ", "mAP ")
 
 
 def _measures(columns: Sequence[str]) -> str:
@@ -72,15 +120,6 @@ def _measures(columns: Sequence[str]) -> str:
 def _heading(name: str, kind: str = "") -> str:
     kind = f' class="{kind}"' if kind else ""
     return f'<th{kind}><button type="button">{html.escape(name)}</button></th>'
-
-
-def _html_row(row: Row, columns: dict[str, list[str]], parameters: Sequence[str]) -> str:
-    cells = [f"<th>{html.escape(row.experiment)}</th><td>{html.escape(row.dataset)}</td>"]
-    cells += [f'<td class="number">{html.escape(str(row.values.get(name, "")))}</td>' for name in parameters]
-    for group, names in columns.items():
-        kinds = ["first", *([""] * (len(names) - 1))]
-        cells += [_html_cell(row, group, name, kind) for name, kind in zip(names, kinds, strict=True)]
-    return f"<tr>{''.join(cells)}</tr>"
 
 
 def _html_cell(row: Row, group: str, column: str, kind: str) -> str:
@@ -203,10 +242,10 @@ h1 { font-size: 1.5rem; margin: 0 0 .25rem; } p { max-width: 46rem; } .soft, sma
 .scroll { overflow-x: auto; margin: 1.5rem 0; } table { border-collapse: collapse; min-width: 100%; }
 th, td { padding: .45rem .7rem; text-align: left; vertical-align: baseline; white-space: nowrap;
   border-bottom: 1px solid var(--line); }
-#results tr > :first-child { position: sticky; left: 0; z-index: 1; background: var(--page); }
+.results tr > :first-child { position: sticky; left: 0; z-index: 1; background: var(--page); }
 th.group { text-align: center; } .first, th.group { border-left: 1px solid var(--line); } th small { font-weight: 400; }
 thead th.number { text-align: right; } thead th { border-bottom-color: var(--soft); font-weight: 600; }
-#results tbody tr:hover > :first-child, tbody tr:hover { background: var(--track); }
+.results tbody tr:hover > :first-child, tbody tr:hover { background: var(--track); }
 .number { text-align: right; font-variant-numeric: tabular-nums; }
 .best { font-weight: 650; min-width: 5rem; } .gain { color: var(--soft); }
 button { all: unset; cursor: pointer; } button:hover { text-decoration: underline; }
@@ -226,18 +265,14 @@ details td, details th { white-space: normal; vertical-align: top; padding: .3re
 </head>
 <body>
 <h1><!--title--></h1>
-<p class="soft">In percent, but for columns that name what they count. Click a heading to sort.</p>
-<div class="scroll"><table id="results">
-<thead><tr><th colspan="<!--lead-->"></th><!--top--></tr><tr><!--header--><!--measures--></tr></thead>
-<tbody>
-<!--rows-->
-</tbody></table></div>
+<p class="soft">In percent, but for what says that it counts something. Click a heading to sort.</p>
+<!--tables-->
 <p><b>Pre-trained</b> is the experiment's own backbone, frozen. The same probe is also given two things that learnt
 nothing: <span class="key"><i class="untrained"></i> <b>untrained</b></span>, the same network with its random initial
 weights, and <span class="key"><i class="pixels"></i> <b>pixels</b></span>, the raw image without any network.
 <b>Gain</b> is pre-trained minus untrained, in points: what pre-training brought. Pre-training that does not beat
 the pixels has learnt nothing that was not lying on the surface.</p>
-<p>Each group of columns is one evaluation under the full name of its <b>protocol</b>; numbers compare only within one
+<p>Each evaluation stands under the full name of its <b>protocol</b>; numbers compare only within one
 protocol and one data set.</p>
 <!--seeds-->
 <!--reported-->
@@ -249,8 +284,8 @@ protocol and one data set.</p>
 <!--print-->
 </tbody></table></div></details>
 <script>
-const table = document.getElementById("results"), body = table.tBodies[0];
-const heads = [...table.tHead.rows[1].cells];
+for (const table of document.querySelectorAll(".results")) {
+const body = table.tBodies[0], heads = [...[...table.tHead.rows].at(-1).cells];
 heads.forEach((head, column) => head.firstChild.addEventListener("click", () => {
   const down = head.ariaSort !== "descending";
   heads.forEach(other => other.removeAttribute("aria-sort"));
@@ -262,6 +297,7 @@ heads.forEach((head, column) => head.firstChild.addEventListener("click", () => 
     : (number(a) - number(b)) * (down ? -1 : 1);
   body.append(...[...body.rows].sort(compare));
 }));
+}
 </script>
 </body>
 </html>

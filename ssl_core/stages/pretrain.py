@@ -248,8 +248,10 @@ def _loader(job: Job, resolved: Experiment, manifest: Manifest, views: Views, de
 
 def _draw(resolved: Experiment, manifest: Manifest, views: Views, picture: Path) -> None:
     """Draw what each network sees of the first images."""
-    rows = min(8, resolved.dataset.subset.images if resolved.dataset.subset else 8)
-    with Loader(manifest, resolved.dataset, views, batch_size=rows, seed=resolved.training.seed, shuffle=False) as few:
+    images = min(8, resolved.dataset.subset.images if resolved.dataset.subset else 8)
+    with Loader(
+        manifest, resolved.dataset, views, batch_size=images, seed=resolved.training.seed, shuffle=False
+    ) as few:
         draw_views(few.next(), views, picture, mean=manifest.mean, std=manifest.std)
 
 

@@ -1,7 +1,6 @@
 """The training loop: steps, schedules, checkpoints, one progress line; nothing here knows which method it trains."""
 
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -11,11 +10,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 from ssl_core.config import Training
 from ssl_core.data.loader import Batch, Loader
 from ssl_core.methods.base import Losses, Method, Progress
+from ssl_core.progress import progress_bar
 from ssl_core.training import distributed
 from ssl_core.training.monitor import Alarm, effective_rank, spread
 from ssl_core.training.optimizers import build_optimizer, set_learning_rate
@@ -110,7 +109,11 @@ class Trainer:
         """Train to the end: `log` gets each row of the history, `save` is called now and then and before a `Stop`."""
         self.method.train()
         saved = time.monotonic()
-        with _stop_signals() as stop, self._progress_bar() as bar:
+        others = distributed.rank() > 0
+        with (
+            _stop_signals() as stop,
+            progress_bar(self.total_steps, "pretrain", unit="steps", initial=self.step, disable=others) as bar,
+        ):
             while self.step < self.total_steps:
                 start = time.monotonic()
                 self._one_step()
@@ -121,7 +124,7 @@ class Trainer:
                 bar.update(1)
                 if row is not None:
                     log(row)
-                    bar.set_postfix_str(self._postfix(row))
+                    bar.set_postfix_str(self._postfix(row), refresh=False)
                     due = time.monotonic() - saved > self.training.checkpoint_minutes * 60
                     if distributed.agree(due, self.device) and self.step < self.total_steps:
                         save()
@@ -183,18 +186,6 @@ class Trainer:
         row["embedding/effective_rank"] = effective_rank(self._embedding[:RANK_ROWS]).item()
         self.history.append(row)
         return row
-
-    def _progress_bar(self) -> tqdm:
-        terminal = sys.stderr.isatty()
-        return tqdm(
-            total=self.total_steps,
-            initial=self.step,
-            desc="pretrain",
-            unit="step",
-            disable=distributed.rank() > 0,
-            dynamic_ncols=terminal,
-            mininterval=0.5 if terminal else 15,
-        )
 
     def _postfix(self, row: dict[str, float]) -> str:
         images = self.training.batch_size * self.step / max(self.seconds, 1e-9)

@@ -316,8 +316,8 @@ def test_what_dali_cannot_read_is_named_and_bugs_stay_bugs() -> None:
 
 
 def test_views_are_drawn_as_a_picture(tiny: Manifest, tmp_path: Path) -> None:
-    draw_views(make(tiny, BOTH).next(), BOTH, tmp_path / "views.png", mean=tiny.mean, std=tiny.std, rows=4)
-    draw_views(make(tiny, BOTH).next(), BOTH, tmp_path / "again.png", mean=tiny.mean, std=tiny.std, rows=4)
+    draw_views(make(tiny, BOTH).next(), BOTH, tmp_path / "views.png", mean=tiny.mean, std=tiny.std, images=4)
+    draw_views(make(tiny, BOTH).next(), BOTH, tmp_path / "again.png", mean=tiny.mean, std=tiny.std, images=4)
     with Image.open(tmp_path / "views.png") as picture:
         assert min(picture.size) > 300
     assert (tmp_path / "views.png").read_bytes() == (tmp_path / "again.png").read_bytes()

@@ -239,3 +239,18 @@ def test_what_is_no_percentage_has_neither_bar_nor_gain(tmp_path: Path) -> None:
     first, second = read(tmp_path / "table.csv")
     assert (first["cost/v1 images_per_second"], first["cost/v1 ms"], second["cost/v1 ms"]) == ("12345.6", "0.081", "")
     assert "cost/v1 untrained images_per_second" not in first
+
+
+def test_each_data_set_has_a_table_and_many_evaluations_stand_below_each_other(tmp_path: Path) -> None:
+    names = ["linear", "knn", "low_shot", "logistic"]
+    many = [result(name, evaluation, 80.0) for name in "ab" for evaluation in names]
+    elsewhere = result("a", "moved", 50.0, protocol="knn/v1", dataset="cifar10")
+    cost = result("a", "cost", 0.0, baselines={}, **COST)
+    table.run(write(tmp_path, *many, elsewhere, cost), tmp_path / "table.csv")
+    page = (tmp_path / "table.html").read_text()
+    assert cells(page) == ["a", "cifar10", "50.0", "−10.4", "60.4", "85.3"]
+    page = page.split("</table>", 1)[1]
+    rows = [cells(page, number) for number in range(9)]
+    assert rows[0] == ["a", "demo", "knn/v1", "top 1", "80.0", "+19.6", "60.4", "85.3"]
+    assert [row[0] + row[2] for row in rows[:4]] == ["aknn/v1", "bknn/v1", "alinear/v1", "blinear/v1"]
+    assert rows[8] == ["a", "demo", "cost/v1", "images per second", "12,346", "–", "–", "–"]

@@ -7,12 +7,7 @@ rule pretrain:
         backbone="results/{experiment}/backbone.safetensors",
         model="results/{experiment}/model.safetensors",
         summary="results/{experiment}/pretrain.json",
-        history=report(
-            "results/{experiment}/history.csv",
-            caption="../report/history.rst",
-            category="Pre-training",
-            labels={"experiment": "{experiment}", "what": "history"},
-        ),
+        history="results/{experiment}/history.csv",
         views=report(
             "results/{experiment}/views.png",
             caption="../report/views.rst",
