@@ -47,8 +47,11 @@ test: $(INSTALLED)
 test-long: $(INSTALLED)
 	pytest --numprocesses auto --dist loadfile --long $(ARGS)
 
+# Each prints a table and writes JSON; alone on the machine, an hour and a half in all. One of them: make bench BENCHMARKS=loader
+BENCHMARKS := loader step sharding evaluation instance_loss workflow
 bench: $(INSTALLED)
-	python benchmarks/loader.py $(ARGS)
+	mkdir -p build/benchmarks
+	set -e; for name in $(BENCHMARKS); do python benchmarks/$$name.py --output build/benchmarks/$$name.json $(ARGS); done
 
 check: $(INSTALLED)
 	ruff check
