@@ -42,10 +42,10 @@ $(INSTALLED): requirements.lock pyproject.toml
 
 # One process a core, one thread each; the tests of a file share its fixtures.
 test: $(INSTALLED)
-	pytest --numprocesses auto --dist loadfile $(ARGS)
+	pytest --numprocesses auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-long: $(INSTALLED)
-	pytest --numprocesses auto --dist loadfile --long $(ARGS)
+	pytest --numprocesses auto --dist loadfile --no-loadscope-reorder --long $(ARGS)
 
 # Each prints a table and writes JSON; alone on the machine, an hour and a half in all. One of them: make bench BENCHMARKS=loader
 BENCHMARKS := loader step sharding evaluation instance_loss workflow

@@ -141,9 +141,9 @@ def test_seeds_and_null_entries_work(project: Path, tmp_path: Path, monkeypatch:
 
 def test_views_draws_what_training_would(tell: Tell, tmp_path: Path) -> None:
     told = tell("views", "first", "--threads", "1", "--output", str(tmp_path / "views.png"))
-    assert "a row an image of tiny/train, a column a view" in told
+    assert "a column an image of tiny/train, a row a view" in told
     with Image.open(tmp_path / "views.png") as picture:
-        assert picture.width < picture.height  # two columns, eight rows
+        assert picture.width > picture.height  # eight columns, two rows
 
 
 def test_flops_are_those_of_the_papers() -> None:

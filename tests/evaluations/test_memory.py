@@ -68,7 +68,7 @@ def test_more_features_than_the_limit_are_in_a_file(subjects, manifest, monkeypa
     assert "ssl-core-features-" not in Path("/proc/self/maps").read_text()
 
 
-# 288 MB of features, then three times 391 MB, in a process that may take 320 MB more of its own memory (private and
+# 288 MB of features, then three times 244 MB, in a process that may take 192 MB more of its own memory (private and
 # writable: mapped files do not count). It needs half of that.
 PROGRAM = """
 import json, resource, sys
@@ -81,7 +81,7 @@ from ssl_core.evaluations.features import Features, Pixels, Subjects, allocate, 
 
 torch.set_num_threads(1)
 features.MEMORY_LIMIT = 2**20
-LARGE = (400_000, 256)
+LARGE = (250_000, 256)
 
 
 def own():
@@ -106,7 +106,7 @@ subjects = Subjects(wide, 16, (0.5,) * 3, (0.25,) * 3)
 loader = make_loader(subjects, Manifest.load(Path(sys.argv[1])), Dataset(name="squares"), center_view(16), batch_size=1)
 for _ in range(2):  # DALI's and the progress bar's threads, with their stacks and heaps
     extract({"pixels": Pixels()}, loader)
-resource.setrlimit(resource.RLIMIT_DATA, (own() + 320 * 2**20, resource.RLIM_INFINITY))
+resource.setrlimit(resource.RLIMIT_DATA, (own() + 192 * 2**20, resource.RLIM_INFINITY))
 
 found = extract(wide, loader).of["wide"]
 report = {"extracted": 4 * found.numel(), "filled": bool((found[-1] != 0).all())}
@@ -118,7 +118,7 @@ report["nearest"] = nearest[:, 0].tolist() == list(range(50))
 known = Features({"x": rows}, (rows[:, 0] > 0).long(), torch.arange(len(rows)))
 known = logistic._take(known, torch.arange(len(rows)).flip(0))
 config = logistic.Config(dataset=Dataset(name="x"), l2_steps=1, max_iterations=3)
-sets = logistic.Sets(known, 320_000, known, "")
+sets = logistic.Sets(known, 200_000, known, "")
 weights, _ = logistic.fit_chosen(sets, "x", 2, "top1", config, "cpu")
 predicted = logistic._logits(weights, known.of["x"], "cpu").argmax(dim=1)
 report["right"] = (predicted == known.labels).double().mean().item()
