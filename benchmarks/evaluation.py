@@ -1,7 +1,7 @@
 """What evaluations cost on cached features: logistic regression, nearest neighbours, linear probe, beside others'.
 
 Each case runs in a fresh process: CPU seconds of all threads together and by how much the peak of resident memory rose.
-Ours and the peers' take turns; a ratio is the median over the turns. Where a peer would take hours, ours stands alone.
+Ours and the peers' take turns; a ratio is the median over the turns. Where a peer would take long, ours stands alone.
 
     python benchmarks/evaluation.py --output evaluation.json
     python benchmarks/evaluation.py --quick
