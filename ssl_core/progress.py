@@ -7,7 +7,7 @@ from typing import TextIO
 from tqdm import tqdm
 
 SECONDS = 15.0  # between lines of a log
-PLAIN = "{desc}: {n_fmt} of {total_fmt}{unit} ({percentage:.0f} %), {rate_fmt}, {remaining} left{postfix}"
+PLAIN = "{desc}: {n_fmt} of {total_fmt}{unit} ({percentage:.0f} %), {rate_noinv_fmt}, {remaining} left{postfix}"
 
 
 def progress_bar(
