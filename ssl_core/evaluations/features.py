@@ -26,6 +26,7 @@ from ssl_core.progress import progress_bar
 PIXEL_SIDE = 32  # raw pixels of larger images are averaged down to this: 3,072 numbers an image at most
 MEMORY_LIMIT = 4 * 2**30  # bytes of one network's features; more goes into a memory-mapped temporary file
 TEST_SPLITS = ("test", "val")
+CHUNK = 8192  # rows that are worked on at once where all may be too many for the memory
 BATCH_SIZE = 256  # of feature extraction; decides memory, never results
 
 Log = Callable[[dict[str, float], int], None]  # (metrics, epoch), for curves
@@ -309,6 +310,18 @@ def allocate(rows: int, dim: int) -> Tensor:
     with tempfile.NamedTemporaryFile(prefix="ssl-core-features-") as file, room_for(Path(file.name)):
         os.posix_fallocate(file.fileno(), 0, rows * dim * 4)  # a full disk would end the process when it is written
         return torch.from_file(file.name, shared=True, size=rows * dim).view(rows, dim)
+
+
+def in_parts(function: Callable[[Tensor], Tensor], rows: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+    """Apply a function of some rows to all of them, chunk by chunk; return (rows, width) on the CPU.
+
+    The result is made first: a list of small parts, each made between large temporaries, would break up the heap, and
+    memory would grow with the number of rows.
+    """
+    result = torch.empty(len(rows), width, dtype=dtype)
+    for part, target in zip(rows.split(CHUNK), result.split(CHUNK)):
+        target.copy_(function(part))
+    return result
 
 
 def fits(numbers: int) -> bool:

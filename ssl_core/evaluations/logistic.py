@@ -15,6 +15,7 @@ from torch import Tensor
 from ssl_core.config import Dataset, Strict
 from ssl_core.data.shards import Manifest
 from ssl_core.evaluations.features import (
+    CHUNK,
     Features,
     Log,
     Outcome,
@@ -26,13 +27,13 @@ from ssl_core.evaluations.features import (
     find_test_split,
     fits,
     hold_out,
+    in_parts,
     labelled_split,
     mean_per_class,
     num_classes,
     read_split,
 )
 
-CHUNK = 8192  # images whose logits are in memory at once
 TOLERANCE = 1e-9  # a fit ends where an iteration gains less, as a share of the objective at its start
 EXACT = 2**23  # up to so many numbers features are float64: small sets become separable, where float32 stops early
 # Where the papers report the mean over classes, by the card's name. Aircraft: SimCLR and BYOL do, ReSSL does not say.
@@ -121,10 +122,7 @@ def fit_chosen(
         before = weights
         weights, _, converged = fit(fit_rows, fit_labels, starts, l2, max_iterations=config.max_iterations)
         unconverged += not converged
-        logits = torch.empty(len(held_rows), classes)
-        for part, target in zip(held_rows.split(CHUNK), logits.split(CHUNK)):
-            target.copy_(part @ weights.T.to(part.dtype))
-        table[f"{l2:.4g}"] = score = scores(logits, held_labels)[metric]
+        table[f"{l2:.4g}"] = score = scores(_products(held_rows, weights), held_labels)[metric]
         if score > best[0]:  # a tie goes to the stronger penalty
             best = (score, l2, weights)
     weights, _, converged = fit(rows, labels, [best[2]], best[1], max_iterations=config.max_iterations)
@@ -314,10 +312,15 @@ def _rotate(features: Tensor, *, standardize: bool) -> tuple[Tensor, Callable[[T
     return rows, restore
 
 
+def _products(rows: Tensor, weights: Tensor) -> Tensor:
+    """Apply (classes, dim + 1) weights to rotated `rows` (n, dim + 1), in their precision, on the CPU in the end."""
+    slopes = weights.T.to(rows.dtype)
+    return in_parts(lambda part: part @ slopes, rows, width=len(weights), dtype=rows.dtype)
+
+
 def _logits(weights: Tensor, features: Tensor, device: str) -> Tensor:
     """Apply (classes, dim + 1) weights to raw features (n, dim), on the CPU in the end."""
     slopes, bias = weights[:, :-1].to(device), weights[:, -1].to(device)
-    logits = torch.empty(len(features), len(weights), dtype=torch.double)  # a list of parts would break up the heap
-    for part, target in zip(features.split(CHUNK), logits.split(CHUNK)):
-        target.copy_(part.to(device).double() @ slopes.T + bias)
-    return logits
+    return in_parts(
+        lambda part: part.to(device).double() @ slopes.T + bias, features, width=len(weights), dtype=torch.float64
+    )

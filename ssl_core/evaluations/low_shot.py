@@ -24,12 +24,11 @@ from ssl_core.evaluations.features import (
     Subjects,
     center_view,
     find_test_split,
+    in_parts,
     labelled_split,
     num_classes,
     read_split,
 )
-
-CHUNK = 8192  # images whose features are copied at once
 
 
 class Config(Strict):
@@ -194,6 +193,12 @@ def scaled(rows: Tensor) -> Tensor:
     return rows.double() / (rows.norm(dim=1, keepdim=True) + 1e-5)
 
 
+def _logits(weights: Tensor, features: Tensor) -> Tensor:
+    """Apply (classes, dim + 1) weights to raw features (n, dim); float64."""
+    slopes, bias = weights[:, :-1].T, weights[:, -1]
+    return in_parts(lambda part: scaled(part) @ slopes + bias, features, width=len(weights), dtype=torch.float64)
+
+
 def _score(
     train: Tensor,
     targets: Tensor,
@@ -208,15 +213,11 @@ def _score(
     for shots, drawn in draws.items():
         values = []
         for rows in drawn:
-            prepared = torch.empty(len(rows), train.shape[1], dtype=torch.float64)  # liblinear makes a copy of its own
-            for part, target in zip(rows.split(CHUNK), prepared.split(CHUNK)):
-                target.copy_(scaled(train[part]))
+            # liblinear makes a copy of its own
+            prepared = in_parts(lambda part: scaled(train[part]), rows, width=train.shape[1], dtype=torch.float64)
             weights, failed = fit(prepared, targets[rows], config)
             unconverged += failed
-            logits = torch.empty(len(test), len(weights), dtype=torch.float64)  # a list would break up the heap
-            for part, target in zip(test.split(CHUNK), logits.split(CHUNK)):
-                target.copy_(scaled(part) @ weights[:, :-1].T + weights[:, -1])
-            values.append(mean_average_precision(logits, truth, counted))
+            values.append(mean_average_precision(_logits(weights, test), truth, counted))
         metrics[f"map_{shots}"] = round(float(np.mean(values)), 4)
         if len(values) > 1:
             spread[shots] = round(float(np.std(values, ddof=1)), 4)

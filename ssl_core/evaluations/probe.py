@@ -8,11 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssl_core.config import Training
-from ssl_core.evaluations.features import Features, correct
+from ssl_core.evaluations.features import Features, correct, in_parts
 from ssl_core.training.optimizers import build_optimizer
 from ssl_core.training.schedules import learning_rate
-
-CHUNK = 8192  # images whose features are copied at once
 
 
 class Probe:
@@ -75,12 +73,14 @@ class Probe:
     ) -> list[dict[str, float]]:
         """Score `rows`, else all, in chunks: features may lie in a file that is larger than the memory."""
         rows = torch.arange(len(labels)) if rows is None else rows
-        logits: list[list[Tensor]] = [[] for _ in heads]
-        for part in rows.split(CHUNK):
+        widths = [head.out_features for head in heads]
+
+        def apply(part: Tensor) -> Tensor:
             chunk = self._prepare(features[part].to(heads[0].weight.device))
-            for head, parts in zip(heads, logits, strict=True):
-                parts.append(head(chunk).cpu())
-        return [correct(torch.cat(parts), labels[rows]) for parts in logits]
+            return torch.cat([head(chunk) for head in heads], dim=1)
+
+        logits = in_parts(apply, rows, width=sum(widths), dtype=torch.float32)
+        return [correct(part, labels[rows]) for part in logits.split(widths, dim=1)]
 
     def _prepare(self, features: Tensor) -> Tensor:
         return F.normalize(features, dim=1) if self.normalize else features
