@@ -4,7 +4,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -13,32 +12,14 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.workflow.conftest import finish, start
+
 from .conftest import KNN, SPEC, contents, final
 from .test_interruptions import survivors, until
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(3600)]
 TARGET = "results/tiny/knn.json"
 MOMENTS = 9  # three by each signal
-
-
-def start(folder: Path, *arguments: str) -> "subprocess.Popen[str]":
-    path = os.pathsep.join([str(folder / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]])
-    return subprocess.Popen(
-        ["snakemake", "--cores", "1", "--nocolor", *arguments],
-        cwd=folder,
-        env={**os.environ, "PATH": path, "SSL_TRACKING": "off"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-
-
-def finish(folder: Path, *arguments: str) -> str:
-    process = start(folder, *arguments)
-    output, _ = process.communicate(timeout=600)
-    assert process.returncode == 0, output
-    return output
 
 
 @pytest.fixture(scope="module")

@@ -45,6 +45,10 @@ def build(open_loaders, manifest, method=None, **training):
     return result
 
 
+class PowerCut(Exception):
+    """The process is gone."""
+
+
 def final(trained: Trainer) -> dict[str, torch.Tensor]:
     moments = {
         f"{number}.{name}": value
@@ -69,25 +73,31 @@ def final(trained: Trainer) -> dict[str, torch.Tensor]:
     ids=["plain", "split, lars", "two crops, adamw, accumulated", "five crops, bf16"],
 )
 def test_training_resumed_in_and_between_epochs_equals_training_undisturbed(method, training, trainer):
-    whole, saved = trainer(method, **training), {}
+    whole = trainer(method, **training)
+    whole.run(save=lambda: None, log=lambda row: None)
+    assert whole.total_steps == 12
 
-    def note(row):
+    first, saved = trainer(method, **training), {}
+
+    def cut(row):
         if row["step"] in (4, 6):
             saved[row["step"]] = io.BytesIO()
-            torch.save(whole.state(), saved[row["step"]])
+            torch.save(first.state(), saved[row["step"]])
+        if row["step"] == 6:
+            raise PowerCut
 
-    whole.run(save=lambda: None, log=note)
-    assert whole.total_steps == 12
+    with pytest.raises(PowerCut):
+        first.run(save=lambda: None, log=cut)
     assert saved.keys() == {4, 6}
     expected = final(whole)
     for file in saved.values():
-        resumed = trainer(method, **training)
-        resumed.restore(torch.load(io.BytesIO(file.getvalue()), weights_only=True))
-        resumed.run(save=lambda: None, log=lambda row: None)
-        found = final(resumed)
+        second = trainer(method, **training)
+        second.restore(torch.load(io.BytesIO(file.getvalue()), weights_only=True))
+        second.run(save=lambda: None, log=lambda row: None)
+        found = final(second)
         assert expected.keys() == found.keys()
         assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
-        assert resumed.history == whole.history
+        assert second.history == whole.history
 
 
 def test_accumulation_takes_one_step_and_one_teacher_update_for_all_parts(trainer):

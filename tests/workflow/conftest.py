@@ -144,3 +144,25 @@ def fresh(template: Project, tmp_path: Path) -> Project:
 def done(finished: Project, tmp_path: Path) -> Project:
     """A project in which everything has run, to change at will."""
     return copy_of(finished, tmp_path / "project")
+
+
+def start(folder: Path, *arguments: str) -> "subprocess.Popen[str]":
+    """Start Snakemake on a folder with real stages, in a process group of its own; stand-ins in bin/ come first."""
+    path = os.pathsep.join([str(folder / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]])
+    return subprocess.Popen(
+        ["snakemake", "--cores", "1", "--nocolor", *arguments],
+        cwd=folder,
+        env={**os.environ, "PATH": path, "SSL_TRACKING": "off"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finish(folder: Path, *arguments: str) -> str:
+    """Run it to its end and return what it said."""
+    process = start(folder, *arguments)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    return output

@@ -5,12 +5,13 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import yaml
+
+from .conftest import finish, start
 
 TARGET = "results/tiny/backbone.safetensors"
 CONFIG = {
@@ -30,26 +31,6 @@ CONFIG = {
         }
     }
 }
-
-
-def command(folder: Path, *arguments: str) -> subprocess.Popen[str]:
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    return subprocess.Popen(
-        ["snakemake", "--cores", "1", "--nocolor", *arguments],
-        cwd=folder,
-        env={**os.environ, "PATH": path, "SSL_TRACKING": "off"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-
-
-def finish(folder: Path, *arguments: str) -> str:
-    process = command(folder, *arguments)
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output
-    return output
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +64,7 @@ def undisturbed(sharded: Path, tmp_path_factory: pytest.TempPathFactory) -> byte
 def test_an_interrupted_run_continues_to_the_same_bytes(number, sharded, undisturbed, tmp_path):
     folder = tmp_path / "project"
     shutil.copytree(sharded, folder)
-    process = command(folder, TARGET)
+    process = start(folder, TARGET)
     interrupt(process, number, folder / "checkpoints" / "tiny.pt", saves=random.Random(number).randint(1, 5))
     assert process.returncode != 0
     assert not (folder / TARGET).exists()
