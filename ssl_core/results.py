@@ -28,6 +28,14 @@ class Summary(NamedTuple):
     n: int
 
 
+class Priced(NamedTuple):
+    """What an experiment reached under one evaluation, and how long it was pre-trained."""
+
+    name: str
+    seconds: Summary
+    accuracy: Summary
+
+
 @dataclass
 class Row:
     """One experiment on one data set: by the name of their columns, the JSON of its evaluations, one a seed."""
@@ -141,6 +149,19 @@ def baselines(rows: Sequence[Row], group: str) -> list[str]:
 def headlines(rows: Sequence[Row], group: str) -> list[str]:
     """Name the metrics that stand for a group; more than one where its evaluations measured different things."""
     return list(dict.fromkeys(headline(result) for row in rows for result in row.results.get(group, ())))
+
+
+def priced(rows: Sequence[Row]) -> dict[str, list[Priced]]:
+    """Return, for each evaluation in percent, the experiments whose cost was measured too; two or more."""
+    found: dict[str, list[Priced]] = {}
+    for row in rows:
+        costs = [group for group, results in row.results.items() if results[0]["protocol"].startswith("cost/")]
+        seconds = next(filter(None, (row.summary(group, "", "seconds") for group in costs)), None)
+        for group in row.results:
+            accuracy = row.summary(group, "", headline(row.results[group][0]))
+            if seconds and accuracy and baselines([row], group):
+                found.setdefault(group, []).append(Priced(row.experiment, seconds, accuracy))
+    return {group: found[group] for group in groups_of(rows) if len(found.get(group, ())) > 1}
 
 
 def parameters_of(rows: Sequence[Row]) -> list[str]:

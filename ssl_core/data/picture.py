@@ -9,17 +9,29 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from ssl_core.data.loader import Batch
+from ssl_core.config import Dataset
+from ssl_core.data.loader import Batch, Loader
+from ssl_core.data.shards import Manifest
 from ssl_core.data.views import POLICIES, Augmentation, View, Views
 from ssl_core.files import atomic
 
+IMAGES = 8
 CELL = 1.45  # inches of the largest view; others are smaller, but never less than half of it
 GAP, MARGIN = 0.06, 0.2  # inches
 HEADER = 0.65  # inches above each group of views
 
 
+def draw_first_views(
+    manifest: Manifest, dataset: Dataset, views: Views, path: Path, *, seed: int, threads: int = 1
+) -> None:
+    """Draw what each network sees of the data set's first images, augmented by `seed`, as a PNG."""
+    images = min(IMAGES, dataset.subset.images if dataset.subset else IMAGES)
+    with Loader(manifest, dataset, views, batch_size=images, seed=seed, shuffle=False, threads=threads) as few:
+        draw_views(few.next(), views, path, mean=manifest.mean, std=manifest.std)
+
+
 def draw_views(
-    batch: Batch, views: Views, path: Path, *, mean: Sequence[float], std: Sequence[float], images: int = 8
+    batch: Batch, views: Views, path: Path, *, mean: Sequence[float], std: Sequence[float], images: int = IMAGES
 ) -> None:
     """Draw the first `images` of a batch as a PNG; `mean` and `std` (of pixels in 0..1) undo the normalisation."""
     count = min(images, len(batch.labels))

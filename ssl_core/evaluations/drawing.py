@@ -104,7 +104,7 @@ def draw_points(
         for rank, label in enumerate(shown):
             _scatter(axes, positions[labels == label], rank)
     handles = [
-        Line2D([], [], linestyle="", marker=_marker(rank), color=_colour(rank), markersize=6)
+        Line2D([], [], linestyle="", marker=marker_of(rank), color=colour_of(rank), markersize=6)
         for rank, _ in enumerate(shown)
     ]
     figure.legend(handles, names, loc="lower left", bbox_to_anchor=(0.012, 0), ncols=columns, handletextpad=0.2)
@@ -224,7 +224,7 @@ def shorten(name: str, length: int) -> str:
 
 def _scatter(axes: Axes, positions: np.ndarray, rank: int) -> None:
     """Draw one class: its points, or its triangles with a point at the image itself."""
-    colour = _colour(rank)
+    colour = colour_of(rank)
     if positions.ndim == 3:
         triangles = PolyCollection(
             list(positions), facecolors=(*to_rgb(colour), 0.18), edgecolors=colour, linewidths=0.7
@@ -232,7 +232,9 @@ def _scatter(axes: Axes, positions: np.ndarray, rank: int) -> None:
         axes.add_collection(triangles)
         positions = positions[:, 0]
     size = float(np.clip(1600 / max(1, len(positions)), 11, 24))
-    axes.scatter(*positions.T, s=size, marker=_marker(rank), color=colour, edgecolors="white", linewidths=0.3, zorder=2)
+    axes.scatter(
+        *positions.T, s=size, marker=marker_of(rank), color=colour, edgecolors="white", linewidths=0.3, zorder=2
+    )
 
 
 def _picture(
@@ -260,10 +262,11 @@ def _picture(
     figure.text(start / width, (bottom - 0.05) / height, name, ha=align, va="top", fontsize=7, color=ink)
 
 
-def _colour(rank: int) -> str:
+def colour_of(rank: int) -> str:
+    """Give each of ten classes or experiments a colour."""
     return COLOURS[rank % len(COLOURS)]
 
 
-def _marker(rank: int) -> str:
+def marker_of(rank: int) -> str:
     """Give the second ten classes other shapes than those of their colours in the first ten."""
     return MARKERS[(rank + rank // len(MARKERS)) % len(MARKERS)]

@@ -1,5 +1,6 @@
 """The table of results as one HTML page that loads nothing."""
 
+import base64
 import html
 import json
 from collections.abc import Iterator, Sequence
@@ -15,6 +16,7 @@ from ssl_core.results import (
     headline,
     headlines,
     parameters_of,
+    priced,
     value,
 )
 
@@ -32,7 +34,9 @@ def as_html(rows: Sequence[Row], *, title: str) -> str:
     sources = [row for row in rows if row.reported]
     parts = {
         "title": html.escape(title),
-        "tables": "\n".join(_wide(part) if len(groups_of(part)) <= WIDE else _long(part) for part in tables),
+        "tables": "\n".join(
+            (_wide(part) if len(groups_of(part)) <= WIDE else _long(part)) + _cost(part) for part in tables
+        ),
         "seeds": SEEDS if any(row.seeds for row in rows) else "",
         "reported": REPORTED + _sources(sources) if sources else "",
         "print": "\n".join(line for row in rows for group in groups_of(rows) for line in _small_print(row, group)),
@@ -87,6 +91,20 @@ def _table(top: str, head: str, body: Sequence[str]) -> str:
         f'<div class="scroll"><table class="results">\n<thead>{top}<tr>{head}</tr></thead>\n'
         f"<tbody>\n{rows}\n</tbody></table></div>"
     )
+
+
+def _cost(rows: Sequence[Row]) -> str:
+    """Draw accuracy over the time of pre-training where two experiments or more were timed."""
+    panels = priced(rows)
+    if not panels:
+        return ""
+    from ssl_core.evaluations.drawing import render  # matplotlib, which few tables need
+    from ssl_core.stages.costs import draw_costs
+
+    title = f"Accuracy against the time of pre-training, {rows[0].dataset}"
+    figure = draw_costs(rows, panels, title=title)
+    data = base64.b64encode(render(figure)["svg"]).decode()
+    return f'\n<img class="picture" alt="{html.escape(title)}" src="data:image/svg+xml;base64,{data}">'
 
 
 def _lead(row: Row, parameters: Sequence[str]) -> str:
@@ -258,6 +276,7 @@ button:focus-visible { outline: 2px solid var(--bar); }
   box-sizing: border-box; background: linear-gradient(var(--ink), var(--ink)) center / 100% 1px no-repeat; }
 .sources { margin: 0; font-size: 13px; } .sources table { min-width: 0; } .sources td { white-space: normal; }
 .bar i { position: absolute; top: -2px; width: 2px; height: 9px; } .key { white-space: nowrap; }
+.picture { display: block; max-width: 100%; border-radius: 4px; }
 i.untrained { background: var(--untrained); } i.pixels { background: var(--pixels); }
 .key i { display: inline-block; width: 3px; height: 12px; } details { margin-top: 2rem; font-size: 12px; }
 details td, details th { white-space: normal; vertical-align: top; padding: .3rem .6rem; overflow-wrap: break-word; }

@@ -21,7 +21,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from ssl_core import provenance, schema, tracking
 from ssl_core.config import Experiment
 from ssl_core.data.loader import Loader
-from ssl_core.data.picture import draw_views
+from ssl_core.data.picture import draw_first_views
 from ssl_core.data.shards import Manifest, verify
 from ssl_core.data.views import POLICIES, View, Views, adjust
 from ssl_core.files import atomic, write_json, write_text
@@ -169,7 +169,7 @@ def _lead(
     if trainer.step:
         print(f"{job.experiment}: continuing at step {trainer.step} of {trainer.total_steps}", file=sys.stderr)
     picture = job.checkpoint.with_suffix(".views.png")
-    _draw(resolved, manifest, views, picture)
+    draw_first_views(manifest, resolved.dataset, views, picture, seed=training.seed)
     settings = resolved.model_dump(mode="json")
     with (
         tracking.start(
@@ -244,15 +244,6 @@ def _loader(job: Job, resolved: Experiment, manifest: Manifest, views: Views, de
         device=device.type,
         threads=1 if device.type == "cpu" else max(1, job.threads // training.gpus),
     )
-
-
-def _draw(resolved: Experiment, manifest: Manifest, views: Views, picture: Path) -> None:
-    """Draw what each network sees of the first images."""
-    images = min(8, resolved.dataset.subset.images if resolved.dataset.subset else 8)
-    with Loader(
-        manifest, resolved.dataset, views, batch_size=images, seed=resolved.training.seed, shuffle=False
-    ) as few:
-        draw_views(few.next(), views, picture, mean=manifest.mean, std=manifest.std)
 
 
 def _probe(resolved: Experiment, manifest: Manifest, threads: int) -> Loader | None:

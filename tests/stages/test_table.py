@@ -3,13 +3,18 @@
 import csv
 import json
 import re
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.text import Text
 
+from ssl_core.results import Priced, Summary, collect, priced
 from ssl_core.stages import table
+from ssl_core.stages.costs import draw_costs
 
 
 def result(experiment: str, evaluation: str, top1: float, **changes: Any) -> dict[str, Any]:
@@ -254,3 +259,35 @@ def test_each_data_set_has_a_table_and_many_evaluations_stand_below_each_other(t
     assert rows[0] == ["a", "demo", "knn/v1", "top 1", "80.0", "+19.6", "60.4", "85.3"]
     assert [row[0] + row[2] for row in rows[:4]] == ["aknn/v1", "bknn/v1", "alinear/v1", "blinear/v1"]
     assert rows[8] == ["a", "demo", "cost/v1", "images per second", "12,346", "–", "–", "–"]
+
+
+def test_accuracy_over_the_time_of_pretraining_is_drawn_where_two_experiments_were_timed(tmp_path: Path) -> None:
+    def timed(name: str, seconds: float) -> dict[str, Any]:
+        return result(name, "cost", 0.0, baselines={}, headline="seconds", metrics={"seconds": seconds})
+
+    accuracies = [result(name, "knn", top1) for name, top1 in (("a", 83.0), ("b", 84.0), ("c", 85.0))]
+    for times, count in ([], 0), ([timed("a", 60)], 0), ([timed("a", 60), timed("b", 90)], 1):
+        table.run(write(tmp_path, *accuracies, *times), tmp_path / "table.csv")
+        assert (tmp_path / "table.html").read_text().count("<img ") == count
+    rows = collect([(Path(), each) for each in (*accuracies, *times)], grid={}, seeds={}, reported={})
+    assert priced(rows) == {
+        "knn/v1": [
+            Priced("a", Summary(60, None, 1), Summary(83.0, None, 1)),
+            Priced("b", Summary(90, None, 1), Summary(84.0, None, 1)),
+        ]
+    }
+
+
+def test_names_in_the_picture_of_costs_never_overlap() -> None:
+    found = [result(f"experiment_{index}", "knn", 80 + 0.01 * index) for index in range(12)]
+    rows = collect([(Path(), each) for each in found], grid={}, seeds={}, reported={})
+    points = [
+        Priced(row.experiment, Summary(100, 5, 3), Summary(80 + 0.01 * index, 1, 3)) for index, row in enumerate(rows)
+    ]
+    figure = draw_costs(rows, {"knn/v1": points}, title="crowded")
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    figure.draw(renderer)
+    names = [text for text in figure.axes[0].texts if text.get_text().startswith("experiment")]
+    boxes = [Text.get_window_extent(name, renderer) for name in names]  # without their lines to the points
+    assert len(boxes) == 12
+    assert not any(one.overlaps(other) for one, other in combinations(boxes, 2))

@@ -1,0 +1,87 @@
+"""The picture of what accuracy costs: each experiment's over the time of its pre-training (Cao & Wu, Figure 1)."""
+
+from collections.abc import Mapping, Sequence
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from ssl_core.evaluations.drawing import COLOURS, FAINT, INK, SOFT, colour_of, marker_of, shorten, styled
+from ssl_core.results import Priced, Row, baselines, headline
+
+UNITS = (("hours", 3600), ("minutes", 60), ("seconds", 1))
+LINES = {"untrained": (COLOURS[6], "--"), "pixels": (INK, ":")}
+LINE_HEIGHT = 11.0  # points between two labels
+
+
+@styled
+def draw_costs(rows: Sequence[Row], panels: Mapping[str, Sequence[Priced]], *, title: str) -> Figure:
+    """Draw a panel an evaluation of these rows of one data set, as `results.priced` found them.
+
+    The arms of crosses are standard deviations over seeds; lines are the baselines.
+    """
+    most = max(point.seconds.mean for points in panels.values() for point in points)
+    unit, length = next((unit for unit in UNITS if most >= 2 * unit[1]), UNITS[-1])
+    columns = min(2, len(panels))
+    lines = -(-len(panels) // columns)
+    figure = Figure(figsize=(5.5 * columns, 0.4 + 3.9 * lines))
+    figure.set_layout_engine("constrained", w_pad=0.1, h_pad=0.1)
+    figure.suptitle(title, fontsize=11, x=0.012, ha="left")
+    grid = figure.subplots(lines, columns, squeeze=False).ravel()
+    names = sorted({point.name for points in panels.values() for point in points})
+    for axes in grid[len(panels) :]:
+        axes.remove()
+    for axes, (group, points) in zip(grid, panels.items()):
+        axes.set(title=group, xlabel=f"{unit} of pre-training", ylabel="%")
+        _lines(axes, rows, group)
+        for point in points:
+            rank = names.index(point.name)
+            axes.errorbar(
+                point.seconds.mean / length,
+                point.accuracy.mean,
+                xerr=(point.seconds.deviation or 0) / length,
+                yerr=point.accuracy.deviation or 0,
+                fmt=marker_of(rank),
+                color=colour_of(rank),
+                markersize=6,
+                elinewidth=1,
+            )
+        axes.set_xlim(0, 1.3 * most / length)  # room for the last name
+        axes.grid(color=FAINT, linewidth=0.5)
+    figure.draw_without_rendering()  # settles where the points are
+    figure.set_layout_engine("none")
+    for axes, points in zip(grid, panels.values()):
+        _name(axes, {shorten(p.name, 20): (p.seconds.mean / length, p.accuracy.mean) for p in points})
+    return figure
+
+
+def _lines(axes: Axes, rows: Sequence[Row], group: str) -> None:
+    for name in baselines(rows, group):
+        found = [row.summary(group, name, headline(row.results[group][0])) for row in rows if group in row.results]
+        means = [summary.mean for summary in found if summary]
+        colour, dashes = LINES[name]
+        mean = sum(means) / len(means)
+        axes.axhline(mean, color=colour, linestyle=dashes, linewidth=1.2)
+        axes.text(0.01, mean, name, transform=axes.get_yaxis_transform(), va="bottom", fontsize=8, color=colour)
+
+
+def _name(axes: Axes, points: dict[str, tuple[float, float]]) -> None:
+    """Write each point's name to its right, and below where another name stands in the way."""
+    scale = 72 / axes.figure.dpi
+    taken: list[tuple[float, float, float]] = []  # left, right, height of names, in points
+    for name, place in sorted(points.items(), key=lambda item: -item[1][1]):
+        across, up = axes.transData.transform(place) * scale
+        left, right, height = across + 7, across + 9 + 4.6 * len(name), up
+        for other_left, other_right, other in sorted(taken, key=lambda one: -one[2]):
+            if left < other_right and other_left < right and abs(height - other) < LINE_HEIGHT:
+                height = other - LINE_HEIGHT
+        taken.append((left, right, height))
+        arrow = {"arrowstyle": "-", "color": SOFT, "linewidth": 0.5} if height < up - LINE_HEIGHT / 2 else None
+        axes.annotate(
+            name,
+            place,
+            (7, height - up),
+            textcoords="offset points",
+            fontsize=8,
+            va="center",
+            arrowprops=arrow,
+        )
