@@ -2,7 +2,8 @@
 
 Same images, network, heads, batch and threads. lightly runs as its documentation shows: its transforms and losses, a
 plain PyTorch loop, a DataLoader with workers. Every side is a process of its own that stays alive, sides take turns,
-and each turn starts with steps that are not timed, so that nobody profits from batches made while others ran.
+and each turn starts with steps that are not timed, so that nobody profits from batches made while others ran. Memory
+is watched in a last turn that is not timed: looking at it takes a core's time.
 
     python benchmarks/step.py --output step.json          # each with its defaults: ours in bf16 where the CPU has it
     python benchmarks/step.py --precision bf16            # both sides in bf16
@@ -17,7 +18,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import psutil
 import torch
@@ -110,14 +111,14 @@ def compare(method: str, network: str, folder: str, arguments: argparse.Namespac
     }
     answers: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
     for side in SIDES:  # they load torch one after the other, and are quiet afterwards
-        ask(sides[side])
+        ask(sides[side], "start")
     for _ in range(arguments.turns):
         for side in SIDES:
-            answers[side].append(ask(sides[side]))
+            answers[side].append(ask(sides[side], "time"))
+    memory = {side: ask(sides[side], "memory")["memory_mb"] for side in SIDES}
     for process in sides.values():
         process.communicate()
     speed = {side: [answer["images_per_second"] for answer in answers[side]] for side in SIDES}
-    memory = {side: max(answer["memory_mb"] for answer in answers[side]) for side in SIDES}
     turns = zip(speed["ours"], speed["lightly"], speed["floor"], strict=True)
     ratios, floors = zip(*((own / peer, own / floor) for own, peer, floor in turns), strict=True)
     return {
@@ -132,11 +133,11 @@ def compare(method: str, network: str, folder: str, arguments: argparse.Namespac
     }
 
 
-def ask(process: subprocess.Popen[str]) -> dict[str, float]:
-    """Tell a side to run, and wait for its answer."""
+def ask(process: subprocess.Popen[str], what: str) -> dict[str, float]:
+    """Tell a side to `start`, or to run a turn and report its `time` or `memory`; wait for its answer."""
     assert process.stdin is not None
     assert process.stdout is not None
-    process.stdin.write("go\n")
+    process.stdin.write(f"{what}\n")
     process.stdin.flush()
     answer = process.stdout.readline()
     if not answer:
@@ -157,7 +158,7 @@ def line(row: dict[str, Any]) -> str:
 
 
 def serve(arguments: argparse.Namespace) -> None:
-    """Be one side: run a turn for each line that comes in, the first of which only starts everything."""
+    """Be one side: run a turn for each line that comes in."""
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
     (method,), (network,) = arguments.methods, arguments.networks
@@ -170,19 +171,20 @@ def serve(arguments: argparse.Namespace) -> None:
         )  # fmt: skip
     else:
         run = Ours(method, network, arguments)
-    memory = Memory()
-    for number, _ in enumerate(sys.stdin):
+    for what in map(str.strip, sys.stdin):
         run(WARM_STEPS)
-        memory.reset()
-        steps = 1 if number == 0 else arguments.steps
-        start, waited = time.perf_counter(), getattr(run, "waited", 0.0)
-        run(steps)
-        seconds = time.perf_counter() - start
-        answer = {
-            "images_per_second": steps * arguments.batch / seconds,
-            "wait_share": (getattr(run, "waited", 0.0) - waited) / seconds,
-            "memory_mb": memory.peak / 2**20,
-        }
+        if what == "start":
+            answer = {}
+        elif what == "time":
+            start, waited = time.perf_counter(), getattr(run, "waited", 0.0)
+            run(arguments.steps)
+            seconds = time.perf_counter() - start
+            wait_share = (getattr(run, "waited", 0.0) - waited) / seconds
+            answer = {"images_per_second": arguments.steps * arguments.batch / seconds, "wait_share": wait_share}
+        else:
+            with Memory() as memory:
+                run(arguments.steps)
+            answer = {"memory_mb": memory.peak / 2**20}
         print(json.dumps(answer), flush=True)
 
 
@@ -237,13 +239,19 @@ class Memory:
     def __init__(self) -> None:
         self.peak = 0
         self._process = psutil.Process()
-        threading.Thread(target=self._watch, daemon=True).start()
+        self._over = threading.Event()
+        self._watcher = threading.Thread(target=self._watch, daemon=True)
 
-    def reset(self) -> None:
-        self.peak = 0
+    def __enter__(self) -> Self:
+        self._watcher.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._watcher.join()
 
     def _watch(self) -> None:
-        while True:
+        while not self._over.wait(0.1):
             used = 0
             for process in [self._process, *self._process.children(recursive=True)]:
                 try:
@@ -251,7 +259,6 @@ class Memory:
                 except psutil.Error:  # it ended meanwhile
                     continue
             self.peak = max(self.peak, used)
-            time.sleep(0.1)
 
 
 if __name__ == "__main__":
