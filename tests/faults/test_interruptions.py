@@ -4,6 +4,8 @@ import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -19,12 +21,14 @@ ENDS = {"SIGKILL": {-9}, "SIGTERM": {-15, 143}, "Ctrl-C": {130, 1}}
 
 def disturb(warm: Warm, undisturbed: Undisturbed, folder: Path, stage: str, name: str, *, seed: int, times: int) -> int:
     """End a stage `times` times, then let it finish; return how often it was ended before it was through."""
-    shutil.copytree(undisturbed.before[stage], folder)
     moments, whole, hits = random.Random(f"{stage} {name} {seed}"), final(undisturbed.after[stage]), 0
     number, group = SIGNALS[name]
+    latest = undisturbed.seconds[stage]
     for _ in range(times):
+        if not folder.exists():
+            shutil.copytree(undisturbed.before[stage], folder)
         running = warm.start(folder, stage)
-        time.sleep(moments.uniform(0.02, undisturbed.seconds[stage]))  # the moment is what is tested
+        time.sleep(moments.uniform(0.02, latest))  # the moment is what is tested
         running.send(number, group=group)
         ended = running.wait()
         assert ended.status in {0} | ENDS[name], ended.output
@@ -32,6 +36,11 @@ def disturb(warm: Warm, undisturbed: Undisturbed, folder: Path, stage: str, name
         hits += ended.status != 0
         found = final(folder)
         assert {file: whole.get(file) for file in found} == found, f"{stage}, {name}, seed {seed}"
+        if ended.status == 0:  # quicker than when it was undisturbed
+            latest = min(latest, ended.seconds)
+            shutil.rmtree(folder)
+    if not folder.exists():
+        shutil.copytree(undisturbed.before[stage], folder)
     ended = warm.run(folder, stage)
     assert ended.status == 0, ended.output
     assert contents(folder) == contents(undisturbed.after[stage])
@@ -73,6 +82,20 @@ def test_a_killed_shard_worker_ends_the_stage_with_a_word(warm: Warm, bare: Path
     assert "a worker process was killed" in ended.output.splitlines()[-1]
     (folder / "images/train/circle/slow.png").unlink()
     assert warm.run(folder, "shard").status == 0
+
+
+def test_a_worker_whose_parent_died_before_it_began_does_not_stay() -> None:
+    code = (
+        "import os; from ssl_core.stages import shard\n"
+        "parent = os.getpid()\n"
+        "if os.fork():\n"
+        "    os._exit(0)\n"  # as if SIGTERM had come
+        "while os.getppid() == parent:\n"
+        "    pass\n"
+        "shard._become_worker(shard.Job(None, None, None, None, None, parent))\n"
+        "print('stayed')"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.PIPE).stdout == b""
 
 
 def until(found: Callable[[], list[int]]) -> list[int]:
