@@ -1,7 +1,8 @@
-"""What views cost: DALI against torchvision v2 on PIL images, and the loader's share of a ResNet-18 training step.
+"""What views cost: DALI against torchvision v2 and lightly on PIL images, samples a second, and the share of a step.
 
-The unit is CPU microseconds a sample (getrusage), which a busy machine distorts less than wall-clock. torchvision is
-timed at its best: bytes in memory, one thread, no worker processes. Repeats alternate, ratios are medians over them.
+The unit is CPU microseconds a sample (getrusage), which a busy machine distorts less than wall-clock. The peers are
+timed at their best: bytes in memory, one thread, no worker processes. Repeats alternate, ratios are medians over them.
+Samples a second are wall-clock, all threads, nothing else running; the share of a step is that of ResNet-18.
 
     python benchmarks/loader.py --output loader.json
 """
@@ -15,15 +16,16 @@ import tarfile
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import nn
 from torchvision.models import resnet18
-from torchvision.transforms import InterpolationMode, v2
+from torchvision.transforms import v2
 
 from ssl_core.config import Dataset
 from ssl_core.data.loader import Loader
@@ -31,13 +33,26 @@ from ssl_core.data.shards import Manifest, Split, new_shard
 from ssl_core.data.views import POLICIES, View, Views
 from ssl_core.files import write_text
 
-# Side in px, archive, how many of its images (whole batches, else DALI also makes what an epoch drops), DALI's batch,
-# samples a repeat, and how many times cheaper it has to be.
+
+class Size(NamedTuple):
+    """Images of one side in px, and for a weak and a strong view how many times cheaper than torchvision and how
+    many a second they have to be."""
+
+    px: int
+    archive: str
+    images: int  # whole batches, else DALI also makes what an epoch drops; as many samples a repeat
+    batch_size: int
+    local_px: int
+    ratio: float
+    samples_per_second: int
+
+
 SIZES = [
-    (32, "cifar10.tar.gz", 4096, 256, 4096, 8.0),
-    (64, "tiny-imagenet-200-subset.tar.gz", 2048, 128, 2048, 4.0),
-    (224, "imagenet-sample.tar", 240, 24, 240, 2.5),
+    Size(32, "cifar10.tar.gz", 4096, 256, 16, 8.0, 15_000),
+    Size(64, "tiny-imagenet-200-subset.tar.gz", 2048, 128, 32, 4.0, 5_000),
+    Size(224, "imagenet-sample.tar", 240, 24, 96, 2.5, 350),
 ]
+KINDS = ("one", "weak + strong", "2 + 6")  # 2 + 6: DINO's
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -47,23 +62,25 @@ def main() -> None:
         "--data", type=Path, default=Path("../shared/data"), help="of the archives; else synthetic images"
     )
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=2, help="of the training step")
+    parser.add_argument("--threads", type=int, default=2, help="of the training step, and of the loader alone")
     parser.add_argument("--sizes", type=int, nargs="+", default=[32, 64, 224])
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    results: dict[str, Any] = {"views": {}}
-    print(f"weak + strong view, CPU us a sample, median of {arguments.repeats} alternating repeats")
-    print(f"{'px':>5} {'DALI':>8} {'torchvision':>12} {'ratio':>7} {'goal':>6}")
+    results: dict[str, Any] = {"views": []}
+    print(f"CPU us a sample, median of {arguments.repeats} alternating repeats; ratios: peer / DALI; samples a second")
+    heading = f"{'px':>5}  {'views':<14}{'DALI':>8}{'torchvision':>13}{'lightly':>10}"
+    print(f"{heading}{'ratio':>8}{'ratio':>8}{'samples/s':>11}")
     with tempfile.TemporaryDirectory(prefix="ssl-core-benchmark-") as folder:
-        for size, archive, count, batch_size, samples, goal in SIZES:
-            if size in arguments.sizes:
-                images = read_images(arguments.data / archive, count, size)
-                manifest = write_shards(Path(folder) / str(size), images, size)
-                row = compare(manifest, images, size, batch_size, samples, arguments.repeats)
-                results["views"][str(size)] = {**row, "goal": goal}
-                print(f"{size:>5} {row['dali']:>8.0f} {row['torchvision']:>12.0f} {row['ratio']:>7.1f} {goal:>6.1f}")
-        manifest = write_shards(Path(folder) / "step", read_images(arguments.data / SIZES[0][1], 4000, 32), 32)
+        for size in SIZES:
+            if size.px in arguments.sizes:
+                images = read_images(arguments.data / size.archive, size.images, size.px)
+                manifest = write_shards(Path(folder) / str(size.px), images, size.px)
+                for kind in KINDS:
+                    row = compare(manifest, images, size, kind, arguments)
+                    results["views"].append(row)
+                    print(line(row), flush=True)
+        manifest = write_shards(Path(folder) / "step", read_images(arguments.data / SIZES[0].archive, 4000, 32), 32)
         results["step"] = step_share(manifest, arguments.repeats, arguments.threads)
     step = results["step"]
     print(
@@ -120,53 +137,112 @@ def write_shards(folder: Path, images: list[bytes], size: int) -> Manifest:
     return Manifest.load(folder / "manifest.json")
 
 
-def make_views(size: int) -> Views:
+def make_views(size: Size, kind: str) -> Views:
+    """Return the views of a kind, as lightly has them too."""
+    strong = View(size=size.px, augmentation=POLICIES["contrastive"])
+    if kind == "one":
+        return {"student": strong}
+    if kind == "weak + strong":
+        return {"student": strong, "teacher": View(size=size.px, augmentation=POLICIES["weak"])}
+    large, small = {"size": size.px, "area": (0.4, 1.0)}, {"size": size.local_px, "area": (0.05, 0.4)}
     return {
-        "student": View(size=size, augmentation=POLICIES["contrastive"]),
-        "teacher": View(size=size, augmentation=POLICIES["weak"]),
+        "first": View(**large, augmentation=POLICIES["dino_global_first"]),
+        "second": View(**large, augmentation=POLICIES["dino_global_second"]),
+        "local": View(**small, count=6, augmentation=POLICIES["dino_local"]),
     }
 
 
 def compare(
-    manifest: Manifest, images: list[bytes], size: int, batch_size: int, samples: int, repeats: int
-) -> dict[str, float]:
-    """Measure both sides in turn; return the medians of their costs and of their ratio."""
-    costs: list[tuple[float, float]] = []
-    transform = torchvision_views(size)
-    few = min(samples, 480)  # photographs differ in size, so both sides see them all
-    with make_loader(manifest, size, batch_size) as loader:
+    manifest: Manifest, images: list[bytes], size: Size, kind: str, arguments: argparse.Namespace
+) -> dict[str, Any]:
+    """Measure all sides in turn; return the medians of their costs and of their ratios."""
+    views = make_views(size, kind)
+    peers = {"torchvision": torchvision_views(views), "lightly": lightly_views(kind, size)}
+    costs: dict[str, list[float]] = {side: [] for side in ("dali", *peers)}
+    few = min(size.images, 480)  # photographs differ in size, so all sides see them all
+    with make_loader(manifest, views, size.batch_size) as loader:
         cpu_microseconds(loader.next, 4)  # fills the shuffle buffer and the queue
-        for _ in range(repeats):
-            dali = cpu_microseconds(loader.next, samples // batch_size) / batch_size
-            start = np.random.default_rng(len(costs)).integers(len(images))
+        for repeat in range(arguments.repeats):
+            batches = size.images // size.batch_size
+            costs["dali"].append(cpu_microseconds(loader.next, batches) / size.batch_size)
+            start = np.random.default_rng(repeat).integers(len(images))
             chosen = [images[(start + k) % len(images)] for k in range(few)]
-            torchvision = cpu_microseconds(lambda chosen=chosen: transform(chosen), 1) / few
-            costs.append((dali, torchvision))
-    dali, torchvision = (statistics.median(column) for column in zip(*costs, strict=True))
-    return {"dali": dali, "torchvision": torchvision, "ratio": statistics.median(tv / own for own, tv in costs)}
+            for side, transform in peers.items():
+                costs[side].append(cpu_microseconds(partial(transform, chosen), 1) / few)
+    ratios = {
+        f"{side}_ratio": statistics.median(cost / own for own, cost in zip(costs["dali"], costs[side], strict=True))
+        for side in peers
+    }
+    return {
+        "px": size.px,
+        "views": kind,
+        **{side: statistics.median(values) for side, values in costs.items()},
+        **ratios,
+        "samples_per_second": throughput(manifest, views, size, arguments),
+        **({"ratio_goal": size.ratio, "samples_goal": size.samples_per_second} if kind == "weak + strong" else {}),
+    }
 
 
-def make_loader(manifest: Manifest, size: int, batch_size: int) -> Loader:
-    return Loader(manifest, Dataset(name="benchmark"), make_views(size), batch_size=batch_size, seed=0)
+def line(row: dict[str, Any]) -> str:
+    goals = f"   goals {row['ratio_goal']:g}, {row['samples_goal']:,}" if "ratio_goal" in row else ""
+    return (
+        f"{row['px']:>5}  {row['views']:<14}{row['dali']:>8.0f}{row['torchvision']:>13.0f}{row['lightly']:>10.0f}"
+        f"{row['torchvision_ratio']:>8.1f}{row['lightly_ratio']:>8.1f}{row['samples_per_second']:>11,.0f}{goals}"
+    )
 
 
-def torchvision_views(size: int) -> Callable[[list[bytes]], tuple[torch.Tensor, torch.Tensor]]:
-    """Return what decodes images with PIL and stacks their two views, with torchvision's own operators."""
-    window = {32: 3, 64: 7, 224: 23}[size]
-    crop = v2.RandomResizedCrop(size, scale=(0.2, 1.0), interpolation=InterpolationMode.BILINEAR)
-    end = [v2.RandomHorizontalFlip(), v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)]
-    colour = [
-        v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
-        v2.RandomGrayscale(p=0.2),
-        v2.RandomApply([v2.GaussianBlur(window, sigma=(0.1, 2.0))], p=0.5),
-    ]
-    strong, weak = v2.Compose([crop, *colour, *end]), v2.Compose([crop, *end])
+def make_loader(manifest: Manifest, views: Views, batch_size: int, threads: int = 1) -> Loader:
+    return Loader(manifest, Dataset(name="benchmark"), views, batch_size=batch_size, seed=0, threads=threads)
 
-    def views(encoded: list[bytes]) -> tuple[torch.Tensor, torch.Tensor]:
-        decoded = [Image.open(io.BytesIO(image)).convert("RGB") for image in encoded]
-        return torch.stack([strong(image) for image in decoded]), torch.stack([weak(image) for image in decoded])
 
-    return views
+def throughput(manifest: Manifest, views: Views, size: Size, arguments: argparse.Namespace) -> float:
+    """Return the samples that the loader alone makes in a second of wall-clock: median of the repeats."""
+    found = []
+    with make_loader(manifest, views, size.batch_size, arguments.threads) as loader:
+        batches = 2 * size.images // size.batch_size
+        for _ in range(1 + arguments.repeats):  # the first only fills the queue
+            start = time.perf_counter()
+            for _ in range(batches):
+                loader.next()
+            found.append(batches * size.batch_size / (time.perf_counter() - start))
+    return statistics.median(found[1:])
+
+
+def torchvision_views(views: Views) -> Callable[[list[bytes]], list[torch.Tensor]]:
+    """Return what decodes images with PIL and stacks their views, with torchvision's own operators."""
+    transforms = [torchvision_transform(view) for view in views.values() for _ in range(view.count)]
+    return lambda encoded: stacked([[transform(image) for transform in transforms] for image in decoded(encoded)])
+
+
+def torchvision_transform(view: View) -> v2.Compose:
+    how = view.augmentation
+    operators: list[Any] = [v2.RandomResizedCrop(view.size, scale=view.area)]
+    if how.jitter:
+        jitter = v2.ColorJitter(how.brightness, how.contrast, how.saturation, how.hue)
+        operators += [v2.RandomApply([jitter], p=how.jitter), v2.RandomGrayscale(how.grayscale)]
+    if how.blur:
+        window = max(3, view.size // 10 // 2 * 2 + 1)
+        operators.append(v2.RandomApply([v2.GaussianBlur(window, sigma=how.blur_sigma)], p=how.blur))
+    if how.solarize:
+        operators.append(v2.RandomSolarize(128, p=how.solarize))
+    operators += [v2.RandomHorizontalFlip(), v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True)]
+    return v2.Compose([*operators, v2.Normalize(MEAN, STD)])
+
+
+def lightly_views(kind: str, size: Size) -> Callable[[list[bytes]], list[torch.Tensor]]:
+    """Return what decodes images with PIL and stacks their views, as lightly's transforms make them."""
+    import peers  # pyright: ignore[reportMissingImports]
+
+    transform = peers.views(kind, size.px, size.local_px)
+    return lambda encoded: stacked([transform(image) for image in decoded(encoded)])
+
+
+def decoded(encoded: list[bytes]) -> list[Image.Image]:
+    return [Image.open(io.BytesIO(image)).convert("RGB") for image in encoded]
+
+
+def stacked(samples: list[list[torch.Tensor]]) -> list[torch.Tensor]:
+    return [torch.stack(view) for view in zip(*samples, strict=True)]
 
 
 def step_share(manifest: Manifest, repeats: int, threads: int) -> dict[str, float]:
@@ -185,7 +261,7 @@ def step_share(manifest: Manifest, repeats: int, threads: int) -> dict[str, floa
         optimizer.zero_grad()
 
     rows: list[tuple[float, float]] = []
-    with make_loader(manifest, 32, batch_size) as loader:
+    with make_loader(manifest, make_views(SIZES[0], "weak + strong"), batch_size) as loader:
         images = loader.next().views["student"][0]
         cpu_microseconds(lambda: train(images), 1)
         for _ in range(repeats):

@@ -147,9 +147,18 @@ def weak(size: int) -> transforms.Compose:
     return transforms.Compose([crop, transforms.RandomHorizontalFlip(), transforms.ToTensor(), NORMALISE])
 
 
-def ressl(method: dict[str, Any], network: Any, size: int) -> tuple[Any, nn.Module]:
+def views(kind: str, size: int, local_size: int) -> Any:
+    """Return lightly's transform of an image into a list of views, of a kind of `loader.KINDS`."""
     strong = MoCoV2Transform(input_size=size).transforms[0]
-    return MultiViewTransform(transforms=[strong, weak(size)]), ReSSL(method, network)
+    if kind == "one":
+        return MultiViewTransform(transforms=[strong])
+    if kind == "weak + strong":
+        return MultiViewTransform(transforms=[strong, weak(size)])
+    return DINOTransform(global_crop_size=size, local_crop_size=local_size, n_local_views=6)
+
+
+def ressl(method: dict[str, Any], network: Any, size: int) -> tuple[Any, nn.Module]:
+    return views("weak + strong", size, 0), ReSSL(method, network)
 
 
 def moco(method: dict[str, Any], network: Any, size: int) -> tuple[Any, nn.Module]:

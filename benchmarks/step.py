@@ -5,8 +5,9 @@ plain PyTorch loop, a DataLoader with workers. Every side is a process of its ow
 and each turn starts with steps that are not timed, so that nobody profits from batches made while others ran. Memory
 is watched in a last turn that is not timed: looking at it takes a core's time.
 
-    python benchmarks/step.py --output step.json          # each with its defaults: ours in bf16 where the CPU has it
-    python benchmarks/step.py --precision bf16            # both sides in bf16
+    python benchmarks/step.py --output step.json               # each with its defaults: ours in bf16 where it can
+    python benchmarks/step.py --precision bf16                 # both sides in bf16
+    python benchmarks/step.py --sides ours floor --methods all # every method beside its floor
 """
 
 import argparse
@@ -24,12 +25,13 @@ import psutil
 import torch
 from loader import read_images, write_shards  # pyright: ignore[reportMissingImports]
 
+from ssl_core.config import Backbone
 from ssl_core.data.loader import Batch, Loader
 from ssl_core.data.shards import Manifest
 from ssl_core.data.views import adjust
 from ssl_core.files import write_text
 from ssl_core.methods.base import method_class, resolve
-from ssl_core.networks.backbones import build_backbone
+from ssl_core.networks.backbones import build_backbone, save_backbone
 from ssl_core.training.loop import Trainer
 from ssl_core.training.schedules import forward_batch_size
 
@@ -54,6 +56,17 @@ METHODS: dict[str, dict[str, Any]] = {  # heads and views as lightly's
         **LOCALS,
     },
 }  # fmt: skip
+PEERS = tuple(METHODS)  # of these; the others have a floor alone
+METHODS |= {
+    "npid": {"name": "npid"},
+    "cao_wu": {"name": "npid", "preset": "code", "embedding_dim": 128, "batchnorm_splits": 1},
+    "pid": {"name": "pid"},
+    "byol": {"name": "byol", "projector_hidden": 512, "predictor_hidden": 512},
+    "simsiam": {"name": "simsiam", "embedding_dim": 512, "predictor_hidden": 128},
+    "swav": {"name": "swav", "num_prototypes": 512, "queue_size": 0, "projector_hidden": 512},
+    "jigclu": {"name": "jigclu"},
+    "seed": {"name": "seed", "queue_size": 4096},
+}
 IMAGES = 8192
 WARM_STEPS = 3  # longer than either side's queue of finished batches lasts
 
@@ -61,7 +74,8 @@ WARM_STEPS = 3  # longer than either side's queue of finished batches lasts
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="of the archives; else synthetic")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--methods", nargs="+", choices=[*METHODS, "all"], default=list(PEERS))
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--threads", type=int, default=2, help="of torch; lightly's loader has as many workers")
@@ -75,6 +89,10 @@ def main() -> None:
     if arguments.side:
         serve(arguments)
         return
+    if "all" in arguments.methods:
+        arguments.methods = list(METHODS)
+    if "lightly" in arguments.sides and (alone := set(arguments.methods) - set(PEERS)):
+        parser.error(f"lightly runs {', '.join(PEERS)} here, not {', '.join(sorted(alone))}: say --sides ours floor")
     print(f"batch {arguments.batch}, {arguments.threads} threads, precision {arguments.precision}")
     print("images/s: median (min-max) over turns; of floor and wait: ours; MB: peak of ours, of lightly's, their ratio")
     print(f"{'method':<8}{'network':<17}{'ours':>16}{'lightly':>16}{'ratio':>7}{'of floor':>10}{'wait':>7}{'MB':>21}")
@@ -107,30 +125,26 @@ def compare(method: str, network: str, folder: str, arguments: argparse.Namespac
         command += [f"--{name}", str(getattr(arguments, name))]
     sides = {
         side: subprocess.Popen([*command, "--side", side], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        for side in SIDES
+        for side in arguments.sides
     }
-    answers: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
-    for side in SIDES:  # they load torch one after the other, and are quiet afterwards
+    answers: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
+    for side in sides:  # they load torch one after the other, and are quiet afterwards
         ask(sides[side], "start")
     for _ in range(arguments.turns):
-        for side in SIDES:
+        for side in sides:
             answers[side].append(ask(sides[side], "time"))
-    memory = {side: ask(sides[side], "memory")["memory_mb"] for side in SIDES}
+    memory = {side: ask(sides[side], "memory")["memory_mb"] for side in sides}
     for process in sides.values():
         process.communicate()
-    speed = {side: [answer["images_per_second"] for answer in answers[side]] for side in SIDES}
-    turns = zip(speed["ours"], speed["lightly"], speed["floor"], strict=True)
-    ratios, floors = zip(*((own / peer, own / floor) for own, peer, floor in turns), strict=True)
-    return {
-        "method": method,
-        "network": network,
-        "images_per_second": speed,
-        "ratio": statistics.median(ratios),
-        "of_floor": statistics.median(floors),
-        "wait_share": statistics.median(answer["wait_share"] for answer in answers["ours"]),
-        "memory_mb": memory,
-        "memory_ratio": memory["ours"] / memory["lightly"],
-    }
+    speed = {side: [answer["images_per_second"] for answer in answers[side]] for side in sides}
+    row: dict[str, Any] = {"method": method, "network": network, "images_per_second": speed, "memory_mb": memory}
+    row["wait_share"] = statistics.median(answer["wait_share"] for answer in answers["ours"])
+    for side, name in (("lightly", "ratio"), ("floor", "of_floor")):
+        if side in sides:
+            row[name] = statistics.median(own / other for own, other in zip(speed["ours"], speed[side], strict=True))
+    if "lightly" in sides:
+        row["memory_ratio"] = memory["ours"] / memory["lightly"]
+    return row
 
 
 def ask(process: subprocess.Popen[str], what: str) -> dict[str, float]:
@@ -148,12 +162,21 @@ def ask(process: subprocess.Popen[str], what: str) -> dict[str, float]:
 def line(row: dict[str, Any]) -> str:
     speed, memory = row["images_per_second"], row["memory_mb"]
     both = "".join(
-        f"{statistics.median(speed[side]):>7.0f} ({min(speed[side]):.0f}-{max(speed[side]):.0f})".rjust(16)
+        (
+            f"{statistics.median(speed[side]):.0f} ({min(speed[side]):.0f}-{max(speed[side]):.0f})"
+            if side in speed
+            else ""
+        ).rjust(16)
         for side in ("ours", "lightly")
     )
+    ratio, of_floor, memory_ratio = (
+        f"{row[name]:.{digits}f}" if name in row else "–"
+        for name, digits in (("ratio", 2), ("of_floor", 3), ("memory_ratio", 2))
+    )
+    peer = f"{memory['lightly']:.0f}" if "lightly" in memory else "–"
     return (
-        f"{row['method']:<8}{row['network']:<17}{both}{row['ratio']:>7.2f}{row['of_floor']:>10.3f}"
-        f"{100 * row['wait_share']:>6.1f}%{memory['ours']:>7.0f}{memory['lightly']:>7.0f}{row['memory_ratio']:>7.2f}"
+        f"{row['method']:<8}{row['network']:<17}{both}{ratio:>7}{of_floor:>10}{100 * row['wait_share']:>6.1f}%"
+        f"{memory['ours']:>7.0f}{peer:>7}{memory_ratio:>7}"
     )
 
 
@@ -198,6 +221,11 @@ class Ours:
         backbone = NETWORKS[network][0]
         manifest = Manifest.load(arguments.folder / "shards" / "manifest.json")
         settings = METHODS[method] | ({"local_size": manifest.image_size // 2} if method == "dino" else {})
+        if method == "seed":
+            weights = arguments.folder / "teacher.safetensors"
+            teacher = Backbone.model_validate(backbone)
+            save_backbone(weights, build_backbone(teacher, manifest.image_size), teacher, manifest.image_size, {})
+            settings = settings | {"teacher": {"weights": str(weights)}}
         spec = {"dataset": {"name": "benchmark"}, "backbone": backbone, "method": settings, "training": training}
         resolved = resolve(spec)
         kind = method_class(resolved.method.name)
