@@ -28,9 +28,8 @@ from loader import read_images, write_shards  # pyright: ignore[reportMissingImp
 from ssl_core.config import Backbone
 from ssl_core.data.loader import Batch, Loader
 from ssl_core.data.shards import Manifest
-from ssl_core.data.views import adjust
 from ssl_core.files import write_text
-from ssl_core.methods.base import method_class, resolve
+from ssl_core.methods.base import method_class, resolve, views_of
 from ssl_core.networks.backbones import build_backbone, save_backbone
 from ssl_core.training.loop import Trainer
 from ssl_core.training.schedules import forward_batch_size
@@ -229,7 +228,7 @@ class Ours:
         spec = {"dataset": {"name": "benchmark"}, "backbone": backbone, "method": settings, "training": training}
         resolved = resolve(spec)
         kind = method_class(resolved.method.name)
-        views = adjust(kind.views(resolved.method, manifest.image_size), {})
+        views = views_of(resolved, manifest.image_size)
         loader = Loader(manifest, resolved.dataset, views, batch_size=forward_batch_size(resolved.training), seed=0)
         module = kind(
             resolved.method, build_backbone(resolved.backbone, manifest.image_size), num_images=loader.num_images,

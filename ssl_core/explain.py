@@ -18,7 +18,7 @@ from ssl_core.config import Backbone, Dataset, Experiment, parse
 from ssl_core.data.card import Card, load_card
 from ssl_core.data.loader import draw_subset
 from ssl_core.data.shards import Manifest, verify
-from ssl_core.data.views import POLICIES, Augmentation, View, Views, adjust
+from ssl_core.data.views import POLICIES, Augmentation, View, Views
 from ssl_core.layers import Layers, Where, leaves, load
 from ssl_core.methods import base
 from ssl_core.networks.backbones import Network, build_backbone
@@ -90,8 +90,7 @@ def find(spec: Mapping[str, Any]) -> Subject:
     manifest = Manifest.load(path) if path.exists() else None
     if manifest is not None:
         verify(manifest, resolved.dataset.split)
-    views = base.method_class(resolved.method.name).views(resolved.method, card.image_size)
-    return Subject(resolved, card, manifest, adjust(views, resolved.views, avoid=card.avoid))
+    return Subject(resolved, card, manifest, base.views_of(resolved, card.image_size, avoid=card.avoid))
 
 
 def shard_command(dataset: str) -> str:

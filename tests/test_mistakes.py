@@ -66,6 +66,7 @@ EXPERIMENTS: list[tuple[dict[str, Any], str]] = [
     ({"dataset": {"split": "tran"}}, "has no split"),
     ({"views": {"student": {"area": [1.0, 0.2]}}}, "is no range: the first number must not exceed the second"),
     ({"views": {"techer": {"size": 8}}}, "the method has no such views"),
+    ({"views": {"teacher": {"count": 2}}}, "takes 1 of these views, found 2: leave it out"),
 ]
 
 

@@ -13,12 +13,11 @@ import torch
 import yaml
 
 from ssl_core import schema
-from ssl_core.config import Backbone, Experiment
+from ssl_core.config import Backbone
 from ssl_core.data.card import load_card
 from ssl_core.data.loader import Loader
 from ssl_core.data.shards import Manifest
-from ssl_core.data.views import Views, adjust
-from ssl_core.methods.base import method_class, resolve
+from ssl_core.methods.base import method_class, resolve, views_of
 from ssl_core.networks.backbones import build_backbone, save_backbone, write_tensors
 from ssl_core.stages import evaluate, shard
 from ssl_core.training.loop import Trainer
@@ -35,11 +34,6 @@ QUICK = {"moco", "npid", "ressl", "simsiam"}  # methods of which `make test` tra
 def laid_over(path: Path) -> dict[str, Any]:
     """Return what `--configfile` makes of a recipe and `config.yaml`."""
     return schema.without_nulls(schema.merge(DEFAULT, yaml.safe_load(path.read_text())))
-
-
-def views_of(experiment: Experiment, size: int, avoid: tuple[str, ...] = ()) -> Views:
-    views = method_class(experiment.method.name).views(experiment.method, size)
-    return adjust(views, experiment.views, avoid=avoid)
 
 
 @pytest.fixture(scope="module", params=RECIPES, ids=lambda path: path.stem)
@@ -61,7 +55,7 @@ def test_every_configuration_is_valid_down_to_the_last_key(path):
         resolved = resolve(experiment)
         card = load_card(ROOT / "datasets" / f"{resolved.dataset.name}.yaml")
         assert resolved.dataset.split in card.source.splits
-        assert views_of(resolved, card.image_size, tuple(card.avoid))
+        assert views_of(resolved, card.image_size, avoid=card.avoid)
     for name, section in (configuration.get("evaluations") or {}).items():
         evaluate.load(section, name).Config.model_validate({"dataset": {"name": "demo"}, **section})
 
@@ -180,7 +174,7 @@ def test_a_shipped_experiment_trains_two_steps(experiment, demo, weights):
         {**experiment, "dataset": dataset, "backbone": backbone, "method": section, "training": training}
     )
     size = 64 if len({view.size for view in views_of(resolved, 64).values()}) > 1 else 32
-    views = views_of(resolved, size, demo.avoid)
+    views = views_of(resolved, size, avoid=demo.avoid)
     with Loader(demo, resolved.dataset, views, batch_size=8, seed=0) as loader:
         network = build_backbone(STAND_IN, size)
         model = method(resolved.method, network, num_images=loader.num_images, batch_size=8, seed=0)

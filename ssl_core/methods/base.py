@@ -2,7 +2,7 @@
 
 import importlib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar, NamedTuple
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ssl_core.config import Experiment, Strict, Training, nearest, parse
 from ssl_core.data.loader import Batch, Loader
-from ssl_core.data.views import Views
+from ssl_core.data.views import Views, adjust
 from ssl_core.networks.backbones import Network
 
 
@@ -53,6 +53,7 @@ class Method(nn.Module):
     Config: ClassVar[type[MethodConfig]]
     constant_rate: tuple[str, ...] = ()  # submodules whose learning rate never falls (SimSiam's predictor)
     undecayed: tuple[str, ...] = ()  # parameters that weight decay spares, whatever `training.decay_exclusion`
+    fixed_views: tuple[str, ...] = ()  # groups of views of which the loss takes neither more nor fewer
     backbone: Network  # the student's, which evaluations use
 
     def __init__(self, config: Any, backbone: Network, *, num_images: int, batch_size: int, seed: int) -> None:
@@ -100,6 +101,21 @@ def method_class(name: str) -> type[Method]:
         if issubclass(member, Method) and member.__module__ == module.__name__
     ]
     return found
+
+
+def views_of(experiment: Experiment, image_size: int, *, avoid: Sequence[str] = ()) -> Views:
+    """Return the method's views with the experiment's changes, less what the data set's card avoids.
+
+    Raises `ValueError` for an unknown group or key, and for a `count` that the method's loss cannot take.
+    """
+    kind = method_class(experiment.method.name)
+    own = kind.views(experiment.method, image_size)
+    views = adjust(own, experiment.views, avoid=avoid)
+    for group in kind.fixed_views:
+        if views[group].count != own[group].count:
+            takes = f"{experiment.method.name} takes {own[group].count} of these views"
+            raise ValueError(f"views.{group}.count: {takes}, found {views[group].count}: leave it out")
+    return views
 
 
 def resolve(spec: Mapping[str, Any]) -> Experiment:

@@ -71,6 +71,7 @@ class BYOL(Method):
     """Student with a predictor, and a momentum teacher without."""
 
     Config = Config
+    fixed_views = ("first", "second")
 
     def __init__(self, config: Config, backbone: Network, *, num_images: int, batch_size: int, seed: int) -> None:
         super().__init__(config, backbone, num_images=num_images, batch_size=batch_size, seed=seed)

@@ -120,6 +120,7 @@ class DINO(Method):
     """Student, momentum teacher, and the centre of the teacher's outputs."""
 
     Config = Config
+    fixed_views = ("global_first", "global_second")
     centre: Tensor
 
     def __init__(self, config: Config, backbone: Network, *, num_images: int, batch_size: int, seed: int) -> None:

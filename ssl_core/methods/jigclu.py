@@ -52,6 +52,7 @@ class JigClu(Method):
     """A network that sees montages, with a head for clusters and one for locations."""
 
     Config = Config
+    fixed_views = CORNERS
 
     def __init__(self, config: Config, backbone: Network, *, num_images: int, batch_size: int, seed: int) -> None:
         super().__init__(config, backbone, num_images=num_images, batch_size=batch_size, seed=seed)

@@ -97,6 +97,7 @@ class MoCo(Method):
     """Student, momentum teacher and a queue of the teacher's past embeddings, the keys."""
 
     Config = Config
+    fixed_views = ("query", "key")
 
     def __init__(self, config: Config, backbone: Network, *, num_images: int, batch_size: int, seed: int) -> None:
         super().__init__(config, backbone, num_images=num_images, batch_size=batch_size, seed=seed)

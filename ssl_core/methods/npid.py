@@ -92,6 +92,7 @@ class NPID(Method):
     """A network, and the bank of what it last said of every image."""
 
     Config = Config
+    fixed_views = ("student",)
     bank: Tensor
 
     def __init__(self, config: Config, backbone: Network, *, num_images: int, batch_size: int, seed: int) -> None:

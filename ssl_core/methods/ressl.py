@@ -98,6 +98,7 @@ class ReSSL(Method):
     """Student, momentum teacher and a queue of the teacher's past embeddings."""
 
     Config = Config
+    fixed_views = ("teacher",)
 
     def __init__(self, config: Config, backbone: Network, *, num_images: int, batch_size: int, seed: int) -> None:
         super().__init__(config, backbone, num_images=num_images, batch_size=batch_size, seed=seed)

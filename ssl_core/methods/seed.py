@@ -65,6 +65,7 @@ class SEED(Method):
     """Student, frozen teacher and a queue of the teacher's past embeddings."""
 
     Config = Config
+    fixed_views = ("both",)
     scale: Tensor
     shift: Tensor
 

@@ -70,6 +70,7 @@ class SimCLR(Method):
     """A backbone and a projector; two views of each image."""
 
     Config = Config
+    fixed_views = ("student",)
 
     def __init__(self, config: Config, backbone: Network, *, num_images: int, batch_size: int, seed: int) -> None:
         super().__init__(config, backbone, num_images=num_images, batch_size=batch_size, seed=seed)

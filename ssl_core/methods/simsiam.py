@@ -60,6 +60,7 @@ class SimSiam(Method):
     """A backbone, a projector and a predictor; two views of each image."""
 
     Config = Config
+    fixed_views = ("student",)
 
     def __init__(self, config: Config, backbone: Network, *, num_images: int, batch_size: int, seed: int) -> None:
         super().__init__(config, backbone, num_images=num_images, batch_size=batch_size, seed=seed)

@@ -79,6 +79,7 @@ class SwAV(Method):
     """A network, unit prototypes, and a queue of past embeddings for each global view."""
 
     Config = Config
+    fixed_views = ("global",)
 
     def __init__(self, config: Config, backbone: Network, *, num_images: int, batch_size: int, seed: int) -> None:
         super().__init__(config, backbone, num_images=num_images, batch_size=batch_size, seed=seed)
@@ -99,8 +100,6 @@ class SwAV(Method):
     def forward(self, batch: Batch, progress: Progress) -> Losses:
         """Return the loss of predicting, from every view, the codes of the global views other than itself."""
         views = [*batch.views["global"], *batch.views.get("local", [])]
-        if len(batch.views["global"]) != 2:
-            raise ValueError(f"views.global.count: SwAV swaps two global views, found {len(batch.views['global'])}")
         rows = F.normalize(self.projector(encode(self.backbone, views)).float(), dim=1)
         embeddings = rows.unflatten(0, (len(views), -1))  # z: (views, batch, dim)
         self.embeddings.append(embeddings[:2].detach())

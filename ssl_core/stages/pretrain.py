@@ -23,9 +23,9 @@ from ssl_core.config import Experiment
 from ssl_core.data.loader import Loader
 from ssl_core.data.picture import draw_first_views
 from ssl_core.data.shards import Manifest, verify
-from ssl_core.data.views import POLICIES, View, Views, adjust
+from ssl_core.data.views import POLICIES, View, Views
 from ssl_core.files import atomic, write_json, write_text
-from ssl_core.methods.base import method_class, resolve
+from ssl_core.methods.base import method_class, resolve, views_of
 from ssl_core.networks.backbones import build_backbone, check_image_size, save_backbone, write_tensors
 from ssl_core.training import checkpoint as checkpoints
 from ssl_core.training import distributed
@@ -111,7 +111,7 @@ def _work(job: Job) -> None:
     # The backbone comes first after the seed, so that the evaluations' untrained baseline is this very network.
     torch.manual_seed(training.seed)
     backbone = build_backbone(resolved.backbone, manifest.image_size)
-    views = _views(resolved, manifest)
+    views = views_of(resolved, manifest.image_size, avoid=manifest.avoid)
     for view in views.values():
         check_image_size(backbone, resolved.backbone, view.size)
     with _loader(job, resolved, manifest, views, device) as loader:
@@ -223,12 +223,6 @@ def _start_process(processes: int, threads: int) -> torch.device:
     if processes > 1:
         torch.distributed.init_process_group("nccl" if cuda else "gloo")
     return torch.device("cuda", local_rank) if cuda else torch.device("cpu")
-
-
-def _views(resolved: Experiment, manifest: Manifest) -> Views:
-    """Return the method's views with the experiment's changes, less what would change this data set's labels."""
-    views = method_class(resolved.method.name).views(resolved.method, manifest.image_size)
-    return adjust(views, resolved.views, avoid=manifest.avoid)
 
 
 def _loader(job: Job, resolved: Experiment, manifest: Manifest, views: Views, device: torch.device) -> Loader:

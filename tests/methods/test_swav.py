@@ -285,13 +285,6 @@ def test_equal_sizes_share_a_forward_and_the_head_sees_everything_at_once():
     assert rows == [20]
 
 
-def test_a_single_global_view_is_refused():
-    one = batch(views())
-    one.views["global"].pop()
-    with pytest.raises(ValueError, match="swaps two global views, found 1"):
-        make(SwAV, config())(one, START)
-
-
 def test_evaluation_mode_leaves_the_state_as_it_is():
     model = make(SwAV, config()).eval()
     before = {name: value.clone() for name, value in model.state_dict().items()}
