@@ -71,9 +71,10 @@ def test_a_recipe_says_what_to_expect_of_every_experiment(published):
     for name in configuration["experiments"]:
         reported = configuration["reported"][name]
         assert all(reported[key] for key in ("source", "epochs", "hours", "hardware")), name
+    seeds, experiments = schema.seeds(configuration["experiments"]), schema.experiments(configuration)
     for name, reported in configuration["reported"].items():
-        epochs = resolve(schema.experiments(configuration)[name]).training.epochs
-        assert reported["epochs"] == epochs, name
+        for run in seeds.get(name, [name]):
+            assert resolve(experiments[run]).training.epochs == reported["epochs"], run
 
 
 def test_the_commands_in_a_recipes_first_lines_name_targets_that_there_are(recipe):
