@@ -47,7 +47,7 @@ test: $(INSTALLED)
 test-long: $(INSTALLED)
 	pytest --numprocesses auto --dist loadfile --no-loadscope-reorder --long $(ARGS)
 
-# Each prints a table and writes JSON; alone on the machine, an hour and a half in all. One of them: make bench BENCHMARKS=loader
+# Each prints a table and writes JSON; alone on the machine. One of them: make bench BENCHMARKS=loader
 BENCHMARKS := loader step sharding evaluation instance_loss workflow
 bench: $(INSTALLED)
 	mkdir -p build/benchmarks

@@ -3,11 +3,11 @@
 Same images, network, heads, batch and threads. lightly runs as its documentation shows: its transforms and losses, a
 plain PyTorch loop, a DataLoader with workers. Every side is a process of its own that stays alive, sides take turns,
 and each turn starts with steps that are not timed, so that nobody profits from batches made while others ran. Memory
-is watched in a last turn that is not timed: looking at it takes a core's time.
+is watched in a last turn that is not timed: looking at it slows everything down.
 
     python benchmarks/step.py --output step.json               # each with its defaults: ours in bf16 where it can
     python benchmarks/step.py --precision bf16                 # both sides in bf16
-    python benchmarks/step.py --sides ours floor --methods all # every method beside its floor
+    python benchmarks/step.py --methods all                    # also those that lightly runs nothing like here
 """
 
 import argparse
@@ -55,7 +55,7 @@ METHODS: dict[str, dict[str, Any]] = {  # heads and views as lightly's
         **LOCALS,
     },
 }  # fmt: skip
-PEERS = tuple(METHODS)  # of these; the others have a floor alone
+PEERS = tuple(METHODS)  # what lightly runs here too; the others have a floor alone
 METHODS |= {
     "npid": {"name": "npid"},
     "cao_wu": {"name": "npid", "preset": "code", "embedding_dim": 128, "batchnorm_splits": 1},
@@ -74,7 +74,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="of the archives; else synthetic")
     parser.add_argument("--methods", nargs="+", choices=[*METHODS, "all"], default=list(PEERS))
-    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--threads", type=int, default=2, help="of torch; lightly's loader has as many workers")
@@ -90,8 +89,6 @@ def main() -> None:
         return
     if "all" in arguments.methods:
         arguments.methods = list(METHODS)
-    if "lightly" in arguments.sides and (alone := set(arguments.methods) - set(PEERS)):
-        parser.error(f"lightly runs {', '.join(PEERS)} here, not {', '.join(sorted(alone))}: say --sides ours floor")
     print(f"batch {arguments.batch}, {arguments.threads} threads, precision {arguments.precision}")
     print("images/s: median (min-max) over turns; of floor and wait: ours; MB: peak of ours, of lightly's, their ratio")
     print(f"{'method':<8}{'network':<17}{'ours':>16}{'lightly':>16}{'ratio':>7}{'of floor':>10}{'wait':>7}{'MB':>21}")
@@ -124,7 +121,8 @@ def compare(method: str, network: str, folder: str, arguments: argparse.Namespac
         command += [f"--{name}", str(getattr(arguments, name))]
     sides = {
         side: subprocess.Popen([*command, "--side", side], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        for side in arguments.sides
+        for side in SIDES
+        if side != "lightly" or method in PEERS
     }
     answers: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
     for side in sides:  # they load torch one after the other, and are quiet afterwards
@@ -138,12 +136,15 @@ def compare(method: str, network: str, folder: str, arguments: argparse.Namespac
     speed = {side: [answer["images_per_second"] for answer in answers[side]] for side in sides}
     row: dict[str, Any] = {"method": method, "network": network, "images_per_second": speed, "memory_mb": memory}
     row["wait_share"] = statistics.median(answer["wait_share"] for answer in answers["ours"])
-    for side, name in (("lightly", "ratio"), ("floor", "of_floor")):
-        if side in sides:
-            row[name] = statistics.median(own / other for own, other in zip(speed["ours"], speed[side], strict=True))
+    row["of_floor"] = median_ratio(speed["ours"], speed["floor"])
     if "lightly" in sides:
+        row["ratio"] = median_ratio(speed["ours"], speed["lightly"])
         row["memory_ratio"] = memory["ours"] / memory["lightly"]
     return row
+
+
+def median_ratio(own: list[float], others: list[float]) -> float:
+    return statistics.median(one / other for one, other in zip(own, others, strict=True))
 
 
 def ask(process: subprocess.Popen[str], what: str) -> dict[str, float]:
@@ -161,21 +162,16 @@ def ask(process: subprocess.Popen[str], what: str) -> dict[str, float]:
 def line(row: dict[str, Any]) -> str:
     speed, memory = row["images_per_second"], row["memory_mb"]
     both = "".join(
-        (
-            f"{statistics.median(speed[side]):.0f} ({min(speed[side]):.0f}-{max(speed[side]):.0f})"
-            if side in speed
-            else ""
-        ).rjust(16)
+        f"{statistics.median(speed[side]):.0f} ({min(speed[side]):.0f}-{max(speed[side]):.0f})".rjust(16)
+        if side in speed
+        else "–".rjust(16)
         for side in ("ours", "lightly")
     )
-    ratio, of_floor, memory_ratio = (
-        f"{row[name]:.{digits}f}" if name in row else "–"
-        for name, digits in (("ratio", 2), ("of_floor", 3), ("memory_ratio", 2))
-    )
+    ratio, memory_ratio = (f"{row[name]:.2f}" if name in row else "–" for name in ("ratio", "memory_ratio"))
     peer = f"{memory['lightly']:.0f}" if "lightly" in memory else "–"
     return (
-        f"{row['method']:<8}{row['network']:<17}{both}{ratio:>7}{of_floor:>10}{100 * row['wait_share']:>6.1f}%"
-        f"{memory['ours']:>7.0f}{peer:>7}{memory_ratio:>7}"
+        f"{row['method']:<8}{row['network']:<17}{both}{ratio:>7}{row['of_floor']:>10.3f}"
+        f"{100 * row['wait_share']:>6.1f}%{memory['ours']:>7.0f}{peer:>7}{memory_ratio:>7}"
     )
 
 

@@ -15,7 +15,7 @@ from ssl_core.data.shards import Manifest
 from ssl_core.data.views import POLICIES, Augmentation, View, Views
 from ssl_core.files import atomic
 
-IMAGES = 8
+IMAGES = 8  # drawn of a data set or batch
 CELL = 1.45  # inches of the largest view; others are smaller, but never less than half of it
 GAP, MARGIN = 0.06, 0.2  # inches
 HEADER = 0.65  # inches above each group of views

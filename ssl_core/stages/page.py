@@ -99,7 +99,7 @@ def _cost(rows: Sequence[Row]) -> str:
     if not panels:
         return ""
     from ssl_core.evaluations.drawing import render  # matplotlib, which few tables need
-    from ssl_core.stages.costs import draw_costs
+    from ssl_core.stages.cost_picture import draw_costs
 
     title = f"Accuracy against the time of pre-training, {rows[0].dataset}"
     figure = draw_costs(rows, panels, title=title)

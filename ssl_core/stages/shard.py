@@ -103,7 +103,6 @@ class Job(NamedTuple):
     output: Path
     done: Any  # images, counted over all workers
     stop: Any  # set: give up
-    parent: int  # process id
 
 
 class State:
@@ -216,14 +215,15 @@ def _become_worker(job: Job) -> None:
     _job = job
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears Ctrl-C and sets job.stop
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # die with the parent, whatever kills it
-    if os.getppid() != job.parent:  # it died before this line was reached
+    parent = multiprocessing.parent_process()
+    if parent is None or os.getppid() != parent.pid:  # it died before this line was reached
         os._exit(1)
 
 
 def _pack_all(card: Card, opened: Opened, output: Path, state: State, threads: int) -> list[Packed]:
     """Make all shards in parallel, under one progress bar; return them in order."""
     context = multiprocessing.get_context("fork")  # the workers share the listing and open files without copies
-    job = Job(card, opened, output, context.Value("q", 0), context.Event(), os.getpid())
+    job = Job(card, opened, output, context.Value("q", 0), context.Event())
     tasks = list(_tasks(opened, state))
     with ProcessPoolExecutor(threads, context, initializer=_become_worker, initargs=(job,)) as pool:
         futures = [pool.submit(pack, task) for task in tasks]

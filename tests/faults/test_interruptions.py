@@ -24,9 +24,8 @@ def disturb(warm: Warm, undisturbed: Undisturbed, folder: Path, stage: str, name
     moments, whole, hits = random.Random(f"{stage} {name} {seed}"), final(undisturbed.after[stage]), 0
     number, group = SIGNALS[name]
     latest = undisturbed.seconds[stage]
+    shutil.copytree(undisturbed.before[stage], folder)
     for _ in range(times):
-        if not folder.exists():
-            shutil.copytree(undisturbed.before[stage], folder)
         running = warm.start(folder, stage)
         time.sleep(moments.uniform(0.02, latest))  # the moment is what is tested
         running.send(number, group=group)
@@ -39,8 +38,7 @@ def disturb(warm: Warm, undisturbed: Undisturbed, folder: Path, stage: str, name
         if ended.status == 0:  # quicker than when it was undisturbed
             latest = min(latest, ended.seconds)
             shutil.rmtree(folder)
-    if not folder.exists():
-        shutil.copytree(undisturbed.before[stage], folder)
+            shutil.copytree(undisturbed.before[stage], folder)
     ended = warm.run(folder, stage)
     assert ended.status == 0, ended.output
     assert contents(folder) == contents(undisturbed.after[stage])
@@ -86,14 +84,14 @@ def test_a_killed_shard_worker_ends_the_stage_with_a_word(warm: Warm, bare: Path
 
 def test_a_worker_whose_parent_died_before_it_began_does_not_stay() -> None:
     code = (
-        "import os; from ssl_core.stages import shard\n"
-        "parent = os.getpid()\n"
-        "if os.fork():\n"
-        "    os._exit(0)\n"  # as if SIGTERM had come
-        "while os.getppid() == parent:\n"
-        "    pass\n"
-        "shard._become_worker(shard.Job(None, None, None, None, None, parent))\n"
-        "print('stayed')"
+        "import multiprocessing, os; from ssl_core.stages import shard\n"
+        "def begin(parent):\n"
+        "    while os.getppid() == parent:\n"
+        "        pass\n"
+        "    shard._become_worker(shard.Job(None, None, None, None, None))\n"
+        "    print('stayed', flush=True)\n"
+        "multiprocessing.get_context('fork').Process(target=begin, args=(os.getpid(),)).start()\n"
+        "os._exit(0)"  # as if SIGTERM had come
     )
     assert subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.PIPE).stdout == b""
 

@@ -14,7 +14,7 @@ from matplotlib.text import Text
 
 from ssl_core.results import Priced, Summary, collect, priced
 from ssl_core.stages import table
-from ssl_core.stages.costs import draw_costs
+from ssl_core.stages.cost_picture import draw_costs
 
 
 def result(experiment: str, evaluation: str, top1: float, **changes: Any) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ssl_core.evaluations.drawing import COLOURS, FAINT, INK, SOFT, colour_of, marker_of, shorten, styled
-from ssl_core.results import Priced, Row, baselines, headline
+from ssl_core.results import Priced, Row, baselines, headline, summarise
 
 UNITS = (("hours", 3600), ("minutes", 60), ("seconds", 1))
 LINES = {"untrained": (COLOURS[6], "--"), "pixels": (INK, ":")}
@@ -17,7 +17,7 @@ LINE_HEIGHT = 11.0  # points between two labels
 def draw_costs(rows: Sequence[Row], panels: Mapping[str, Sequence[Priced]], *, title: str) -> Figure:
     """Draw a panel an evaluation of these rows of one data set, as `results.priced` found them.
 
-    The arms of crosses are standard deviations over seeds; lines are the baselines.
+    The arms of crosses are standard deviations over seeds; lines are the baselines, averaged over the experiments.
     """
     most = max(point.seconds.mean for points in panels.values() for point in points)
     unit, length = next((unit for unit in UNITS if most >= 2 * unit[1]), UNITS[-1])
@@ -56,12 +56,15 @@ def draw_costs(rows: Sequence[Row], panels: Mapping[str, Sequence[Priced]], *, t
 
 def _lines(axes: Axes, rows: Sequence[Row], group: str) -> None:
     for name in baselines(rows, group):
-        found = [row.summary(group, name, headline(row.results[group][0])) for row in rows if group in row.results]
-        means = [summary.mean for summary in found if summary]
+        found = (row.summary(group, name, headline(row.results[group][0])) for row in rows if group in row.results)
+        over_all = summarise(one and one.mean for one in found)
+        if over_all is None:
+            continue
         colour, dashes = LINES[name]
-        mean = sum(means) / len(means)
-        axes.axhline(mean, color=colour, linestyle=dashes, linewidth=1.2)
-        axes.text(0.01, mean, name, transform=axes.get_yaxis_transform(), va="bottom", fontsize=8, color=colour)
+        axes.axhline(over_all.mean, color=colour, linestyle=dashes, linewidth=1.2)
+        axes.text(
+            0.01, over_all.mean, name, transform=axes.get_yaxis_transform(), va="bottom", fontsize=8, color=colour
+        )
 
 
 def _name(axes: Axes, points: dict[str, tuple[float, float]]) -> None:
