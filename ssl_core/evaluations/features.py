@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ TEST_SPLITS = ("test", "val")
 CHUNK = 8192  # rows that are worked on at once where all may be too many for the memory
 BATCH_SIZE = 256  # of feature extraction; decides memory, never results
 
+Precision = Literal["fp32", "bf16"]  # of frozen networks' forward passes; probes and neighbours stay float32
 Log = Callable[[dict[str, float], int], None]  # (metrics, epoch), for curves
 
 
@@ -234,7 +235,15 @@ def frozen(networks: Mapping[str, nn.Module]) -> Iterator[None]:
             module.training = mode
 
 
-def extract(networks: Mapping[str, nn.Module], loader: Loader, *, describe: str = "features") -> Features:
+def forward(networks: Mapping[str, nn.Module], images: Tensor, precision: Precision) -> dict[str, Tensor]:
+    """Return each network's features of (batch, 3, h, w) as float32; `bf16` has matrix products in bfloat16."""
+    with frozen(networks), torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16"):
+        return {name: network(images).float() for name, network in networks.items()}
+
+
+def extract(
+    networks: Mapping[str, nn.Module], loader: Loader, *, precision: Precision = "fp32", describe: str = "features"
+) -> Features:
     """Read out every network's features in one pass over an unshuffled loader of one view; networks stay untouched.
 
     A loader that is one rank's of several gives that rank's images; the ranks' rows, in their order, are those of one.
@@ -243,15 +252,11 @@ def extract(networks: Mapping[str, nn.Module], loader: Loader, *, describe: str 
     # Filled in place: what is kept of each batch would lie between the batches' freed features and keep that memory.
     labels, indices = torch.empty(2, loader.num_images, dtype=torch.int64)
     start = 0
-    with (
-        frozen(networks),
-        progress_bar(loader.num_images, describe, unit="images", leave=False) as progress,
-    ):
+    with progress_bar(loader.num_images, describe, unit="images", leave=False) as progress:
         for batch in loader.epoch():
             ((images,),) = batch.views.values()
             stop = start + len(images)
-            for name, network in networks.items():
-                features = network(images)
+            for name, features in forward(networks, images, precision).items():
                 if name not in of:
                     of[name] = allocate(loader.num_images, features.shape[1])
                 of[name][start:stop] = features
@@ -269,11 +274,13 @@ def read_split(
     describe: str,
     *,
     networks: Mapping[str, nn.Module] | None = None,
+    precision: Precision = "fp32",
 ) -> Features:
     """Read out a split, or the drawn part of one, by the subjects' own networks or by others."""
     dataset = Dataset(name=manifest.dataset, split=split) if isinstance(split, str) else split
     with make_loader(subjects, manifest, dataset, view) as loader:
-        return extract(networks or subjects.networks, loader, describe=f"{describe}: {dataset.split}")
+        own = networks or subjects.networks
+        return extract(own, loader, precision=precision, describe=f"{describe}: {dataset.split}")
 
 
 def correct(logits: Tensor, labels: Tensor) -> dict[str, float]:

@@ -18,6 +18,7 @@ from ssl_core.evaluations.features import (
     Features,
     Log,
     Outcome,
+    Precision,
     Subjects,
     center_view,
     find_test_split,
@@ -48,6 +49,7 @@ class Config(Strict):
         default=1.0, ge=1
     )  # shorter side before the center crop, times the image size; 1.143 is 256/224
     image_size: PositiveInt | None = None  # nothing said: the pre-training's
+    precision: Precision = "fp32"  # bf16: twice as fast on CPUs that have it, accuracies moved by tenths of a point
     seed: int = 0  # nothing is drawn; recorded as in every protocol
 
 
@@ -56,13 +58,21 @@ def run(config: Config, subjects: Subjects, manifest: Manifest, log: Log) -> Out
     split = find_test_split(manifest, config.test_split)
     labelled_split(manifest, config.dataset.split)
     view = center_view(subjects.image_size, resize=config.resize)
-    bank, queries = (read_split(subjects, manifest, part, view, "knn") for part in (config.dataset, split))
+    bank, queries = (
+        read_split(subjects, manifest, part, view, "knn", precision=config.precision)
+        for part in (config.dataset, split)
+    )
     classes = num_classes(manifest, config.dataset.split)
     metrics, hyperparameters = (_best if config.variant == "best" else _weighted)(
         config, subjects, bank, queries, classes
     )
     protocol = "knn-best/v1" if config.variant == "best" else "knn/v1"
-    shared = {"variant": config.variant, "image_size": subjects.image_size, "resize": config.resize}
+    shared = {
+        "variant": config.variant,
+        "image_size": subjects.image_size,
+        "resize": config.resize,
+        "precision": config.precision,
+    }
     counts = (len(bank.labels), len(queries.labels))
     headline = "best_nn_top1" if config.variant == "best" else "top1"
     return Outcome(protocol, split, metrics, shared | hyperparameters, *counts, headline)

@@ -19,6 +19,7 @@ from ssl_core.evaluations.features import (
     Features,
     Log,
     Outcome,
+    Precision,
     Subjects,
     allocate,
     center_view,
@@ -56,6 +57,7 @@ class Config(Strict):
     standardize: bool = False  # divide features by their standard deviation; moves the best penalty
     max_iterations: PositiveInt = 1000  # of one fit
     image_size: PositiveInt | None = None  # nothing said: the pre-training's; the papers have 224
+    precision: Precision = "fp32"  # bf16: twice as fast on CPUs that have it, accuracies moved by tenths of a point
     resize: float = Field(default=1.0, ge=1)  # shorter side before the center crop, times the image size
     interpolation: Literal["linear", "cubic"] = "cubic"
     seed: int = 0  # of the images held out, or drawn by class
@@ -100,6 +102,7 @@ def run(config: Config, subjects: Subjects, manifest: Manifest, log: Log) -> Out
         "image_size": subjects.image_size,
         "resize": config.resize,
         "interpolation": config.interpolation,
+        "precision": config.precision,
     }
     counts = (len(sets.known.labels), len(sets.test.labels))
     return Outcome("logistic/v1", split, metrics, hyperparameters, *counts, metric)
@@ -211,7 +214,7 @@ def _read(config: Config, subjects: Subjects, manifest: Manifest, split: str) ->
     labelled_split(manifest, config.dataset.split)
 
     def features(part: str | Dataset) -> Features:
-        return read_split(subjects, manifest, part, view, "logistic")
+        return read_split(subjects, manifest, part, view, "logistic", precision=config.precision)
 
     train = features(config.dataset)
     if config.train_per_class is not None:

@@ -42,17 +42,17 @@ class Probe:
 
     def step(self, features: Tensor, labels: Tensor, keep: Tensor) -> None:
         """Take one step of every classifier; the twins learn only from the rows to `keep` (batch,)."""
-        features = self._prepare(features)
+        twins = self.twins if keep.any() else []
+        logits = _apply([*self.heads, *twins], self._prepare(features))
         # Classifiers share no weights, so the gradient of the sum is each one's own.
-        losses = [F.cross_entropy(head(features), labels) for head in self.heads]
-        if self.twins and keep.any():
-            rest, truth = features[keep], labels[keep]
-            losses += [F.cross_entropy(twin(rest), truth) for twin in self.twins]
+        loss = _sum_of_losses(logits[:, : len(self.heads)], labels)
+        if twins:
+            loss = loss + _sum_of_losses(logits[keep, len(self.heads) :], labels[keep])
         for optimizer, plan in self.optimizers:
             optimizer.zero_grad()
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(self.steps, training=plan, steps_per_epoch=self.steps_per_epoch)
-        torch.stack(losses).sum().backward()
+        loss.backward()
         for optimizer, _ in self.optimizers:
             optimizer.step()
         self.steps += 1
@@ -73,14 +73,13 @@ class Probe:
     ) -> list[dict[str, float]]:
         """Score `rows`, else all, in chunks: features may lie in a file that is larger than the memory."""
         rows = torch.arange(len(labels)) if rows is None else rows
-        widths = [head.out_features for head in heads]
+        classes = heads[0].out_features
 
         def apply(part: Tensor) -> Tensor:
-            chunk = self._prepare(features[part].to(heads[0].weight.device))
-            return torch.cat([head(chunk) for head in heads], dim=1)
+            return _apply(heads, self._prepare(features[part].to(heads[0].weight.device))).flatten(1)
 
-        logits = in_parts(apply, rows, width=sum(widths), dtype=torch.float32)
-        return [correct(part, labels[rows]) for part in logits.split(widths, dim=1)]
+        logits = in_parts(apply, rows, width=len(heads) * classes, dtype=torch.float32)
+        return [correct(part, labels[rows]) for part in logits.split(classes, dim=1)]
 
     def _prepare(self, features: Tensor) -> Tensor:
         return F.normalize(features, dim=1) if self.normalize else features
@@ -106,6 +105,18 @@ def read_out(network: nn.Module, last_blocks: int) -> nn.Module:
     if not hasattr(network, "get_intermediate_layers"):
         raise ValueError(f"last_blocks: {last_blocks} needs a vision transformer; say `last_blocks: 0`")
     return LastBlocks(network, last_blocks)
+
+
+def _apply(heads: Sequence[nn.Linear], features: Tensor) -> Tensor:
+    """Return the logits (batch, heads, classes) of all heads by one matrix product: many narrow ones are slower."""
+    weight, bias = (torch.cat([getattr(head, name) for head in heads]) for name in ("weight", "bias"))
+    return F.linear(features, weight, bias).unflatten(1, (len(heads), -1))
+
+
+def _sum_of_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """Sum the heads' mean cross-entropies of (batch, heads, classes)."""
+    truth = labels.repeat_interleave(logits.shape[1])
+    return F.cross_entropy(logits.flatten(0, 1), truth, reduction="sum") / len(labels)
 
 
 def _classifier(dim: int, classes: int, seed: int) -> nn.Linear:

@@ -19,7 +19,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, r
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from ssl_core import provenance, schema, tracking
-from ssl_core.config import Experiment
+from ssl_core.config import Dataset, Experiment, Subset
 from ssl_core.data.loader import Loader
 from ssl_core.data.picture import draw_first_views
 from ssl_core.data.shards import Manifest, verify
@@ -247,12 +247,16 @@ def _probe(resolved: Experiment, manifest: Manifest, threads: int) -> Loader | N
         return None
     size = manifest.image_size
     view = View(size=size, resize=size, crop="center", augmentation=POLICIES["none"], seen_by=("probe",))
-    images = resolved.dataset.subset.images if resolved.dataset.subset else split.images
-    dataset = resolved.dataset
-    if images > PROBE_IMAGES:
-        dataset = dataset.model_copy(update={"subset": {"images": PROBE_IMAGES, "seed": 0}})
-        dataset = type(dataset).model_validate(dataset.model_dump())
+    dataset = watched(resolved.dataset, split.images)
     return Loader(manifest, dataset, {"probe": view}, batch_size=256, seed=0, shuffle=False, threads=threads)
+
+
+def watched(dataset: Dataset, images: int) -> Dataset:
+    """Choose what the online kNN looks at: at most `PROBE_IMAGES`, of a subset its own, which its seed draws first."""
+    subset = dataset.subset or Subset(images=images)
+    if subset.images <= PROBE_IMAGES:
+        return dataset
+    return dataset.model_copy(update={"subset": subset.model_copy(update={"images": PROBE_IMAGES})})
 
 
 def _report(

@@ -7,6 +7,7 @@ from ssl_core.config import Backbone, Dataset
 from ssl_core.data.shards import Manifest
 from ssl_core.evaluations.features import (
     Pixels,
+    Precision,
     build_untrained,
     center_view,
     correct,
@@ -14,18 +15,31 @@ from ssl_core.evaluations.features import (
     find_test_split,
     gather_subjects,
     make_loader,
+    read_split,
 )
 from ssl_core.networks.backbones import build_backbone, load_backbone
 
 from .conftest import SEED, Tiny, write_shards
 
 TRAIN = Dataset(name="squares")
+KINDS: tuple[Precision, Precision] = ("fp32", "bf16")
 
 
 def test_every_image_comes_once_with_its_label(subjects, manifest):
     features = extract(subjects.networks, make_loader(subjects, manifest, TRAIN, center_view(16), batch_size=7))
     assert features.indices.sort().values.tolist() == list(range(60))
     assert torch.equal(features.labels, features.indices % 3)
+
+
+def test_bfloat16_moves_features_by_its_rounding_alone(backbone_path, manifest):
+    subjects = gather_subjects(*load_backbone(backbone_path), image_size=None, threads=1)
+    plain, fast = (read_split(subjects, manifest, TRAIN, center_view(16), "", precision=kind) for kind in KINDS)
+    assert torch.equal(plain.indices, fast.indices)
+    assert torch.equal(plain.of["pixels"], fast.of["pixels"])
+    for name in ("pretrained", "untrained"):
+        assert not torch.equal(plain.of[name], fast.of[name])
+        assert torch.cosine_similarity(plain.of[name], fast.of[name]).min() > 0.999
+        assert fast.of[name].dtype == torch.float32
 
 
 def test_extraction_leaves_weights_statistics_and_modes_alone(subjects, manifest):

@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from ssl_core.config import Backbone
+from ssl_core.config import Backbone, Dataset, Subset
+from ssl_core.data.loader import draw_subset
 from ssl_core.files import read_json
 from ssl_core.methods.base import method_class, resolve
 from ssl_core.networks.backbones import build_backbone, load_backbone
@@ -187,3 +188,13 @@ def stopped(manifest: Path, folder: Path) -> None:
     with pytest.raises(SystemExit) as stop:
         run(manifest, folder, spec(training={"epochs": 400, "checkpoint_minutes": 1e-9}))
     assert stop.value.code == 128 + signal.SIGTERM
+
+
+@pytest.mark.parametrize("subset", [None, Subset(images=8000, seed=3)])
+def test_the_online_knn_looks_at_images_of_the_subset(subset):
+    watched = pretrain.watched(Dataset(name="large", subset=subset), 20000)
+    assert watched.subset == Subset(images=pretrain.PROBE_IMAGES, seed=subset.seed if subset else 0)
+    own = range(20000) if subset is None else draw_subset(20000, subset, "large")
+    assert set(draw_subset(20000, watched.subset, "large")) <= set(own)
+    few = Dataset(name="small", subset=Subset(images=50))
+    assert pretrain.watched(few, 20000) == few
