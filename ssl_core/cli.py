@@ -5,6 +5,7 @@ Stages, and with them torch and MLflow, are imported by the command that needs t
 """
 
 import argparse
+import importlib
 import json
 import os
 import sys
@@ -46,25 +47,22 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Look with explain, views, doctor and compare; Snakemake calls the rest (snakemake --cores all). "
         "`ssl-core COMMAND --help` says more.",
     )
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(required=True, dest="name", metavar="COMMAND")
 
     shard = commands.add_parser("shard", help="write a data set as shards")
     shard.add_argument("card", type=Path)
     shard.add_argument("--output", type=Path, required=True)
-    shard.set_defaults(command=_shard)
 
     pretrain = commands.add_parser("pretrain", help="pre-train a backbone")
     pretrain.add_argument("experiment")
     pretrain.add_argument("--manifest", type=Path, required=True)
     pretrain.add_argument("--output", type=Path, required=True)
     pretrain.add_argument("--checkpoint", type=Path, required=True)
-    pretrain.set_defaults(command=_pretrain)
 
     adopt = commands.add_parser("adopt", help="take a backbone from weights that were trained elsewhere")
     adopt.add_argument("experiment")
     adopt.add_argument("--manifest", type=Path, required=True)
     adopt.add_argument("--output", type=Path, required=True)
-    adopt.set_defaults(command=_adopt)
 
     evaluate = commands.add_parser("evaluate", help="measure a backbone by one protocol")
     evaluate.add_argument("experiment")
@@ -73,7 +71,6 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--model", type=Path, nargs="?", help="the whole pre-trained model, where a protocol asks")
     evaluate.add_argument("--manifest", type=Path, required=True)
     evaluate.add_argument("--output", type=Path, required=True)
-    evaluate.set_defaults(command=_evaluate)
 
     export = commands.add_parser("export", help="write a backbone as others load it, with a model card")
     export.add_argument("experiment")
@@ -82,7 +79,6 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--card", type=Path, required=True, help="of the experiment's data set")
     export.add_argument("--results", type=Path, nargs="*", default=[], metavar="JSON")
     export.add_argument("--output", type=Path, required=True)
-    export.set_defaults(command=_export)
 
     cost = commands.add_parser("cost", help="measure what a backbone costs")
     cost.add_argument("experiment")
@@ -91,13 +87,11 @@ def _parser() -> argparse.ArgumentParser:
     cost.add_argument("--onnx", type=Path, required=True)
     cost.add_argument("--pretrain", type=Path, help="the summary of the pre-training, where there was one")
     cost.add_argument("--output", type=Path, required=True)
-    cost.set_defaults(command=_cost)
 
     curves = commands.add_parser("curves", help="draw the history of a pre-training")
     curves.add_argument("experiment")
     curves.add_argument("--history", type=Path, required=True, metavar="CSV")
     curves.add_argument("--output", type=Path, required=True, metavar="PNG")
-    curves.set_defaults(command=_curves)
 
     table = commands.add_parser("table", help="gather results into one table")
     table.add_argument("results", type=Path, nargs="*", metavar="JSON")
@@ -105,7 +99,6 @@ def _parser() -> argparse.ArgumentParser:
     table.add_argument("--grid", type=_json, help="what each experiment of a sweep sets, as JSON")
     table.add_argument("--seeds", type=_json, help="which experiments differ in their seed alone, as JSON")
     table.add_argument("--reported", type=_json, help="numbers from elsewhere to show beside, as JSON")
-    table.set_defaults(command=_table)
 
     compare = commands.add_parser("compare", help="print reported numbers beside the measured ones")
     compare.add_argument(
@@ -144,92 +137,17 @@ def _parser() -> argparse.ArgumentParser:
     for stage in (shard, pretrain, evaluate, export):
         stage.add_argument("--threads", type=int, default=1)
     stages = (shard, pretrain, adopt, evaluate, export, cost, curves, table)
+    for stage in stages:
+        stage.set_defaults(command=_stage)
     for command in (*stages, compare, explain, views, doctor, schema):
         command.add_argument("--log", type=Path, help="also keep what goes to the terminal in this file")
     return parser
 
 
-def _shard(chosen: argparse.Namespace) -> None:
-    from ssl_core.stages import shard
-
-    shard.run(chosen.card, chosen.output, threads=chosen.threads)
-
-
-def _pretrain(chosen: argparse.Namespace) -> None:
-    from ssl_core.stages import pretrain
-
-    pretrain.run(
-        chosen.experiment,
-        spec=chosen.spec,
-        code=chosen.code,
-        manifest=chosen.manifest,
-        output=chosen.output,
-        checkpoint=chosen.checkpoint,
-        threads=chosen.threads,
-    )
-
-
-def _adopt(chosen: argparse.Namespace) -> None:
-    from ssl_core.stages import adopt
-
-    adopt.run(chosen.experiment, spec=chosen.spec, code=chosen.code, manifest=chosen.manifest, output=chosen.output)
-
-
-def _evaluate(chosen: argparse.Namespace) -> None:
-    from ssl_core.stages import evaluate
-
-    evaluate.run(
-        chosen.experiment,
-        chosen.evaluation,
-        spec=chosen.spec,
-        code=chosen.code,
-        backbone=chosen.backbone,
-        model=chosen.model,
-        manifest=chosen.manifest,
-        output=chosen.output,
-        threads=chosen.threads,
-    )
-
-
-def _export(chosen: argparse.Namespace) -> None:
-    from ssl_core.stages import export
-
-    export.run(
-        chosen.experiment,
-        spec=chosen.spec,
-        backbone=chosen.backbone,
-        card=chosen.card,
-        results=chosen.results,
-        output=chosen.output,
-        threads=chosen.threads,
-    )
-
-
-def _cost(chosen: argparse.Namespace) -> None:
-    from ssl_core.stages import cost
-
-    cost.run(
-        chosen.experiment,
-        chosen.evaluation,
-        spec=chosen.spec,
-        code=chosen.code,
-        backbone=chosen.backbone,
-        onnx=chosen.onnx,
-        pretrain=chosen.pretrain,
-        output=chosen.output,
-    )
-
-
-def _curves(chosen: argparse.Namespace) -> None:
-    from ssl_core.stages import curves
-
-    curves.run(chosen.experiment, history=chosen.history, output=chosen.output)
-
-
-def _table(chosen: argparse.Namespace) -> None:
-    from ssl_core.stages import table
-
-    table.run(chosen.results, chosen.output, grid=chosen.grid, seeds=chosen.seeds, reported=chosen.reported)
+def _stage(chosen: argparse.Namespace) -> None:
+    """Call the stage with its arguments, which it has under the same names as the command line."""
+    stage = importlib.import_module(f"ssl_core.stages.{chosen.name}")
+    stage.run(**{name: value for name, value in vars(chosen).items() if name not in ("command", "name", "log")})
 
 
 def _compare(chosen: argparse.Namespace) -> None:

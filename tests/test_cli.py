@@ -65,12 +65,13 @@ def test_a_fault_of_ours_shows_its_traceback(
 
 def test_a_stage_gets_what_its_rule_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     seen = {}
-    monkeypatch.setattr(evaluate, "run", lambda *names, **options: seen.update(options, names=names))
+    monkeypatch.setattr(evaluate, "run", lambda **options: seen.update(options))
     spec = {"protocol": "knn", "dataset": {"name": "demo"}}
     words = ["--code", "c", "--backbone", "b", "--manifest", "m", "--output", "o", "--threads", "3"]
     assert cli.main(["evaluate", "first", "knn", "--spec", json.dumps(spec), *words]) == 0
     paths = {name: Path(name[0]) for name in ("backbone", "manifest", "output")}
-    assert seen == {"names": ("first", "knn"), "spec": spec, "code": "c", "threads": 3, "model": None, **paths}
+    names = {"experiment": "first", "evaluation": "knn"}
+    assert seen == {**names, "spec": spec, "code": "c", "threads": 3, "model": None, **paths}
 
 
 def test_a_table_of_no_results_is_written_with_its_page(tmp_path: Path) -> None:
