@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 
 from ssl_core.evaluations.drawing import COLOURS, FAINT, INK, SOFT, colour_of, marker_of, shorten, styled
 from ssl_core.results import Priced, Row, baselines, headline, summarise
@@ -87,4 +88,5 @@ def _name(axes: Axes, points: dict[str, tuple[float, float]]) -> None:
             fontsize=8,
             va="center",
             arrowprops=arrow,
+            path_effects=[withStroke(linewidth=2, foreground="white")],  # else error bars strike it through
         )

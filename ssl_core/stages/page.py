@@ -180,7 +180,9 @@ def _text(summary: Summary | None, *, signed: bool = False, short: bool = False)
     text = _signed(summary.mean) if signed else _number(summary.mean)
     if summary.deviation is None or short:
         return text
-    return f"{text}<small> ± {_number(summary.deviation)}</small>"
+    # As many digits as the mean has; of a mean below a tenth its own, for "0.1 ± 0.0" would say nothing.
+    deviation = f"{summary.deviation:.1f}" if 0.1 <= abs(summary.mean) < 1000 else _number(summary.deviation)
+    return f"{text}<small> ± {deviation}</small>"
 
 
 def _number(number: float) -> str:
