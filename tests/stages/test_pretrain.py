@@ -192,9 +192,9 @@ def stopped(manifest: Path, folder: Path) -> None:
 
 @pytest.mark.parametrize("subset", [None, Subset(images=8000, seed=3)])
 def test_the_online_knn_looks_at_images_of_the_subset(subset):
-    watched = pretrain.watched(Dataset(name="large", subset=subset), 20000)
-    assert watched.subset == Subset(images=pretrain.PROBE_IMAGES, seed=subset.seed if subset else 0)
+    watched = Subset(images=pretrain.PROBE_IMAGES, seed=subset.seed if subset else 0)
+    assert pretrain.watched(Dataset(name="large", subset=subset), 20000).subset == watched
     own = range(20000) if subset is None else draw_subset(20000, subset, "large")
-    assert set(draw_subset(20000, watched.subset, "large")) <= set(own)
+    assert set(draw_subset(20000, watched, "large")) <= set(own)
     few = Dataset(name="small", subset=Subset(images=50))
     assert pretrain.watched(few, 20000) == few
