@@ -29,7 +29,8 @@ TEST_SPLITS = ("test", "val")
 CHUNK = 8192  # rows that are worked on at once where all may be too many for the memory
 BATCH_SIZE = 256  # of feature extraction; decides memory, never results
 
-Precision = Literal["fp32", "bf16"]  # of frozen networks' forward passes; probes and neighbours stay float32
+# Of frozen networks' forward passes; bf16 is twice as fast on CPUs that have it. Probes and neighbours stay float32.
+Precision = Literal["fp32", "bf16"]
 Log = Callable[[dict[str, float], int], None]  # (metrics, epoch), for curves
 
 
@@ -235,7 +236,7 @@ def frozen(networks: Mapping[str, nn.Module]) -> Iterator[None]:
             module.training = mode
 
 
-def forward(networks: Mapping[str, nn.Module], images: Tensor, precision: Precision) -> dict[str, Tensor]:
+def forward(networks: Mapping[str, nn.Module], images: Tensor, precision: Precision = "fp32") -> dict[str, Tensor]:
     """Return each network's features of (batch, 3, h, w) as float32; `bf16` has matrix products in bfloat16."""
     with frozen(networks), torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16"):
         return {name: network(images).float() for name, network in networks.items()}

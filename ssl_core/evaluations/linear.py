@@ -157,7 +157,7 @@ class Config(Strict):
 
     cached: bool = False  # center-crop features once instead of augmented images every epoch
     image_size: PositiveInt | None = None  # nothing said: the pre-training's
-    precision: Precision = "fp32"  # bf16: twice as fast on CPUs that have it, accuracies moved by tenths of a point
+    precision: Precision = "fp32"
     area: tuple[PositiveFloat, PositiveFloat] = (0.08, 1.0)
     flip: float | None = Field(default=None, ge=0, le=1)  # nothing said: .5, or 0 where the data's card avoids it
     interpolation: Literal["linear", "cubic"] = "linear"

@@ -57,7 +57,7 @@ class Config(Strict):
     standardize: bool = False  # divide features by their standard deviation; moves the best penalty
     max_iterations: PositiveInt = 1000  # of one fit
     image_size: PositiveInt | None = None  # nothing said: the pre-training's; the papers have 224
-    precision: Precision = "fp32"  # bf16: twice as fast on CPUs that have it, accuracies moved by tenths of a point
+    precision: Precision = "fp32"
     resize: float = Field(default=1.0, ge=1)  # shorter side before the center crop, times the image size
     interpolation: Literal["linear", "cubic"] = "cubic"
     seed: int = 0  # of the images held out, or drawn by class

@@ -49,7 +49,7 @@ class Config(Strict):
     max_iterations: PositiveInt = 2000
     resize: float = Field(default=1.0, ge=1)  # shorter side before the center crop, times the image size; 224: 1.143
     image_size: PositiveInt | None = None  # nothing said: the pre-training's; the papers have 224
-    precision: Precision = "fp32"  # bf16: twice as fast on CPUs that have it, accuracies moved by tenths of a point
+    precision: Precision = "fp32"
     seed: int = 0  # of the draws
 
     @model_validator(mode="after")

@@ -29,7 +29,7 @@ from ssl_core.evaluations.features import (
     allocate,
     center_view,
     draw_by_class,
-    frozen,
+    forward,
 )
 from ssl_core.progress import progress_bar
 
@@ -236,13 +236,12 @@ def _extract(subjects: Subjects, loader: Loader) -> tuple[dict[str, Set], Tensor
     """Read out every network's features of originals and copies, the labels, and the digest of what was seen."""
     tables: dict[str, list[Tensor]] = {}
     labels, digest, start = [], hashlib.sha256(), 0
-    with frozen(subjects.networks), progress_bar(loader.num_images, "metrics", unit="images", leave=False) as bar:
+    with progress_bar(loader.num_images, "metrics", unit="images", leave=False) as bar:
         for batch in loader.epoch():
             stop = start + len(batch.labels)
             for number, images in enumerate(_views(batch)):
                 digest.update(_pixels(images, subjects))
-                for name, network in subjects.networks.items():
-                    features = network(images.to(subjects.device))
+                for name, features in forward(subjects.networks, images.to(subjects.device)).items():
                     if name not in tables:
                         tables[name] = [allocate(loader.num_images, features.shape[1]) for _ in Set._fields]
                     tables[name][number][start:stop] = features

@@ -26,6 +26,7 @@ from ssl_core.evaluations.features import (
     correct,
     draw_by_class,
     find_test_split,
+    forward,
     frozen,
     labelled_split,
     make_loader,
@@ -251,5 +252,4 @@ def _train(models: dict[str, Model], loader: Loader, config: Config) -> None:
 def _widths(subjects: Subjects) -> dict[str, int]:
     """Find how many features each network gives."""
     image = torch.zeros(1, 3, subjects.image_size, subjects.image_size, device=subjects.device)
-    with frozen(subjects.networks):
-        return {name: network(image).shape[1] for name, network in subjects.networks.items()}
+    return {name: features.shape[1] for name, features in forward(subjects.networks, image).items()}

@@ -15,6 +15,7 @@ from matplotlib.text import Text
 from ssl_core.results import Priced, Summary, collect, priced
 from ssl_core.stages import table
 from ssl_core.stages.cost_picture import draw_costs
+from ssl_core.stages.page import _text
 
 
 def result(experiment: str, evaluation: str, top1: float, **changes: Any) -> dict[str, Any]:
@@ -185,6 +186,11 @@ def test_the_page_shows_seeds_as_one_row_and_their_gain_in_pairs(tmp_path: Path)
     assert cells(page) == ["a", "demo", expected, gain, f"{np.mean(untrained):.1f}", "70.0"]
     for name, (own, _) in RUNS.items():  # in the small print
         assert f"<td>{name}</td><td>knn/v1</td><td>{own}</td>" in page
+
+
+def test_a_deviation_has_as_many_digits_as_its_mean() -> None:
+    assert re.sub(r"<[^>]+>", "", _text(Summary(41.6, 0.093, 3))) == "41.6 ± 0.1"
+    assert re.sub(r"<[^>]+>", "", _text(Summary(0.012, 0.0034, 3))) == "0.012 ± 0.0034"
 
 
 def test_an_experiment_without_seeds_keeps_its_plain_numbers_beside_others(tmp_path: Path) -> None:
