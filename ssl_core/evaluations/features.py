@@ -140,6 +140,13 @@ def count_images(manifest: Manifest, dataset: Dataset) -> int:
     return dataset.subset.images if dataset.subset else manifest.split(dataset.split).images
 
 
+def overridden(config: Any) -> list[str]:
+    """List the settings that differ from those of the protocol's variant, `config.variant`."""
+    own = type(config)(dataset=config.dataset, variant=config.variant)
+    chosen = type(config).model_fields.keys() - {"protocol", "dataset", "test_split", "variant", "seed", "image_size"}
+    return sorted(key for key in chosen if getattr(config, key) != getattr(own, key))
+
+
 def num_classes(manifest: Manifest, split: str) -> int:
     """Count the classes that labels of `split` may name."""
     return len(manifest.classes or manifest.split(split).class_counts or ())

@@ -31,6 +31,7 @@ from ssl_core.evaluations.features import (
     labelled_split,
     make_loader,
     num_classes,
+    overridden,
     read_split,
     training_view,
 )
@@ -185,12 +186,6 @@ class Config(Strict):
         """Tell whether a learning rate has to be chosen."""
         return len(self.rates()) > 1
 
-    def overridden(self) -> list[str]:
-        """List the settings that differ from the variant's own."""
-        own = type(self)(dataset=self.dataset, variant=self.variant)
-        chosen = type(self).model_fields.keys() - {"protocol", "dataset", "test_split", "variant", "seed", "image_size"}
-        return sorted(key for key in chosen if getattr(self, key) != getattr(own, key))
-
 
 def run(config: Config, subjects: Subjects, manifest: Manifest, log: Log) -> Outcome:
     """Train the probe on each network's features and score it on the test split."""
@@ -229,7 +224,7 @@ def run(config: Config, subjects: Subjects, manifest: Manifest, log: Log) -> Out
 
 def _settings(config: Config, view: View, batch_size: int, rates: Mapping[str, float]) -> dict[str, Any]:
     """State the hyper-parameters as they were used, and how the learning rate came about."""
-    how = "fixed by the configuration" if "learning_rate" in config.overridden() else "fixed by the protocol"
+    how = "fixed by the configuration" if "learning_rate" in overridden(config) else "fixed by the protocol"
     if config.several():
         candidates = ", ".join(f"{rate:g}" for rate in config.rates())
         how = f"of {candidates} the best on {100 * config.holdout:g} % of the training images, held out by the seed"
@@ -238,7 +233,7 @@ def _settings(config: Config, view: View, batch_size: int, rates: Mapping[str, f
     if not config.cached:
         used["flip"] = view.augmentation.flip
     said = config.model_dump(mode="json", exclude=unused)
-    return {**said, **used, "learning_rate_how": how, "overridden": config.overridden()}
+    return {**said, **used, "learning_rate_how": how, "overridden": overridden(config)}
 
 
 def plan(config: Config, rate: float, batch_size: int) -> Training:

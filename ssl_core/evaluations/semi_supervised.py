@@ -31,6 +31,7 @@ from ssl_core.evaluations.features import (
     labelled_split,
     make_loader,
     num_classes,
+    overridden,
     read_split,
     training_view,
 )
@@ -110,12 +111,6 @@ class Config(Strict):
             labels = f"-{100 * self.fraction:g}_percent"
         return f"semi_supervised-{self.variant}{labels}/v1"
 
-    def overridden(self) -> list[str]:
-        """List the settings that differ from the variant's own."""
-        own = type(self)(dataset=self.dataset, variant=self.variant)
-        chosen = type(self).model_fields.keys() - {"protocol", "dataset", "test_split", "variant", "seed", "image_size"}
-        return sorted(key for key in chosen if getattr(self, key) != getattr(own, key))
-
 
 def run(config: Config, subjects: Subjects, manifest: Manifest, log: Log) -> Outcome:
     """Train a copy of each network on the same views of the same labelled images, and score it on the test split."""
@@ -140,7 +135,7 @@ def run(config: Config, subjects: Subjects, manifest: Manifest, log: Log) -> Out
     metrics = {name: correct(rows, logits.labels) for name, rows in logits.of.items()}
     hyperparameters = {
         "variant": config.variant,
-        "overridden": config.overridden(),
+        "overridden": overridden(config),
         "how": "fixed by the configuration",
         "labelled_images": len(images),
         "labels": f"{config.labels_per_class} a class"

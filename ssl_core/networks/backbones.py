@@ -72,7 +72,7 @@ def build_backbone(config: Backbone, image_size: int) -> Network:
 
 
 def check_image_size(module: nn.Module, config: Backbone, image_size: int) -> int:
-    """Return the width of the features of images of `image_size` pixels, without computing any; ask it for every crop.
+    """Return the width of the features of images of `image_size` pixels, by giving it two; ask it for every crop.
 
     Raises ValueError when the network cannot take images of that size.
     """
@@ -84,14 +84,15 @@ def check_image_size(module: nn.Module, config: Backbone, image_size: int) -> in
             f"{config.name} with the {config.stem} stem divides {image_size}-pixel images by {stride}, "
             f"which leaves less than 1x1: {advice}"
         )
-    # The meta device propagates shapes only. Train mode shows outputs that networks give in training alone
-    # (Inception's auxiliary ones); two images, because batch norm refuses one.
-    shadow = copy.deepcopy(module).to("meta").train()
+    # Train mode shows outputs that networks give in training alone (Inception's auxiliary ones); two images, because
+    # batch norm refuses one. The meta device would compute nothing, but imports SymPy, which takes a second.
+    shadow = copy.deepcopy(module).train()
     for layer in shadow.modules():
         if isinstance(layer, nn.Conv2d) and max(layer.stride) > 1 and max(layer.kernel_size) > 1:
             layer.register_forward_pre_hook(_refuse_single_pixels)
     try:
-        output = shadow(torch.empty(2, 3, image_size, image_size, device="meta"))
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):  # dropout draws
+            output = shadow(torch.zeros(2, 3, image_size, image_size))
     except (RuntimeError, AssertionError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{config.name} cannot take images of {image_size}x{image_size} pixels: {reason}") from error

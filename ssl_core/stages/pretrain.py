@@ -19,7 +19,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, r
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from ssl_core import provenance, schema, tracking
-from ssl_core.config import Dataset, Experiment, Subset
+from ssl_core.config import Dataset, Experiment, Subset, Training
 from ssl_core.data.loader import Loader
 from ssl_core.data.picture import draw_first_views
 from ssl_core.data.shards import Manifest, verify
@@ -105,7 +105,7 @@ def _work(job: Job) -> None:
     """Train in this process: the only one, or one rank of several."""
     resolved = resolve(job.spec)
     training = resolved.training
-    device = _start_process(training.gpus, job.threads)
+    device = _start_process(training, job.threads)
     manifest = Manifest.load(job.manifest)
     identity = checkpoints.Identity(spec=provenance.canonical(job.spec), code=job.code, data=_data_digest(job))
     # The backbone comes first after the seed, so that the evaluations' untrained baseline is this very network.
@@ -211,10 +211,14 @@ def _version(identity: checkpoints.Identity) -> str:
     return provenance.digest(identity.spec + identity.code + identity.data)
 
 
-def _start_process(processes: int, threads: int) -> torch.device:
+def _start_process(training: Training, threads: int) -> torch.device:
+    processes = training.gpus
     torch.set_num_threads(max(1, threads // processes))
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not deterministic
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    if training.compile:
+        torch.use_deterministic_algorithms(True, warn_only=True)  # tells the compiler too, and so imports it
+    else:
+        torch.set_deterministic_debug_mode("warn")
     torch.set_float32_matmul_precision("high")
     cuda = torch.cuda.is_available()
     local_rank = int(os.environ.get("LOCAL_RANK", 0))

@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 
 from ssl_core.config import Dataset, Training, parse
-from ssl_core.evaluations.features import Pixels, training_view
+from ssl_core.evaluations.features import Pixels, overridden, training_view
 from ssl_core.evaluations.linear import VARIANTS, Config, plan, run
 from ssl_core.evaluations.probe import LastBlocks, Probe, read_out
 from ssl_core.training.schedules import learning_rate
@@ -103,8 +103,8 @@ def test_the_protocol_name_tells_probes_apart(options, name):
 
 
 def test_settings_that_leave_the_variant_are_listed():
-    assert Config(dataset=TRAIN, variant="moco").overridden() == []
-    assert Config(dataset=TRAIN, variant="moco", epochs=10, learning_rate=30.0).overridden() == ["epochs"]
+    assert overridden(Config(dataset=TRAIN, variant="moco")) == []
+    assert overridden(Config(dataset=TRAIN, variant="moco", epochs=10, learning_rate=30.0)) == ["epochs"]
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from ssl_core.config import Dataset, Subset
 from ssl_core.data.shards import Manifest, read_labels
 from ssl_core.evaluations import semi_supervised
-from ssl_core.evaluations.features import draw_by_class
+from ssl_core.evaluations.features import draw_by_class, overridden
 from ssl_core.evaluations.semi_supervised import VARIANTS, Config, Model, choose, run, shares
 
 from .conftest import Tiny, write_shards
@@ -150,4 +150,4 @@ def test_more_labels_than_a_class_has_are_a_clear_error(subjects, manifest):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_variant_can_be_asked_for(variant):
-    assert Config(dataset=TRAIN, variant=variant).overridden() == []
+    assert overridden(Config(dataset=TRAIN, variant=variant)) == []

@@ -30,7 +30,7 @@ START = Progress(0, 100)
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[2]
 # Processes are forked from one that has imported this much, instead of each spending seconds on it.
-multiprocessing.get_context("forkserver").set_forkserver_preload(["torch", "ssl_core.training.loop"])
+multiprocessing.get_context("forkserver").set_forkserver_preload(["torch._dynamo", "ssl_core.training.loop"])
 
 
 class Tiny(nn.Module):
