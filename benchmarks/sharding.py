@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 import yaml
-from loader import synthetic_images  # pyright: ignore[reportMissingImports]
+from images import synthetic_images  # pyright: ignore[reportMissingImports]
 from PIL import Image
 
 from ssl_core.files import write_text

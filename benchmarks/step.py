@@ -23,16 +23,9 @@ from typing import Any, Self
 
 import psutil
 import torch
-from loader import read_images, write_shards  # pyright: ignore[reportMissingImports]
+from images import read_images, write_shards  # pyright: ignore[reportMissingImports]
 
-from ssl_core.config import Backbone
-from ssl_core.data.loader import Batch, Loader
-from ssl_core.data.shards import Manifest
 from ssl_core.files import write_text
-from ssl_core.methods.base import method_class, resolve, views_of
-from ssl_core.networks.backbones import build_backbone, save_backbone
-from ssl_core.training.loop import Trainer
-from ssl_core.training.schedules import forward_batch_size
 
 SIDES = ("ours", "lightly", "floor")
 NETWORKS = {  # name and side in px -> backbone, archive
@@ -180,6 +173,7 @@ def serve(arguments: argparse.Namespace) -> None:
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
     (method,), (network,) = arguments.methods, arguments.networks
+    # Each imports its own, as a user's process would.
     if arguments.side == "lightly":
         import peers  # pyright: ignore[reportMissingImports]
 
@@ -188,7 +182,13 @@ def serve(arguments: argparse.Namespace) -> None:
             batch_size=arguments.batch, workers=arguments.threads, bf16=arguments.precision == "bf16",
         )  # fmt: skip
     else:
-        run = Ours(method, network, arguments)
+        import ours  # pyright: ignore[reportMissingImports]
+
+        training = {"batch_size": arguments.batch}
+        if arguments.precision != "default":
+            training["precision"] = arguments.precision
+        fixed = arguments.side == "floor"
+        run = ours.Training(METHODS[method], NETWORKS[network][0], arguments.folder, training=training, fixed=fixed)
     for what in map(str.strip, sys.stdin):
         run(WARM_STEPS)
         if what == "start":
@@ -204,56 +204,6 @@ def serve(arguments: argparse.Namespace) -> None:
                 run(arguments.steps)
             answer = {"memory_mb": memory.peak / 2**20}
         print(json.dumps(answer), flush=True)
-
-
-class Ours:
-    """Our trainer on our loader; on the floor the loader gives the same batch again and again."""
-
-    def __init__(self, method: str, network: str, arguments: argparse.Namespace) -> None:
-        training = {"batch_size": arguments.batch, "epochs": 1000, "optimizer": "sgd", "learning_rate": 0.06}
-        if arguments.precision != "default":
-            training["precision"] = arguments.precision
-        backbone = NETWORKS[network][0]
-        manifest = Manifest.load(arguments.folder / "shards" / "manifest.json")
-        settings = METHODS[method] | ({"local_size": manifest.image_size // 2} if method == "dino" else {})
-        if method == "seed":
-            weights = arguments.folder / "teacher.safetensors"
-            teacher = Backbone.model_validate(backbone)
-            save_backbone(weights, build_backbone(teacher, manifest.image_size), teacher, manifest.image_size, {})
-            settings = settings | {"teacher": {"weights": str(weights)}}
-        spec = {"dataset": {"name": "benchmark"}, "backbone": backbone, "method": settings, "training": training}
-        resolved = resolve(spec)
-        kind = method_class(resolved.method.name)
-        views = views_of(resolved, manifest.image_size)
-        loader = Loader(manifest, resolved.dataset, views, batch_size=forward_batch_size(resolved.training), seed=0)
-        module = kind(
-            resolved.method, build_backbone(resolved.backbone, manifest.image_size), num_images=loader.num_images,
-            batch_size=arguments.batch, seed=0,
-        )  # fmt: skip
-        self.trainer = Trainer(module, loader, resolved.training, device=torch.device("cpu"))
-        self.trainer.method.train()
-        if arguments.side == "floor":
-            self.trainer.loader = Fixed(loader)  # pyright: ignore[reportAttributeAccessIssue]
-
-    def __call__(self, steps: int) -> None:
-        for _ in range(steps):
-            self.trainer._one_step()
-            self.trainer.step += 1
-
-    @property
-    def waited(self) -> float:
-        return self.trainer.waited
-
-
-class Fixed:
-    """One batch for ever."""
-
-    def __init__(self, loader: Loader) -> None:
-        self.batch: Batch = loader.next()
-        loader.close()
-
-    def next(self) -> Batch:
-        return self.batch
 
 
 class Memory:

@@ -1,0 +1,62 @@
+"""Our side of a training step: the trainer on the loader, or on one batch for ever, which is the floor."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ssl_core.config import Backbone
+from ssl_core.data.loader import Batch, Loader
+from ssl_core.data.shards import Manifest
+from ssl_core.methods.base import method_class, resolve, views_of
+from ssl_core.networks.backbones import build_backbone, save_backbone
+from ssl_core.training.loop import Trainer
+from ssl_core.training.schedules import forward_batch_size
+
+
+class Training:
+    """Runs a number of training steps when called; `waited` is how long these waited for data, in seconds."""
+
+    def __init__(
+        self, method: dict[str, Any], backbone: dict[str, Any], folder: Path, *, training: dict[str, Any], fixed: bool
+    ) -> None:
+        manifest = Manifest.load(folder / "shards" / "manifest.json")
+        if method["name"] == "dino":
+            method = {**method, "local_size": manifest.image_size // 2}
+        if method["name"] == "seed":
+            weights, teacher = folder / "teacher.safetensors", Backbone.model_validate(backbone)
+            save_backbone(weights, build_backbone(teacher, manifest.image_size), teacher, manifest.image_size, {})
+            method = {**method, "teacher": {"weights": str(weights)}}
+        training = {"epochs": 1000, "optimizer": "sgd", "learning_rate": 0.06, **training}
+        spec = {"dataset": {"name": "benchmark"}, "backbone": backbone, "method": method, "training": training}
+        resolved = resolve(spec)
+        views = views_of(resolved, manifest.image_size)
+        loader = Loader(manifest, resolved.dataset, views, batch_size=forward_batch_size(resolved.training), seed=0)
+        module = method_class(resolved.method.name)(
+            resolved.method, build_backbone(resolved.backbone, manifest.image_size), num_images=loader.num_images,
+            batch_size=resolved.training.batch_size, seed=0,
+        )  # fmt: skip
+        self.trainer = Trainer(module, loader, resolved.training, device=torch.device("cpu"))
+        self.trainer.method.train()
+        if fixed:
+            self.trainer.loader = Fixed(loader)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def __call__(self, steps: int) -> None:
+        for _ in range(steps):
+            self.trainer._one_step()
+            self.trainer.step += 1
+
+    @property
+    def waited(self) -> float:
+        return self.trainer.waited
+
+
+class Fixed:
+    """One batch for ever."""
+
+    def __init__(self, loader: Loader) -> None:
+        self.batch: Batch = loader.next()
+        loader.close()
+
+    def next(self) -> Batch:
+        return self.batch
