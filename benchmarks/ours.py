@@ -1,5 +1,7 @@
-"""Our side of a training step: the trainer on the loader, or on one batch for ever, which is the floor."""
+"""Our side of a training step: the trainer on the loader, and on one batch for ever, which is the floor."""
 
+import statistics
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ class Training:
     """Runs a number of training steps when called; `waited` is how long these waited for data, in seconds."""
 
     def __init__(
-        self, method: dict[str, Any], backbone: dict[str, Any], folder: Path, *, training: dict[str, Any], fixed: bool
+        self, method: dict[str, Any], backbone: dict[str, Any], folder: Path, training: dict[str, Any]
     ) -> None:
         manifest = Manifest.load(folder / "shards" / "manifest.json")
         if method["name"] == "dino":
@@ -38,13 +40,28 @@ class Training:
         )  # fmt: skip
         self.trainer = Trainer(module, loader, resolved.training, device=torch.device("cpu"))
         self.trainer.method.train()
-        if fixed:
-            self.trainer.loader = Fixed(loader)  # pyright: ignore[reportAttributeAccessIssue]
 
     def __call__(self, steps: int) -> None:
         for _ in range(steps):
             self.trainer._one_step()
             self.trainer.step += 1
+
+    def of_floor(self, pairs: int) -> float:
+        """Return a fixed batch's time over a new one's: the median over pairs of steps that follow each other.
+
+        The loader makes the next batch while the step runs that took one, so that its work counts where it belongs.
+        """
+        real = self.trainer.loader
+        loaders: Any = (Fixed(real.next()), real)
+        ratios = []
+        for _ in range(pairs):
+            seconds = []
+            for self.trainer.loader in loaders:
+                start = time.perf_counter()
+                self(1)
+                seconds.append(time.perf_counter() - start)
+            ratios.append(seconds[0] / seconds[1])
+        return statistics.median(ratios)
 
     @property
     def waited(self) -> float:
@@ -54,9 +71,8 @@ class Training:
 class Fixed:
     """One batch for ever."""
 
-    def __init__(self, loader: Loader) -> None:
-        self.batch: Batch = loader.next()
-        loader.close()
+    def __init__(self, batch: Batch) -> None:
+        self.batch = batch
 
     def next(self) -> Batch:
         return self.batch

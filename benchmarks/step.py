@@ -1,4 +1,4 @@
-"""A training step, data loading included: ours, lightly's, and ours on a fixed batch, which is the floor.
+"""A training step, data loading included: ours, lightly's, and ours beside the floor, which is a fixed batch.
 
 Same images, network, heads, batch and threads. lightly runs as its documentation shows: its transforms and losses, a
 plain PyTorch loop, a DataLoader with workers. Every side is a process of its own that stays alive, sides take turns,
@@ -27,7 +27,7 @@ from images import read_images, write_shards  # pyright: ignore[reportMissingImp
 
 from ssl_core.files import write_text
 
-SIDES = ("ours", "lightly", "floor")
+SIDES = ("ours", "lightly")
 NETWORKS = {  # name and side in px -> backbone, archive
     "resnet18 32": ({"name": "resnet18", "stem": "small"}, "cifar10.tar.gz"),
     "resnet18 64": ({"name": "resnet18", "stem": "tiny"}, "tiny-imagenet-200-subset.tar.gz"),
@@ -73,6 +73,7 @@ def main() -> None:
     parser.add_argument("--precision", choices=("default", "bf16", "fp32"), default="default", help="of both sides")
     parser.add_argument("--steps", type=int, default=6, help="timed a turn")
     parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--pairs", type=int, default=30, help="of a step on new and one on fixed images, for the floor")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)  # one side, told through stdin when to run
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
@@ -96,7 +97,9 @@ def main() -> None:
                 rows.append(compare(method, network, folder, arguments))
                 print(line(rows[-1]), flush=True)
     if arguments.output:
-        settings = {name: getattr(arguments, name) for name in ("batch", "threads", "precision", "steps", "turns")}
+        settings = {
+            name: getattr(arguments, name) for name in ("batch", "threads", "precision", "steps", "turns", "pairs")
+        }
         write_text(arguments.output, json.dumps({**settings, "rows": rows}, indent=2) + "\n")
 
 
@@ -110,7 +113,7 @@ def write_files(folder: Path, images: list[bytes]) -> None:
 def compare(method: str, network: str, folder: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """Let the sides take turns; return their images/s, memory and what of our time was waiting for data."""
     command = [sys.executable, __file__, "--methods", method, "--networks", network, "--folder", folder]
-    for name in ("batch", "threads", "precision", "steps"):
+    for name in ("batch", "threads", "precision", "steps", "pairs"):
         command += [f"--{name}", str(getattr(arguments, name))]
     sides = {
         side: subprocess.Popen([*command, "--side", side], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -124,12 +127,13 @@ def compare(method: str, network: str, folder: str, arguments: argparse.Namespac
         for side in sides:
             answers[side].append(ask(sides[side], "time"))
     memory = {side: ask(sides[side], "memory")["memory_mb"] for side in sides}
+    of_floor = ask(sides["ours"], "floor")["of_floor"]
     for process in sides.values():
         process.communicate()
     speed = {side: [answer["images_per_second"] for answer in answers[side]] for side in sides}
     row: dict[str, Any] = {"method": method, "network": network, "images_per_second": speed, "memory_mb": memory}
     row["wait_share"] = statistics.median(answer["wait_share"] for answer in answers["ours"])
-    row["of_floor"] = median_ratio(speed["ours"], speed["floor"])
+    row["of_floor"] = of_floor
     if "lightly" in sides:
         row["ratio"] = median_ratio(speed["ours"], speed["lightly"])
         row["memory_ratio"] = memory["ours"] / memory["lightly"]
@@ -141,7 +145,7 @@ def median_ratio(own: list[float], others: list[float]) -> float:
 
 
 def ask(process: subprocess.Popen[str], what: str) -> dict[str, float]:
-    """Tell a side to `start`, or to run a turn and report its `time` or `memory`; wait for its answer."""
+    """Tell a side to `start`, or to run a turn and report its `time`, `memory` or `floor`; wait for its answer."""
     assert process.stdin is not None
     assert process.stdout is not None
     process.stdin.write(f"{what}\n")
@@ -187,8 +191,7 @@ def serve(arguments: argparse.Namespace) -> None:
         training = {"batch_size": arguments.batch}
         if arguments.precision != "default":
             training["precision"] = arguments.precision
-        fixed = arguments.side == "floor"
-        run = ours.Training(METHODS[method], NETWORKS[network][0], arguments.folder, training=training, fixed=fixed)
+        run = ours.Training(METHODS[method], NETWORKS[network][0], arguments.folder, training)
     for what in map(str.strip, sys.stdin):
         run(WARM_STEPS)
         if what == "start":
@@ -199,6 +202,8 @@ def serve(arguments: argparse.Namespace) -> None:
             seconds = time.perf_counter() - start
             wait_share = (getattr(run, "waited", 0.0) - waited) / seconds
             answer = {"images_per_second": arguments.steps * arguments.batch / seconds, "wait_share": wait_share}
+        elif what == "floor":
+            answer = {"of_floor": run.of_floor(arguments.pairs)}  # pyright: ignore[reportFunctionMemberAccess]
         else:
             with Memory() as memory:
                 run(arguments.steps)
