@@ -23,6 +23,8 @@ from ssl_core.provenance import canonical, digest
 BLOCK = 512  # a tar's unit, in bytes
 MAX_IMAGES = 10**8  # what eight digits can name
 META = "meta.i64"
+HEADER = tarfile.TarInfo().tobuf(tarfile.USTAR_FORMAT)  # of an empty file without a name
+HEADER_SUM = sum(HEADER[:124] + HEADER[135:148] + 8 * b" " + HEADER[156:])  # but for name and size
 
 
 class Shard(Strict):
@@ -174,18 +176,25 @@ class ShardWriter:
         self._tar.close()
 
     def _member(self, key: str, extension: str, content: bytes) -> str:
-        header = tarfile.TarInfo(f"{key}.{extension}")  # owner, group and time are zero: the same images, the same tar
-        header.size = len(content)
-        self._write(header.tobuf(tarfile.USTAR_FORMAT))
-        line = f"{extension} {self.bytes} {len(content)} {header.name}"
-        self._write(content)
-        self._write(bytes(-len(content) % BLOCK))
+        name, size = f"{key}.{extension}", len(content)
+        line = f"{extension} {self.bytes + BLOCK} {size} {name}"
+        self._write(b"".join((tar_header(name, size), content, bytes(-size % BLOCK))))
         return line
 
     def _write(self, content: bytes) -> None:
         self._tar.write(content)
         self._hash.update(content)
         self.bytes += len(content)
+
+
+def tar_header(name: str, size: int) -> bytes:
+    """Return what `tarfile` makes of a file in USTAR, in a tenth of the time; the name is ASCII, at most 99 characters.
+
+    Owner, group and time are zero: the same images, the same tar.
+    """
+    named, digits = name.encode("ascii"), b"%011o" % size
+    checksum = HEADER_SUM + sum(named) + sum(digits)
+    return b"".join((named, HEADER[len(named) : 124], digits, HEADER[135:148], b"%06o" % checksum, HEADER[154:]))
 
 
 @contextmanager

@@ -23,10 +23,10 @@ BROKEN = (tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError)  # wh
 ABSENT = "does not exist: put the data there, or mend the card's path or the ${VARIABLE} in it"
 
 
-def stamp(path: Path) -> bytes:
+def stamp(path: str | Path) -> bytes:
     """Return what changes when a file does; a file that cannot be reached is found out when it is read."""
     try:
-        status = path.stat()
+        status = os.stat(path)
     except OSError:
         return b"unreachable;"
     return f"{status.st_size} {status.st_mtime_ns};".encode()
@@ -55,7 +55,7 @@ class Folder:
             found += [name if prefix == "." else f"{prefix}/{name}" for name in files]
         found = sorted(name for name in found if is_image(name))
         for name in found:
-            stamps.update(stamp(top / name))
+            stamps.update(stamp(os.path.join(top, name)))
         self.stamp = stamps.hexdigest()
         return found
 
@@ -63,7 +63,8 @@ class Folder:
         """Return a file's bytes; a name that leads out of the folder, as a list in it may say, is a `ValueError`."""
         if posixpath.normpath(name).startswith(("/", "..")):
             raise ValueError(f"{name!r} lies outside {self.root}")
-        return (self.root / name).read_bytes()
+        with open(os.path.join(self.root, name), "rb", buffering=0) as file:  # twice as fast as pathlib on small files
+            return file.readall()
 
 
 class Archive(NamedTuple):
@@ -85,7 +86,7 @@ class Archive(NamedTuple):
             raise ValueError(f"{path} {'is a folder: say type: image_folder' if path.is_dir() else ABSENT}")
         if sha256 is not None and file_sha256(path) != sha256:
             raise ValueError(f"{path} has another sha256 than the card says: get the archive again")
-        status = path.stat()
+        status = os.stat(path)
         spill = scratch / f".spill-{path.name}"
         try:
             with open(path, "rb") as file:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from ssl_core.data.shards import Manifest, read_shard, verify
+from ssl_core.data.shards import Manifest, read_shard, tar_header, verify
 from ssl_core.stages import shard
 
 IMAGES = 23
@@ -433,3 +433,11 @@ def test_what_is_no_manifest_is_named(tmp_path: Path) -> None:
 def test_the_manifest_holds_nothing_of_this_machine(photos: Path) -> None:
     text = (sharded(photos).folder / "manifest.json").read_text()
     assert str(photos.parent) not in text
+
+
+@pytest.mark.parametrize("name", ["00000000.jpg", "99999999.meta.i64", "12345678.labels.u8"])
+@pytest.mark.parametrize("size", [0, 16, 2913, 123_456_789, 8**11 - 1])
+def test_headers_are_those_of_tarfile(name: str, size: int) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = size
+    assert tar_header(name, size) == member.tobuf(tarfile.USTAR_FORMAT)
