@@ -86,7 +86,7 @@ class Archive(NamedTuple):
             raise ValueError(f"{path} {'is a folder: say type: image_folder' if path.is_dir() else ABSENT}")
         if sha256 is not None and file_sha256(path) != sha256:
             raise ValueError(f"{path} has another sha256 than the card says: get the archive again")
-        status = os.stat(path)
+        status = path.stat()
         spill = scratch / f".spill-{path.name}"
         try:
             with open(path, "rb") as file:
