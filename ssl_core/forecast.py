@@ -25,7 +25,7 @@ SECONDS = 8.0  # of timed steps; a slow machine times fewer
 PROBE_FLOP = 5e11  # what a processor's core may do in all steps of a probe: some ten seconds
 OPTIMIZER_STATES = {"sgd": 1, "lars": 1, "adamw": 2}  # numbers a trained parameter
 LIBRARIES = 0.9e9  # bytes of a process that has imported torch and DALI, measured on a processor
-ENCODED = 9_000  # bytes an image in the shuffle buffer, as the loader has it
+BUFFERED, INDEXED = 900, 450  # bytes an image in the shuffle buffer, and one that an index names
 
 
 class Walk(NamedTuple):
@@ -112,7 +112,7 @@ def memory(method: Method, views: Views, training: Training, walked: Walk, num_i
         "gradients and optimizer": trained * (1 + OPTIMIZER_STATES[training.optimizer]),
         "activations": walked.activations * batch,
         "views": 4.0 * pixels * batch * 3,  # one in use, two made ahead
-        "shuffle buffer": ENCODED * min(num_images / training.gpus, SHUFFLE_BUFFER),
+        "shuffle buffer": BUFFERED * min(num_images / training.gpus, SHUFFLE_BUFFER) + INDEXED * num_images,
         "libraries": LIBRARIES,
     }
 
@@ -192,7 +192,6 @@ def _loader(
         yield cast(Loader, _Noise(views, batch_size))
         return
     options: dict[str, Any] = {"batch_size": batch_size, "seed": resolved.training.seed, "device": place.type}
-    threads = 1 if place.type == "cpu" else threads  # as pre-training deals them out
     with Loader(manifest, resolved.dataset, views, threads=threads, **options) as loader:
         yield loader
 

@@ -25,7 +25,7 @@ from ssl_core.data.shards import Manifest, verify
 from ssl_core.data.views import Views
 
 HASHED_BYTES = 2**29  # shards up to here (half a second) are hashed before they are read
-SHUFFLE_BUFFER = 300_000  # images: up to here an epoch is a uniform permutation (about 9 KB of memory an image)
+SHUFFLE_BUFFER = 300_000  # images: up to here an epoch is a uniform permutation (about 0.9 KB of memory an image)
 
 
 @dataclass

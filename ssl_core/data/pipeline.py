@@ -99,6 +99,7 @@ def _graph(plan: Plan) -> tuple[DataNode, ...]:
         pad_last_batch=True,  # else the borders of epochs drift
         stick_to_shard=plan.shuffle_buffer == 0,
         missing_component_behavior="error",
+        tensor_init_bytes=1,  # else each image in the buffer reserves a MB and touches two pages of it
         shard_id=plan.rank,
         num_shards=plan.world_size,
         seed=plan.seed_of("reader"),

@@ -240,7 +240,7 @@ def _loader(job: Job, resolved: Experiment, manifest: Manifest, views: Views, de
         rank=distributed.rank(),
         world_size=distributed.world_size(),
         device=device.type,
-        threads=1 if device.type == "cpu" else max(1, job.threads // training.gpus),
+        threads=max(1, job.threads // training.gpus),
     )
 
 

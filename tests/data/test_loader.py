@@ -219,6 +219,39 @@ def test_a_new_process_continues_bit_for_bit(tiny: Manifest, tmp_path: Path, roo
     assert all(equal(one, two) for one, two in zip(expected, found, strict=True))
 
 
+GROWTH = """
+import sys
+from pathlib import Path
+from ssl_core.config import Dataset
+from ssl_core.data.loader import Loader
+from ssl_core.data.shards import Manifest
+from ssl_core.data.views import View
+
+def private():
+    fields = dict(line.split(":") for line in open("/proc/self/smaps_rollup").readlines()[1:])
+    return int(fields["Pss_Anon"].split()[0])
+
+manifest, before = Manifest.load(Path(sys.argv[1])), private()
+loader = Loader(manifest, Dataset(name="tiny"), {"view": View(size=8)}, batch_size=10, seed=0)
+loader.next()
+print(private() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="needs Linux's account of memory")
+def test_an_image_in_the_shuffle_buffer_costs_less_than_three_kilobytes(
+    tmp_path: Path, root: Path, make_shards: Any
+) -> None:
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(file, "PNG")
+    kilobytes = []
+    for images in (100, 10_100):
+        manifest = make_shards(tmp_path / str(images), [file.getvalue()] * images, [0] * images, per_shard=images)
+        command = [sys.executable, "-c", GROWTH, str(manifest.folder / "manifest.json")]
+        kilobytes.append(int(subprocess.run(command, check=True, cwd=root, stdout=subprocess.PIPE).stdout))
+    assert kilobytes[1] - kilobytes[0] < 3 * 10_000  # 1.8 an image; with DALI's own default 5.7
+
+
 def test_a_state_from_before_the_first_batch_and_one_restored_twice_are_exact(tiny: Manifest) -> None:
     fresh = make(tiny)
     start = fresh.state()
