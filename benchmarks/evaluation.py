@@ -9,7 +9,6 @@ Ours and the peers' take turns; a ratio is the median over the turns. Where a pe
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -23,6 +22,7 @@ import numpy as np
 import psutil
 import torch
 import torch.nn.functional as F
+from memory import peak_bytes  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
 from ssl_core.config import Dataset, Training
@@ -117,8 +117,7 @@ def measure(case: Case, side: str, threads: int) -> dict[str, float]:
         before, wall, cpu = psutil.Process().memory_info().rss, time.perf_counter(), time.process_time()
         top1 = work(train, test, case.amount)
         cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"cpu_seconds": cpu, "seconds": wall, "megabytes": max(0, peak - before) / 1e6, "top1": top1}
+    return {"cpu_seconds": cpu, "seconds": wall, "megabytes": max(0, peak_bytes() - before) / 1e6, "top1": top1}
 
 
 Half = tuple[Tensor, Tensor]  # features and labels

@@ -8,7 +8,6 @@ busy machine distorts less than wall-clock, and by how much the peak of resident
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from typing import Any
 import psutil
 import torch
 import torch.nn.functional as F
+from memory import peak_bytes  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
 from ssl_core.files import write_text
@@ -74,13 +74,13 @@ def measure(
     embedding, target = F.normalize(torch.randn(batch, dim), dim=1), torch.randint(images, (batch,))
     compute = naive_loss if naive else streamed_loss
     compute(embedding.requires_grad_(), bank[:1000], target % 1000, LOSSES[loss]).backward()  # loads the libraries
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_bytes()
     times = []
     for _ in range(repeats):
         start = time.process_time()
         compute(embedding, bank, target, LOSSES[loss]).backward()
         times.append(1000 * (time.process_time() - start))
-    rise = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    rise = (peak_bytes() - before) / 2**20
     return {"milliseconds": min(times), "median": statistics.median(times), "megabytes": rise}
 
 

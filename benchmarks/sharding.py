@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 import yaml
 from images import synthetic_images  # pyright: ignore[reportMissingImports]
+from memory import peak_bytes  # pyright: ignore[reportMissingImports]
 from PIL import Image
 
 from ssl_core.files import write_text
@@ -102,7 +103,7 @@ def measure(side: str, source: Path, workers: int) -> dict[str, float]:
         start = time.perf_counter()
         images = work()
         seconds = time.perf_counter() - start
-    peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    peak = max(peak_bytes() / 1024, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
     return {"seconds": seconds, "images_per_second": images / seconds, "mb": peak / 1024}
 
 
@@ -199,6 +200,7 @@ def write_archive(path: Path, count: int) -> None:
             member = tarfile.TarInfo(f"all/{number:08d}.png")
             member.size = len(image)
             tar.addfile(member, io.BytesIO(image))
+            tar.members = []  # pyright: ignore[reportAttributeAccessIssue] - or a million pile up
 
 
 if __name__ == "__main__":

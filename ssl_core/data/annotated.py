@@ -31,7 +31,7 @@ class Shown(NamedTuple):
 def open_annotated(source: Voc | Coco, card: Card, scratch: Path, stack: ExitStack) -> Opened:
     """List a source; raise a one-line `ValueError` if it is missing, damaged or not what the card says."""
     path = Path(source.path)
-    tree = stack.enter_context(Archive.open(path, scratch=scratch)) if path.is_file() else Folder(path)
+    tree = stack.enter_context(Archive.open(path, scratch=scratch)) if path.is_file() else Folder(path, scratch=scratch)
     if isinstance(source, Voc):
         splits = {name: _voc(tree, split) for name, split in source.splits.items()}
     else:

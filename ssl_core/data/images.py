@@ -4,8 +4,8 @@ The outcomes rest on a comparison of DALI 2.4's CPU decoder with PIL, written do
 """
 
 import io
+import math
 import posixpath
-import warnings
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -25,15 +25,15 @@ def is_image(name: str) -> bool:
 
 
 def prepare(content: bytes | Image.Image) -> tuple[str, bytes, Image.Image]:
-    """Return the extension, the bytes to store and the decoded image; a `ValueError` says why it cannot be used."""
+    """Return the extension, the bytes to store and the decoded image; a `ValueError` says why it cannot be used.
+
+    PIL may warn of odd metadata; who calls this decides whether anybody hears it.
+    """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # an odd EXIF block is no reason to complain
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            return _prepare(content)
+        return _prepare(content)
     except UnidentifiedImageError:
         raise ValueError(f"it is no image of a format that is read ({', '.join(FORMATS)})") from None
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise ValueError(f"it has more than {Image.MAX_IMAGE_PIXELS} pixels: shrink it") from None
     except Exception as error:  # a broken file can raise anything: OSError, SyntaxError, struct.error, zlib.error, ...
         raise ValueError(f"it cannot be decoded: {' '.join(str(error).split()) or type(error).__name__}") from None
@@ -64,6 +64,8 @@ def _prepare(content: bytes | Image.Image) -> tuple[str, bytes, Image.Image]:
     if not content:
         raise ValueError("the file is empty")
     image = Image.open(io.BytesIO(content), formats=FORMATS)
+    if image.width * image.height > (Image.MAX_IMAGE_PIXELS or math.inf):  # PIL itself refuses twice as many
+        raise Image.DecompressionBombError
     if image.format == "PNG":  # PIL forgives a wrong checksum and a missing end, DALI does not
         Image.open(io.BytesIO(content), formats=FORMATS).verify()
     image.load()  # all pixels

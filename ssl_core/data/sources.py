@@ -11,7 +11,8 @@ import json
 import operator
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from glob import glob
@@ -22,9 +23,20 @@ import numpy as np
 from PIL import Image
 
 from ssl_core.config import nearest
-from ssl_core.data.card import Card, FolderSplit, ImageFolder, SklearnDigits, Table, TableSplit, Torchvision, WebDataset
+from ssl_core.data.card import (
+    Annotations,
+    Card,
+    FolderSplit,
+    ImageFolder,
+    SklearnDigits,
+    Table,
+    TableSplit,
+    Torchvision,
+    WebDataset,
+)
 from ssl_core.data.digits import Digits
 from ssl_core.data.images import EXTENSIONS, is_image
+from ssl_core.data.listing import File, Files
 from ssl_core.data.trees import ABSENT, Archive, Folder, stamp
 
 MAX_CLASSES = 1_000_000  # class ids beyond are a mistake: the manifest counts each class
@@ -61,12 +73,34 @@ class Opened(NamedTuple):
     splits: dict[str, Samples]
 
 
-class Listing(NamedTuple):
-    """Images that are files somewhere: names, what is said of their classes, and how to get the bytes of the i-th."""
+class Targets:
+    """What is said of the classes of files, one after the other, four bytes each."""
 
-    names: Sequence[str]
-    targets: Sequence[Target]
-    fetch: Callable[[int], bytes]
+    def __init__(self) -> None:
+        self._codes: dict[Target, int] = {}
+        self._found = array("i")
+
+    def add(self, target: Target) -> None:
+        """Say it of the next file."""
+        self._found.append(self._codes.setdefault(target, len(self._codes)))
+
+    @property
+    def distinct(self) -> Iterable[Target]:
+        """Whatever is said of any file."""
+        return self._codes.keys()
+
+    def labels(self, ids: Mapping[str, int]) -> np.ndarray:
+        """Return the label of each file: a class name's id, a class id as it is, -1 for none."""
+        ordered = [-1 if each is None else ids[each] if isinstance(each, str) else each for each in self._codes]
+        return np.array(ordered, np.int64)[np.array(self._found, np.int32)]
+
+
+class Listing(NamedTuple):
+    """Images that are files somewhere, what is said of their classes, and how to get a file's bytes."""
+
+    files: Files
+    targets: Targets
+    fetch: Callable[[File], bytes]
     stamp: str  # changes when the content changes
 
 
@@ -87,7 +121,7 @@ def open_source(card: Card, *, scratch: Path) -> Iterator[Opened]:
         elif isinstance(source, WebDataset):
             opened = _number(card, _webdataset(source, scratch, stack))
         elif isinstance(source, Table):
-            opened = _number(card, {name: _table(source, split) for name, split in source.splits.items()})
+            opened = _number(card, {name: _table(source, split, scratch) for name, split in source.splits.items()})
         else:
             from ssl_core.data.annotated import open_annotated  # it gives this file's records
 
@@ -100,7 +134,7 @@ def open_source(card: Card, *, scratch: Path) -> Iterator[Opened]:
 
 def _number(card: Card, listings: dict[str, Listing]) -> Opened:
     """Turn class names into label ids that all splits share: the card's order, else sorted."""
-    targets = {target for listing in listings.values() for target in listing.targets if target is not None}
+    targets = {target for listing in listings.values() for target in listing.targets.distinct if target is not None}
     names = sorted(target for target in targets if isinstance(target, str))
     if names and len(names) < len(targets):
         raise ValueError(f"{card.name}: labels are class names in one place ({names[0]!r}) and numbers in another")
@@ -118,19 +152,17 @@ def _number(card: Card, listings: dict[str, Listing]) -> Opened:
 
 
 def _samples(listing: Listing, ids: dict[str, int], classes: tuple[str, ...] | None) -> Samples:
-    labels = np.array([-1 if t is None else ids[t] if isinstance(t, str) else t for t in listing.targets], np.int64)
+    labels = listing.targets.labels(ids)
 
     def read(index: int) -> Record:
-        return Record(shown(index), listing.fetch(index), int(labels[index]))
-
-    def shown(index: int) -> str:
-        return printable(listing.names[index])
+        file = listing.files[index]
+        return Record(printable(file.name), listing.fetch(file), int(labels[index]))
 
     digest = hashlib.sha256(repr((listing.stamp, classes)).encode())
     digest.update(labels.tobytes())
-    for name in listing.names:
-        digest.update(os.fsencode(name) + b"\0")
-    return Samples(len(listing.names), shown, read, digest.hexdigest())
+    for file in listing.files:
+        digest.update(os.fsencode(file.name) + b"\0")
+    return Samples(len(listing.files), lambda index: printable(listing.files[index].name), read, digest.hexdigest())
 
 
 def printable(name: str) -> str:
@@ -146,26 +178,25 @@ def _image_folder(source: ImageFolder, scratch: Path, stack: ExitStack) -> dict[
     if source.type == "image_tar":
         tree = stack.enter_context(Archive.open(path, scratch=scratch, sha256=source.sha256))
     else:
-        tree = Folder(path)
+        tree = Folder(path, scratch=scratch)
     return {name: _folder_split(tree, split, path) for name, split in source.splits.items()}
 
 
 def _folder_split(tree: Folder | Archive, split: FolderSplit, path: Path) -> Listing:
-    names = tree.files(split.folder)
+    files = tree.files(split.folder)
     place = f"{path}/{split.folder}".rstrip("/")
-    if not names:
+    if not files:
         raise ValueError(f"{place} has no images ({' '.join(sorted(EXTENSIONS))})")
-    if split.annotations is not None:
-        targets = _annotated(tree, split, names, place)
-    elif split.labels == "folder":
-        targets = [_class_folder(name, place) for name in names]
-    else:
-        targets = [None] * len(names)
-
-    def fetch(index: int) -> bytes:
-        return tree.read(f"{split.folder}/{names[index]}".lstrip("/"))
-
-    return Listing(names, targets, fetch, tree.stamp)
+    notes, targets = split.annotations, Targets()
+    annotated = {} if notes is None else _annotations(tree, notes)
+    for file in files:
+        if notes is None:
+            targets.add(_class_folder(file.name, place) if split.labels == "folder" else None)
+        elif file.name in annotated:
+            targets.add(annotated[file.name])
+        else:
+            raise ValueError(f"{notes.file} says nothing about {place}/{file.name}: add a line or remove the image")
+    return Listing(files, targets, partial(tree.fetch, split.folder), tree.stamp)
 
 
 def _class_folder(name: str, place: str) -> str:
@@ -175,19 +206,14 @@ def _class_folder(name: str, place: str) -> str:
     return printable(folder)
 
 
-def _annotated(tree: Folder | Archive, split: FolderSplit, names: list[str], place: str) -> list[Target]:
-    notes = split.annotations
-    assert notes is not None
+def _annotations(tree: Folder | Archive, notes: Annotations) -> dict[str, str]:
     classes = {}
     for number, row in enumerate(tree.read(notes.file).decode().splitlines(), start=1):
         columns = row.split(notes.separator)
         if len(columns) <= max(notes.image_column, notes.class_column):
             raise ValueError(f"{notes.file} line {number} has {len(columns)} columns: check separator and columns")
         classes[columns[notes.image_column]] = columns[notes.class_column]
-    missing = next((name for name in names if name not in classes), None)
-    if missing is not None:
-        raise ValueError(f"{notes.file} says nothing about {place}/{missing}: add a line or remove the image")
-    return [classes[name] for name in names]
+    return classes
 
 
 # WebDataset tars, tables
@@ -198,14 +224,19 @@ def _webdataset(source: WebDataset, scratch: Path, stack: ExitStack) -> dict[str
     for name, split in source.splits.items():
         paths = [Path(match) for pattern in _braces(split.tars) for match in sorted(glob(pattern)) or [pattern]]
         tars = [stack.enter_context(Archive.open(path, scratch=scratch)) for path in paths]
-        found = [sample for tar in tars for sample in _tar_samples(tar, source.label)]
-        names = [f"{tar.path.name}/{member}" for tar, member, _ in found]
+        targets = Targets()
 
-        def fetch(index: int, found: list[tuple[Archive, str, Target]] = found) -> bytes:
-            return found[index][0].read(found[index][1])
+        def found(tars: list[Archive] = tars, targets: Targets = targets) -> Iterator[File]:
+            for number, tar in enumerate(tars):
+                for file, target in _tar_samples(tar, source.label):
+                    targets.add(target)
+                    yield file._replace(name=f"{tar.path.name}/{file.name}", tar=number)
 
-        stamp = " ".join(tar.stamp for tar in tars)
-        listings[name] = Listing(names, [target for _, _, target in found], fetch, stamp)
+        def fetch(file: File, tars: list[Archive] = tars) -> bytes:
+            return tars[file.tar].fetch("", file)
+
+        files = Files(found(), scratch)
+        listings[name] = Listing(files, targets, fetch, " ".join(tar.stamp for tar in tars))
     return listings
 
 
@@ -215,48 +246,63 @@ def _braces(pattern: str) -> list[str]:
     return list(braceexpand(pattern))
 
 
-def _tar_samples(tar: Archive, label: str | None) -> Iterator[tuple[Archive, str, Target]]:
-    for member in tar.members:
+def _tar_samples(tar: Archive, label: str | None) -> Iterator[tuple[File, Target]]:
+    members = {file.name: file for file in tar.scan()}  # of one tar only
+    for member, file in members.items():
         if not is_image(member):
+            continue
+        if label is None:
+            yield file, None
             continue
         folder, _, base = member.rpartition("/")
         key = f"{folder}/{base.partition('.')[0]}".lstrip("/")
-        if label is not None and f"{key}.{label}" not in tar.members:
+        if f"{key}.{label}" not in members:
             raise ValueError(f"{tar.path}: {key} has no .{label}: name the label's extension, or say label: null")
         try:
-            yield tar, member, None if label is None else _target(tar.read(f"{key}.{label}").decode().strip())
+            yield file, _target(tar.fetch("", members[f"{key}.{label}"]).decode().strip())
         except UnicodeDecodeError:
             raise ValueError(f"{tar.path}: {key}.{label} is no text: write a class id or a class name") from None
 
 
-def _table(source: Table, split: TableSplit) -> Listing:
+def _table(source: Table, split: TableSplit, scratch: Path) -> Listing:
     path = Path(split.file)
-    rows = _rows(path)
-    columns = [column for column in rows[0] if column] if rows else []
-    for column in (source.image, source.label, *split.where):
+    folder = Path(source.folder) if source.folder is not None else path.parent
+    targets = Targets()
+    stamps = hashlib.sha256()
+
+    def found() -> Iterator[File]:
+        for number, row in enumerate(_rows(path)):
+            if number == 0:
+                _check_columns(row, (source.image, source.label, *split.where), path)
+            if all(str(row[column]) == str(value) for column, value in split.where.items()):
+                file = File(str(_cell(row, source.image, path)))
+                targets.add(None if source.label is None else _target(_cell(row, source.label, path)))
+                stamps.update(stamp(folder / file.name))
+                yield file
+
+    files = Files(found(), scratch)
+    return Listing(files, targets, lambda file: (folder / file.name).read_bytes(), stamps.hexdigest())
+
+
+def _check_columns(row: dict[str, Any], wanted: Iterable[str | None], path: Path) -> None:
+    columns = [column for column in row if column]
+    for column in wanted:
         if column is not None and column not in columns:
             raise ValueError(f"{path} has no column {column!r}{nearest(column, columns)}")
-    rows = [row for row in rows if all(str(row[column]) == str(value) for column, value in split.where.items())]
-    names = [_cell(row, source.image, path) for row in rows]
-    targets = [None if source.label is None else _target(_cell(row, source.label, path)) for row in rows]
-    folder = Path(source.folder) if source.folder is not None else path.parent
-
-    def fetch(index: int) -> bytes:
-        return (folder / names[index]).read_bytes()
-
-    return Listing(names, targets, fetch, hashlib.sha256(b"".join(stamp(folder / name) for name in names)).hexdigest())
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
+def _rows(path: Path) -> Iterator[dict[str, Any]]:
     if not path.is_file():
         raise ValueError(f"{path} {ABSENT}")
     try:
         if path.suffix == ".parquet":
             import pyarrow.parquet
 
-            return pyarrow.parquet.read_table(path).to_pylist()
+            for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
+                yield from batch.to_pylist()
+            return
         with open(path, newline="", encoding="utf-8-sig") as file:
-            return list(csv.DictReader(file, strict=True))
+            yield from csv.DictReader(file, strict=True)
     except (csv.Error, UnicodeDecodeError, ValueError) as error:  # pyarrow's errors are ValueErrors
         raise ValueError(f"{path} is no CSV or Parquet file: {' '.join(str(error).split())}") from None
 

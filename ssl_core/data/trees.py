@@ -8,14 +8,19 @@ import os
 import posixpath
 import tarfile
 import zlib
-from collections.abc import Callable, Iterator
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import cached_property
+from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 from tqdm import tqdm
 
 from ssl_core.data.images import is_image
+from ssl_core.data.listing import File, Files, sorted_files
 from ssl_core.data.shards import BLOCK, file_sha256
 
 OPENERS = {b"\x1f\x8b": gzip.open, b"BZ": bz2.open, b"\xfd7": lzma.open}  # by a file's first two bytes
@@ -35,29 +40,35 @@ def stamp(path: str | Path) -> bytes:
 class Folder:
     """A folder on disk; names are paths inside it."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, *, scratch: Path) -> None:
         if not root.is_dir():
             if root.is_file():
                 raise ValueError(f"{root} is no folder: for an archive say type: image_tar")
             raise ValueError(f"{root} {ABSENT}")
         self.root = root
         self.stamp = ""
+        self._scratch = scratch
 
-    def files(self, folder: str) -> list[str]:
+    def files(self, folder: str) -> Files:
         """Return the files below `folder` that are images by their names, relative to it; links are followed."""
-        found, stamps = [], hashlib.sha256()
         top = self.root / folder
         if not top.is_dir():
             inside = ", ".join(sorted(entry.name for entry in self.root.iterdir() if entry.is_dir())[:8])
             raise ValueError(f"{self.root} has no folder {folder!r}; it has: {inside or 'no folders'}")
-        for parent, _, files in os.walk(top, followlinks=True):
-            prefix = os.path.relpath(parent, top)
-            found += [name if prefix == "." else f"{prefix}/{name}" for name in files]
-        found = sorted(name for name in found if is_image(name))
-        for name in found:
-            stamps.update(stamp(os.path.join(top, name)))
+        stamps = hashlib.sha256()
+
+        def stamped(files: Iterable[File]) -> Iterator[File]:
+            for file in files:
+                stamps.update(stamp(os.path.join(top, file.name)))
+                yield file
+
+        found = Files(stamped(sorted_files(_walk(top), self._scratch)), self._scratch)
         self.stamp = stamps.hexdigest()
         return found
+
+    def fetch(self, folder: str, file: File) -> bytes:
+        """Return the bytes of a file that `files` found below `folder`."""
+        return self.read(f"{folder}/{file.name}".lstrip("/"))
 
     def read(self, name: str) -> bytes:
         """Return a file's bytes; a name that leads out of the folder, as a list in it may say, is a `ValueError`."""
@@ -67,18 +78,26 @@ class Folder:
             return file.readall()
 
 
-class Archive(NamedTuple):
-    """An open tar: its regular files as name -> (offset, size), without links, devices and names that point outside."""
+def _walk(top: Path) -> Iterator[File]:
+    for parent, _, files in os.walk(top, followlinks=True):
+        prefix = os.path.relpath(parent, top)
+        for name in files:
+            if is_image(path := name if prefix == "." else f"{prefix}/{name}"):
+                yield File(path)
 
-    path: Path
-    descriptor: int  # read with pread, so that forked processes do not move each other's position
-    members: dict[str, tuple[int, int]]
-    stamp: str
+
+class Archive:
+    """An open tar: its regular files, without links, devices and names that point outside."""
+
+    def __init__(self, path: Path, descriptor: int, stamp: str, scratch: Path) -> None:
+        self.path, self.stamp = path, stamp
+        self._descriptor = descriptor  # read with pread, so that forked processes do not move each other's position
+        self._scratch = scratch
 
     @classmethod
     @contextmanager
     def open(cls, path: Path, *, scratch: Path, sha256: str | None = None) -> "Iterator[Archive]":
-        """List a tar; a compressed one is first written uncompressed into the folder `scratch` and removed at the end.
+        """Open a tar; a compressed one is first written uncompressed into the folder `scratch` and removed at the end.
 
         Raises a `ValueError` if there is no such file, or it is damaged or not the file with this sha256.
         """
@@ -89,41 +108,63 @@ class Archive(NamedTuple):
         status = path.stat()
         spill = scratch / f".spill-{path.name}"
         try:
-            with open(path, "rb") as file:
-                opener = OPENERS.get(file.read(2))
-            plain = path
-            if opener is not None:
-                _decompress(path, spill, opener)
-                plain = spill
-            members = _members(plain)
-            descriptor = os.open(plain, os.O_RDONLY)
-        except BROKEN as error:
-            spill.unlink(missing_ok=True)
-            if isinstance(error, OSError) and error.errno is not None:  # a full disk, no permission
-                raise ValueError(f"{path} cannot be read or held in {scratch}: {error.strerror}") from None
-            reason = " ".join(str(error).split())
-            raise ValueError(f"{path} is damaged or no tar ({reason}): get the archive again") from None
-        spill.unlink(missing_ok=True)  # the open descriptor keeps it alive; a killed process leaves nothing behind
+            with _readable(path, scratch):
+                with open(path, "rb") as file:
+                    opener = OPENERS.get(file.read(2))
+                if opener is not None:
+                    _decompress(path, spill, opener)
+                descriptor = os.open(path if opener is None else spill, os.O_RDONLY)
+        finally:
+            spill.unlink(missing_ok=True)  # the open descriptor keeps it alive; a killed process leaves nothing behind
         try:
-            yield cls(path, descriptor, members, f"{status.st_size} {status.st_mtime_ns}")
+            yield cls(path, descriptor, f"{status.st_size} {status.st_mtime_ns}", scratch)
         finally:
             os.close(descriptor)
 
-    def files(self, folder: str) -> list[str]:
+    def scan(self) -> Iterator[File]:
+        """Yield what the tar holds, in its order; of several files of one name the last counts."""
+        with _readable(self.path, self._scratch):
+            yield from _members(self._descriptor)
+
+    @cached_property
+    def members(self) -> Files:
+        """What the tar holds, each name once, sorted."""
+        alike = groupby(sorted_files(self.scan(), self._scratch), key=attrgetter("name"))
+        return Files((list(files)[-1] for _, files in alike), self._scratch)
+
+    def files(self, folder: str) -> Files:
         """Return the images below `folder` by their names, sorted, relative to it."""
         prefix = f"{folder.strip('/')}/" if folder.strip("/") else ""
-        found = sorted(name[len(prefix) :] for name in self.members if name.startswith(prefix) and is_image(name))
+        inside = (file for file in self.members if file.name.startswith(prefix) and is_image(file.name))
+        found = Files((file._replace(name=file.name[len(prefix) :]) for file in inside), self._scratch)
         if not found:
-            inside = ", ".join(sorted({posixpath.dirname(name) for name in self.members})[:8]) or "none"
-            raise ValueError(f"{self.path} has no images below {folder!r}; folders in it: {inside}")
+            folders = ", ".join(sorted({posixpath.dirname(file.name) for file in self.members})[:8]) or "none"
+            raise ValueError(f"{self.path} has no images below {folder!r}; folders in it: {folders}")
         return found
+
+    def fetch(self, folder: str, file: File) -> bytes:
+        """Return the bytes of a file that `files` or `scan` found."""
+        return os.pread(self._descriptor, file.size, file.offset)
 
     def read(self, name: str) -> bytes:
         """Return a member's bytes."""
-        if name not in self.members:
+        position = bisect_left(self.members, name, key=attrgetter("name"))
+        file = self.members[position] if position < len(self.members) else File("")
+        if file.name != name:
             raise ValueError(f"{self.path} has no file {name!r}")
-        offset, size = self.members[name]
-        return os.pread(self.descriptor, size, offset)
+        return self.fetch("", file)
+
+
+@contextmanager
+def _readable(path: Path, scratch: Path) -> Iterator[None]:
+    """Turn what a damaged archive, or no room to unpack it, raises into a `ValueError` that says so."""
+    try:
+        yield
+    except BROKEN as error:
+        if isinstance(error, OSError) and error.errno is not None:  # a full disk, no permission
+            raise ValueError(f"{path} cannot be read or held in {scratch}: {error.strerror}") from None
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path} is damaged or no tar ({reason}): get the archive again") from None
 
 
 def _decompress(path: Path, spill: Path, opener: Callable[[BinaryIO], Any]) -> None:
@@ -135,19 +176,15 @@ def _decompress(path: Path, spill: Path, opener: Callable[[BinaryIO], Any]) -> N
             bar.update(packed.tell() - bar.n)
 
 
-def _members(path: Path) -> dict[str, tuple[int, int]]:
-    found = {}
-    with tarfile.open(path, "r:") as archive:
+def _members(descriptor: int) -> Iterator[File]:
+    os.lseek(descriptor, 0, os.SEEK_SET)
+    with open(os.dup(descriptor), "rb") as file, tarfile.open(fileobj=file, mode="r:") as archive:
         while member := archive.next():
             # or a million headers pile up
             archive.members = []  # pyright: ignore[reportAttributeAccessIssue]
             name = posixpath.normpath(member.name)
             if member.isreg() and not member.issparse() and not name.startswith(("/", "..")):
-                found[name] = (member.offset_data, member.size)
-        end = archive.offset
-    # tarfile takes a broken header in the middle for the end, and a tar cut between members for a whole one
-    with open(path, "rb") as file:
-        file.seek(end)
-        if file.read(BLOCK) != bytes(BLOCK):
-            raise tarfile.ReadError(f"it breaks off after {end} bytes")
-    return found
+                yield File(name, 0, member.offset_data, member.size)
+        # tarfile takes a broken header in the middle for the end, and a tar cut between members for a whole one
+        if os.pread(descriptor, BLOCK, archive.offset) != bytes(BLOCK):
+            raise tarfile.ReadError(f"it breaks off after {archive.offset} bytes")

@@ -13,10 +13,11 @@ import json
 import multiprocessing
 import os
 import signal
+import warnings
 from bisect import bisect
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -28,13 +29,14 @@ from ssl_core.data.card import Card, Channels, load_card
 from ssl_core.data.images import channel_moments, prepare
 from ssl_core.data.multilabels import new_shard, renumber
 from ssl_core.data.shards import MAX_IMAGES, Manifest, Rejected, Shard, Split, file_sha256
-from ssl_core.data.sources import Opened, Samples, open_source
+from ssl_core.data.sources import Opened, Record, Samples, open_source
 from ssl_core.files import room_for, write_json, write_text
 from ssl_core.progress import progress_bar
 
 IMAGES_PER_SHARD = 2000  # CIFAR: 25 tars of 6 MB; ImageNet: 641 of 240 MB, enough for DALI to shuffle whole tars
 SHUFFLE_SEED = 0
 MEASURED = 10_000  # images of the first split that mean and std are measured on, at most
+AHEAD = 64  # images that threads of one worker read before any of them is written
 FORMAT = 1  # counts up when the same source is to give other shards
 PR_SET_PDEATHSIG = 1
 
@@ -95,12 +97,22 @@ def run(card: Path, output: Path, *, threads: int) -> None:
     print(_report(manifest))
 
 
+class Read(NamedTuple):
+    """An image on its way from the source into a shard."""
+
+    record: Record
+    extension: str
+    stored: bytes
+    moments: np.ndarray | None  # of the channels, if it is measured
+
+
 class Job(NamedTuple):
     """What the workers inherit from the process that starts them."""
 
     card: Card
     opened: Opened
     output: Path
+    threads: int  # of each worker
     done: Any  # images, counted over all workers
     stop: Any  # set: give up
 
@@ -163,22 +175,19 @@ def pack(task: Task) -> Packed:
     samples = _job.opened.splits[task.split]
     bad, labels, moments, measured = [], Counter(), np.zeros((2, 3)), 0
     with new_shard(path) as writer:
-        for index in map(int, task.indices):
-            try:
-                record = samples.read(index)
-                extension, stored, image = prepare(record.image)
-            except (ValueError, OSError) as error:
-                bad.append(_bad(samples, index, error))
+        for index, read in _read(samples, task):
+            _advance(1)
+            if isinstance(read, Exception):
+                bad.append(_bad(samples, index, read))
                 continue
-            finally:
-                _advance(1)
+            record = read.record
             if record.labels is None:
-                writer.add(index, extension, stored, record.label)
+                writer.add(index, read.extension, read.stored, record.label)
             else:
-                writer.add_labels(index, extension, stored, record.labels)
+                writer.add_labels(index, read.extension, read.stored, record.labels)
             labels[record.label] += 1
-            if task.stride and index % task.stride == 0:
-                moments += channel_moments(image)
+            if read.moments is not None:
+                moments += read.moments
                 measured += 1
         shard = writer.close()
     sums = tuple(tuple(row) for row in moments.tolist())
@@ -186,6 +195,35 @@ def pack(task: Task) -> Packed:
     return Packed(
         split=task.split, number=task.number, shard=shard, bad=tuple(bad), labels=found, moments=sums, measured=measured
     )
+
+
+def _read(samples: Samples, task: Task) -> Iterator[tuple[int, Read | Exception]]:
+    """Read and prove a shard's images, in its order; in several threads where there are fewer shards than workers."""
+
+    def fetch(index: int) -> Record | Exception:
+        try:
+            return samples.read(index)
+        except (ValueError, OSError) as error:
+            return error
+
+    def prove(index: int, record: Record | Exception) -> Read | Exception:
+        if isinstance(record, Exception):
+            return record
+        try:
+            extension, stored, image = prepare(record.image)
+        except ValueError as error:
+            return error
+        measured = task.stride and index % task.stride == 0
+        return Read(record, extension, stored, channel_moments(image) if measured else None)
+
+    indices = task.indices.tolist()
+    if _job.threads == 1:
+        yield from zip(indices, map(prove, indices, map(fetch, indices)), strict=True)
+        return
+    with ThreadPoolExecutor(_job.threads) as pool:
+        for start in range(0, len(indices), AHEAD):
+            part = indices[start : start + AHEAD]  # fetched here: a library's data set may be one thread's
+            yield from zip(part, pool.map(prove, part, map(fetch, part)), strict=True)
 
 
 def _bad(samples: Samples, index: int, error: Exception) -> Bad:
@@ -213,6 +251,7 @@ def _advance(images: int) -> None:
 def _become_worker(job: Job) -> None:
     global _job
     _job = job
+    warnings.simplefilter("ignore")  # an odd EXIF block is no reason to complain
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears Ctrl-C and sets job.stop
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # die with the parent, whatever kills it
     parent = multiprocessing.parent_process()
@@ -223,8 +262,8 @@ def _become_worker(job: Job) -> None:
 def _pack_all(card: Card, opened: Opened, output: Path, state: State, threads: int) -> list[Packed]:
     """Make all shards in parallel, under one progress bar; return them in order."""
     context = multiprocessing.get_context("fork")  # the workers share the listing and open files without copies
-    job = Job(card, opened, output, context.Value("q", 0), context.Event())
     tasks = list(_tasks(opened, state))
+    job = Job(card, opened, output, max(1, threads // len(tasks)), context.Value("q", 0), context.Event())
     with ProcessPoolExecutor(threads, context, initializer=_become_worker, initargs=(job,)) as pool:
         futures = [pool.submit(pack, task) for task in tasks]
         pending, total = set(futures), sum(len(task.indices) for task in tasks)

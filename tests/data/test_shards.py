@@ -86,10 +86,12 @@ def test_indices_are_those_of_dalis_own_tool(photos: Path) -> None:
         assert tar.with_suffix(".idx").read_bytes() == (photos.parent / "reference.idx").read_bytes()
 
 
-def test_the_number_of_workers_changes_nothing(photos: Path) -> None:
+@pytest.mark.parametrize("threads", [3, 24])  # 24: more than shards, so that a worker has several
+def test_the_number_of_workers_changes_nothing(photos: Path, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shard, "AHEAD", 4)
     sharded(photos, "one", threads=1)
-    sharded(photos, "three", threads=3)
-    assert content(photos.parent / "one") == content(photos.parent / "three")
+    sharded(photos, "more", threads=threads)
+    assert content(photos.parent / "one") == content(photos.parent / "more")
 
 
 def test_tars_are_ustar_and_say_nothing_of_when_and_by_whom(photos: Path) -> None:
@@ -356,14 +358,14 @@ def test_indices_stay_dense_over_the_images_that_were_taken(photos: Path) -> Non
     for name in bad:
         (photos / name).write_bytes(b"broken")
     good = [name for name in names(photos) if name not in bad]
-    for threads in (1, 2):
+    for threads in (1, 24, 2):
         manifest = sharded(photos, f"skip{threads}", threads=threads, on_error="skip")
         found = sorted(samples(manifest))
         assert [number for number, _, _, _ in found] == list(range(len(good)))
         assert [stored for _, _, stored, _ in found] == [(photos / name).read_bytes() for name in good]
         assert [rejected.name for rejected in manifest.split("train").rejected] == bad
         verify(manifest, "train", deep=True)
-    assert content(photos.parent / "skip1") == content(photos.parent / "skip2")
+    assert content(photos.parent / "skip1") == content(photos.parent / "skip2") == content(photos.parent / "skip24")
     before = content(manifest.folder)
     sharded(photos, "skip2", on_error="skip")  # finished shards are kept, not numbered a second time
     assert content(manifest.folder) == before
@@ -375,7 +377,7 @@ def test_the_same_bad_image_is_named_for_any_number_of_workers(photos: Path) -> 
     for name in names(photos)[::2]:
         (photos / name).write_bytes(b"broken")
     messages = set()
-    for threads in (1, 3):
+    for threads in (1, 3, 24):
         with pytest.raises(ValueError, match="no image of a format") as caught:
             sharded(photos, f"fail{threads}", threads=threads)
         messages.add(str(caught.value))
