@@ -15,6 +15,7 @@ YIQ, not HSV: the sign agrees, equal turns move colours about 1.3 times as far. 
 
 import ctypes
 import zlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -162,23 +163,28 @@ def _has_jitter(how: Augmentation) -> bool:
 
 def _colour(image: DataNode, how: Augmentation, seed: int, gpu: bool) -> DataNode:
     """Apply brightness, contrast, saturation, hue and grayscale to 0..255 as one map; return float."""
-    batch_size = Pipeline.current().max_batch_size
     contrasted = how.contrast > 0 and how.jitter > 0
-    hue, saturation, value, *share = fn.external_source(
-        # A pure function of the iteration, so that a restored pipeline draws on. Twenty operators would do the same for
-        # twice the price of the map itself at 32 px.
-        source=lambda info: list(draw_colours(how, seed, info.iteration, batch_size))[: 3 + contrasted],
-        num_outputs=3 + contrasted,
-        batch_info=True,
-        dtype=types.FLOAT,
-        ndim=0,
-    )
+    # Twenty operators would do the same for twice the price of the map itself at 32 px.
+    hue, saturation, value, *share = _drawn(3 + contrasted, 0, draw_colours, how, seed)
     turned = fn.hsv(image, hue=hue, saturation=saturation, value=value, dtype=types.FLOAT)
     if contrasted:  # what is taken from the contrast comes back as the mean grey
         grey = fn.reductions.mean(fn.color_space_conversion(image, image_type=types.RGB, output_type=types.GRAY))
         turned = turned + grey * (share[0].gpu() if gpu else share[0])
     # Not dmath.clamp, which takes four times as long on the CPU.
     return dmath.min(dmath.max(turned, 0.0), 255.0)
+
+
+@do_not_convert  # else DALI looks for conditionals in all that is called here, at every step
+def _drawn(outputs: int, ndim: int, draw: Callable[..., Sequence[np.ndarray]], *arguments: Any) -> Sequence[DataNode]:
+    """Return numbers that `draw` makes of the iteration alone, so that a restored pipeline draws on."""
+    batch_size = Pipeline.current().max_batch_size
+    return fn.external_source(
+        source=lambda info: list(draw(*arguments, info.iteration, batch_size))[:outputs],
+        num_outputs=outputs,
+        batch_info=True,
+        dtype=types.FLOAT,
+        ndim=ndim,
+    )
 
 
 def draw_colours(how: Augmentation, seed: int, iteration: int, batch_size: int) -> np.ndarray:
@@ -201,14 +207,8 @@ def draw_colours(how: Augmentation, seed: int, iteration: int, batch_size: int) 
 
 def _blur(image: DataNode, how: Augmentation, size: int, seeds: dict[str, int], gpu: bool) -> DataNode:
     """Blur as torchvision does; `fn.filter` takes a third of the time of `fn.gaussian_blur`."""
-    batch_size, seed = Pipeline.current().max_batch_size, seeds["sigma"]
-    kernels = fn.external_source(
-        source=lambda info: draw_kernels(how, blur_window(size), seed, info.iteration, batch_size),
-        num_outputs=1 if blur_window(size) == 3 else 2,
-        batch_info=True,
-        dtype=types.FLOAT,
-        ndim=2,
-    )
+    window = blur_window(size)
+    kernels = _drawn(1 if window == 3 else 2, 2, draw_kernels, how, window, seeds["sigma"])
     kernels = [kernel.gpu() if gpu else kernel for kernel in kernels]
     if how.blur == 1:
         return _filter(image, kernels)

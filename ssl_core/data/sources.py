@@ -106,7 +106,7 @@ class Listing(NamedTuple):
 
 @contextmanager
 def open_source(card: Card, *, scratch: Path) -> Iterator[Opened]:
-    """List a card's source; `scratch` is where a compressed tar is held while it is read.
+    """List a card's source; `scratch` is where lists and a compressed tar are held while it is read.
 
     Raises a one-line `ValueError` if the source is missing, empty, corrupt or not what the card says.
     """

@@ -1,10 +1,11 @@
 """Shard a data set: from a card to tars, indices and a manifest.
 
-One worker makes one whole shard: it reads the images that a fixed permutation puts there, proves each decodable and
-writes the tar. So memory stays constant and the result is the same, byte for byte, for any number of workers. A
-finished shard appears by rename and is noted in `.state.jsonl`; a later run keeps it if the source is the same and the
-tar still has the noted sha256. Keys are positions in the source's order; only if images were left out (`on_error:
-skip`) are the shards written once more, with indices that have no gaps.
+One worker makes one whole shard: it reads the images that a fixed permutation puts there, proves each decodable (with
+several threads where there are fewer shards than workers) and writes the tar. So memory stays constant and the result
+is the same, byte for byte, for any number of workers. A finished shard appears by rename and is noted in
+`.state.jsonl`; a later run keeps it if the source is the same and the tar still has the noted sha256. Keys are
+positions in the source's order; only if images were left out (`on_error: skip`) are the shards written once more, with
+indices that have no gaps.
 """
 
 import ctypes
