@@ -6,6 +6,7 @@ anew. Ours proves every image decodable, keeps its bytes, hashes shards and writ
 folder of files, warm in the page cache, in turns, each in a process of its own.
 
     python benchmarks/sharding.py --output sharding.json
+    python benchmarks/sharding.py --sets imagenet --copies 50
     python benchmarks/sharding.py --growth 10000 100000 1000000
 """
 
@@ -13,6 +14,7 @@ import argparse
 import io
 import json
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
@@ -44,6 +46,7 @@ def main() -> None:
     parser.add_argument("--sets", nargs="*", choices=SETS, default=list(SETS))
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--copies", type=int, default=1, help="of each image, for a larger set")
     parser.add_argument("--growth", type=int, nargs="*", default=[], metavar="N", help="also shard N synthetic images")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)  # one measurement, as JSON
@@ -57,7 +60,9 @@ def main() -> None:
         print(f"{'set':<10}{'side':<10}{'images/s':>10}{'MB':>8}{'ours is':>10}")
         for name in arguments.sets:
             source = Path(folder) / name
-            unpack(name, arguments.data, source)
+            unpack(name, arguments.data, source / "1")
+            for number in range(2, arguments.copies + 1):
+                shutil.copytree(source / "1", source / str(number))
             results["sets"][name] = compare(name, source, arguments)
         for count in arguments.growth:
             source = Path(folder) / f"{count}.tar"
@@ -176,7 +181,7 @@ def list_images(folder: Path) -> list[Path]:
 def unpack(name: str, data: Path, folder: Path) -> None:
     """Write a set's images as files, real ones where the archive lies at hand."""
     archive, size, count = SETS[name]
-    folder.mkdir()
+    folder.mkdir(parents=True)
     if (data / archive).exists():
         with tarfile.open(data / archive) as tar:
             tar.extractall(folder, filter="data")

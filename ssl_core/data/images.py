@@ -53,7 +53,8 @@ def encode(image: Image.Image) -> bytes:
 
 def channel_moments(image: Image.Image) -> np.ndarray:
     """Return the means of the three channels and of their squares as (2, 3), pixels in 0..1."""
-    counts = np.array(image.convert("RGB").histogram(), dtype=np.float64).reshape(3, 256)
+    rgb = image if image.mode == "RGB" else image.convert("RGB")  # which would copy
+    counts = np.array(rgb.histogram(), dtype=np.float64).reshape(3, 256)
     levels = np.arange(256) / 255
     return np.stack([counts @ levels, counts @ np.square(levels)]) / (image.width * image.height)
 
