@@ -12,6 +12,7 @@ from ssl_core.data.loader import Batch, Loader
 from ssl_core.data.shards import Manifest
 from ssl_core.methods.base import method_class, resolve, views_of
 from ssl_core.networks.backbones import build_backbone, save_backbone
+from ssl_core.stages.pretrain import set_determinism
 from ssl_core.training.loop import Trainer
 from ssl_core.training.schedules import forward_batch_size
 
@@ -22,6 +23,7 @@ class Training:
     def __init__(
         self, method: dict[str, Any], backbone: dict[str, Any], folder: Path, training: dict[str, Any]
     ) -> None:
+        set_determinism(compiled=False)
         manifest = Manifest.load(folder / "shards" / "manifest.json")
         if method["name"] == "dino":
             method = {**method, "local_size": manifest.image_size // 2}
@@ -33,7 +35,10 @@ class Training:
         spec = {"dataset": {"name": "benchmark"}, "backbone": backbone, "method": method, "training": training}
         resolved = resolve(spec)
         views = views_of(resolved, manifest.image_size)
-        loader = Loader(manifest, resolved.dataset, views, batch_size=forward_batch_size(resolved.training), seed=0)
+        loader = Loader(
+            manifest, resolved.dataset, views, batch_size=forward_batch_size(resolved.training), seed=0,
+            threads=torch.get_num_threads(),
+        )  # fmt: skip
         module = method_class(resolved.method.name)(
             resolved.method, build_backbone(resolved.backbone, manifest.image_size), num_images=loader.num_images,
             batch_size=resolved.training.batch_size, seed=0,

@@ -3,7 +3,8 @@
 Same images, network, heads, batch and threads. lightly runs as its documentation shows: its transforms and losses, a
 plain PyTorch loop, a DataLoader with workers. Every side is a process of its own that stays alive, sides take turns,
 and each turn starts with steps that are not timed, so that nobody profits from batches made while others ran. Memory
-is watched in a last turn that is not timed: looking at it slows everything down.
+is watched in processes that run alone and are not timed: looking slows everything down, and two processes beside each
+other share the pages of their libraries.
 
     python benchmarks/step.py --output step.json               # each with its defaults: ours in bf16 where it can
     python benchmarks/step.py --precision bf16                 # both sides in bf16
@@ -45,7 +46,8 @@ METHODS: dict[str, dict[str, Any]] = {  # heads and views as lightly's
     "simclr": {"name": "simclr", "projector_hidden": 512},
     "dino": {
         "name": "dino", "head_hidden": 512, "bottleneck_dim": 64, "num_outputs": 2048, "head_batchnorm": False,
-        **LOCALS,
+        "first_augmentation": "dino_global_first", "second_augmentation": "dino_global_second",
+        "local_augmentation": "dino_local", **LOCALS,
     },
 }  # fmt: skip
 PEERS = tuple(METHODS)  # what lightly runs here too; the others have a floor alone
@@ -115,18 +117,23 @@ def compare(method: str, network: str, folder: str, arguments: argparse.Namespac
     command = [sys.executable, __file__, "--methods", method, "--networks", network, "--folder", folder]
     for name in ("batch", "threads", "precision", "steps", "pairs"):
         command += [f"--{name}", str(getattr(arguments, name))]
-    sides = {
-        side: subprocess.Popen([*command, "--side", side], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        for side in SIDES
-        if side != "lightly" or method in PEERS
-    }
+
+    def begin(side: str) -> subprocess.Popen[str]:
+        process = subprocess.Popen([*command, "--side", side], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        ask(process, "start")
+        return process
+
+    memory: dict[str, float] = {}
+    compared = [side for side in SIDES if side != "lightly" or method in PEERS]
+    for side in compared:
+        alone = begin(side)
+        memory[side] = ask(alone, "memory")["memory_mb"]
+        alone.communicate()
+    sides = {side: begin(side) for side in compared}  # one after the other; they are quiet afterwards
     answers: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
-    for side in sides:  # they load torch one after the other, and are quiet afterwards
-        ask(sides[side], "start")
     for _ in range(arguments.turns):
         for side in sides:
             answers[side].append(ask(sides[side], "time"))
-    memory = {side: ask(sides[side], "memory")["memory_mb"] for side in sides}
     of_floor = ask(sides["ours"], "floor")["of_floor"]
     for process in sides.values():
         process.communicate()

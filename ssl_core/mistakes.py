@@ -15,6 +15,8 @@ OUT_OF_MEMORY = (
     "CUDA_ERROR_OUT_OF_MEMORY",
     "CUDNN_STATUS_ALLOC_FAILED",
     "Failed to allocate",
+    "Can't allocate",
+    "CUDA allocation failed",
 )
 LESS_MEMORY = (
     "out of memory: lower batch_size (training.accumulation keeps the effective batch), use a smaller image_size or "
@@ -28,7 +30,7 @@ ODD_PATHS = {errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG}
 def explain(error: BaseException) -> str | None:
     """Return one line for an error that the user can mend, None for one of ours."""
     for cause in _chain(error):  # first: a `ValueError` may have been made of an error of memory
-        if isinstance(cause, MemoryError) or _speaks_of_memory(cause):
+        if isinstance(cause, MemoryError) or speaks_of_memory(cause):
             return LESS_MEMORY
     if isinstance(error, ValidationError):  # pydantic's first fault stands for all
         first = error.errors()[0]
@@ -45,7 +47,8 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
         seen = seen.__cause__
 
 
-def _speaks_of_memory(error: BaseException) -> bool:
+def speaks_of_memory(error: BaseException) -> bool:
+    """Say whether torch, CUDA or DALI found no memory."""
     return isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)
 
 

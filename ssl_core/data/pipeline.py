@@ -100,13 +100,15 @@ def _graph(plan: Plan) -> tuple[DataNode, ...]:
         pad_last_batch=True,  # else the borders of epochs drift
         stick_to_shard=plan.shuffle_buffer == 0,
         missing_component_behavior="error",
-        tensor_init_bytes=1,  # else each image in the buffer reserves a MB and touches two pages of it
+        tensor_init_bytes=1,  # else each image in the buffer reserves a MB and touches a page or two of it
         shard_id=plan.rank,
         num_shards=plan.world_size,
         seed=plan.seed_of("reader"),
         name="reader",
     )
-    image = fn.decoders.image(encoded, device="mixed" if plan.gpu else "cpu", output_type=types.RGB, name="decoder")
+    # Fancy upsampling gives a GPU the CPU's colours; the CPU's decoder has no other.
+    where = {"device": "mixed", "jpeg_fancy_upsampling": True} if plan.gpu else {"device": "cpu"}
+    image = fn.decoders.image(encoded, output_type=types.RGB, name="decoder", **where)
     views = []
     for group, view in plan.views.items():
         for index in range(view.count):

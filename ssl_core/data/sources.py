@@ -196,7 +196,7 @@ def _folder_split(tree: Folder | Archive, split: FolderSplit, path: Path) -> Lis
             targets.add(annotated[file.name])
         else:
             raise ValueError(f"{notes.file} says nothing about {place}/{file.name}: add a line or remove the image")
-    return Listing(files, targets, partial(tree.fetch, split.folder), tree.stamp)
+    return Listing(files, targets, partial(tree.fetch, folder=split.folder), tree.stamp)
 
 
 def _class_folder(name: str, place: str) -> str:
@@ -233,7 +233,7 @@ def _webdataset(source: WebDataset, scratch: Path, stack: ExitStack) -> dict[str
                     yield file._replace(name=f"{tar.path.name}/{file.name}", tar=number)
 
         def fetch(file: File, tars: list[Archive] = tars) -> bytes:
-            return tars[file.tar].fetch("", file)
+            return tars[file.tar].fetch(file)
 
         files = Files(found(), scratch)
         listings[name] = Listing(files, targets, fetch, " ".join(tar.stamp for tar in tars))
@@ -259,7 +259,7 @@ def _tar_samples(tar: Archive, label: str | None) -> Iterator[tuple[File, Target
         if f"{key}.{label}" not in members:
             raise ValueError(f"{tar.path}: {key} has no .{label}: name the label's extension, or say label: null")
         try:
-            yield file, _target(tar.fetch("", members[f"{key}.{label}"]).decode().strip())
+            yield file, _target(tar.fetch(members[f"{key}.{label}"]).decode().strip())
         except UnicodeDecodeError:
             raise ValueError(f"{tar.path}: {key}.{label} is no text: write a class id or a class name") from None
 

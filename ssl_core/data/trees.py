@@ -66,7 +66,7 @@ class Folder:
         self.stamp = stamps.hexdigest()
         return found
 
-    def fetch(self, folder: str, file: File) -> bytes:
+    def fetch(self, file: File, folder: str = "") -> bytes:
         """Return the bytes of a file that `files` found below `folder`."""
         return self.read(f"{folder}/{file.name}".lstrip("/"))
 
@@ -142,8 +142,8 @@ class Archive:
             raise ValueError(f"{self.path} has no images below {folder!r}; folders in it: {folders}")
         return found
 
-    def fetch(self, folder: str, file: File) -> bytes:
-        """Return the bytes of a file that `files` or `scan` found."""
+    def fetch(self, file: File, folder: str = "") -> bytes:
+        """Return the bytes of a file that `files` or `scan` found; it says itself where they lie."""
         return os.pread(self._descriptor, file.size, file.offset)
 
     def read(self, name: str) -> bytes:
@@ -152,7 +152,7 @@ class Archive:
         file = self.members[position] if position < len(self.members) else File("")
         if file.name != name:
             raise ValueError(f"{self.path} has no file {name!r}")
-        return self.fetch("", file)
+        return self.fetch(file)
 
 
 @contextmanager

@@ -82,7 +82,8 @@ class JigClu(Method):
         patches = [batch.views[corner][0] for corner in CORNERS]
         total = len(patches[0]) * distributed.world_size()
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + progress.step)
-        order = torch.randperm(4 * total, generator=generator).to(patches[0].device).view(4, -1)  # slot, montage
+        order = torch.randperm(4 * total, generator=generator).view(4, -1)  # slot, montage
+        order = order.to(patches[0].device, non_blocking=True)
         own = slice(distributed.rank() * len(patches[0]), (distributed.rank() + 1) * len(patches[0]))
         cells = quadrants(feature_map(self.backbone, montage(patches, order[:, own])))
         features = pooled_features(self.backbone, cells)  # (4 * batch, width), slot by slot

@@ -182,7 +182,8 @@ class NPID(Method):
         """Draw images outside the batch, each at most once; all there are if they are fewer than `negatives`."""
         others = len(self.bank) - len(everyone)
         count = min(self.config.negatives or 0, others)
-        drawn = torch.from_numpy(generator.choice(others, count, replace=False, shuffle=False)).to(everyone.device)
+        drawn = torch.from_numpy(generator.choice(others, count, replace=False, shuffle=False))
+        drawn = drawn.to(everyone.device, non_blocking=True)
         # Number r outside the batch is image r plus as many as the batch has up to there.
         skipped = everyone.sort().values - torch.arange(len(everyone), device=everyone.device)
         return drawn + torch.searchsorted(skipped, drawn, right=True)

@@ -214,11 +214,7 @@ def _version(identity: checkpoints.Identity) -> str:
 def _start_process(training: Training, threads: int) -> torch.device:
     processes = training.gpus
     torch.set_num_threads(max(1, threads // processes))
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not deterministic
-    if training.compile:
-        torch.use_deterministic_algorithms(True, warn_only=True)  # tells the compiler too, and so imports it
-    else:
-        torch.set_deterministic_debug_mode("warn")
+    set_determinism(compiled=training.compile)
     torch.set_float32_matmul_precision("high")
     cuda = torch.cuda.is_available()
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -227,6 +223,16 @@ def _start_process(training: Training, threads: int) -> torch.device:
     if processes > 1:
         torch.distributed.init_process_group("nccl" if cuda else "gloo")
     return torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+
+
+def set_determinism(*, compiled: bool) -> None:
+    """Let torch compute the same numbers each time, on this machine."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not deterministic
+    if compiled:
+        torch.use_deterministic_algorithms(True, warn_only=True)  # tells the compiler too, and so imports it
+    else:
+        torch.set_deterministic_debug_mode("warn")
+    torch.utils.deterministic.fill_uninitialized_memory = False  # or every new tensor is first filled with NaN
 
 
 def _loader(job: Job, resolved: Experiment, manifest: Manifest, views: Views, device: torch.device) -> Loader:

@@ -98,8 +98,8 @@ def run(card: Path, output: Path, *, threads: int) -> None:
     print(_report(manifest))
 
 
-class Read(NamedTuple):
-    """An image on its way from the source into a shard."""
+class Proved(NamedTuple):
+    """An image that can be decoded, on its way from the source into a shard."""
 
     record: Record
     extension: str
@@ -176,29 +176,34 @@ def pack(task: Task) -> Packed:
     samples = _job.opened.splits[task.split]
     bad, labels, moments, measured = [], Counter(), np.zeros((2, 3)), 0
     with new_shard(path) as writer:
-        for index, read in _read(samples, task):
+        for index, found in _proved(samples, task):
             _advance(1)
-            if isinstance(read, Exception):
-                bad.append(_bad(samples, index, read))
+            if isinstance(found, Exception):
+                bad.append(_bad(samples, index, found))
                 continue
-            record = read.record
+            record = found.record
             if record.labels is None:
-                writer.add(index, read.extension, read.stored, record.label)
+                writer.add(index, found.extension, found.stored, record.label)
             else:
-                writer.add_labels(index, read.extension, read.stored, record.labels)
+                writer.add_labels(index, found.extension, found.stored, record.labels)
             labels[record.label] += 1
-            if read.moments is not None:
-                moments += read.moments
+            if found.moments is not None:
+                moments += found.moments
                 measured += 1
         shard = writer.close()
     sums = tuple(tuple(row) for row in moments.tolist())
-    found = dict(sorted(labels.items()))
     return Packed(
-        split=task.split, number=task.number, shard=shard, bad=tuple(bad), labels=found, moments=sums, measured=measured
+        split=task.split,
+        number=task.number,
+        shard=shard,
+        bad=tuple(bad),
+        labels=dict(sorted(labels.items())),
+        moments=sums,
+        measured=measured,
     )
 
 
-def _read(samples: Samples, task: Task) -> Iterator[tuple[int, Read | Exception]]:
+def _proved(samples: Samples, task: Task) -> Iterator[tuple[int, Proved | Exception]]:
     """Read and prove a shard's images, in its order; in several threads where there are fewer shards than workers."""
 
     def fetch(index: int) -> Record | Exception:
@@ -207,7 +212,7 @@ def _read(samples: Samples, task: Task) -> Iterator[tuple[int, Read | Exception]
         except (ValueError, OSError) as error:
             return error
 
-    def prove(index: int, record: Record | Exception) -> Read | Exception:
+    def prove(index: int, record: Record | Exception) -> Proved | Exception:
         if isinstance(record, Exception):
             return record
         try:
@@ -215,7 +220,7 @@ def _read(samples: Samples, task: Task) -> Iterator[tuple[int, Read | Exception]
         except ValueError as error:
             return error
         measured = task.stride and index % task.stride == 0
-        return Read(record, extension, stored, channel_moments(image) if measured else None)
+        return Proved(record, extension, stored, channel_moments(image) if measured else None)
 
     indices = task.indices.tolist()
     if _job.threads == 1:
@@ -252,7 +257,7 @@ def _advance(images: int) -> None:
 def _become_worker(job: Job) -> None:
     global _job
     _job = job
-    warnings.simplefilter("ignore")  # an odd EXIF block is no reason to complain
+    warnings.filterwarnings("ignore", module="PIL")  # an odd EXIF block is no reason to complain
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears Ctrl-C and sets job.stop
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # die with the parent, whatever kills it
     parent = multiprocessing.parent_process()

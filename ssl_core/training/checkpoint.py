@@ -35,7 +35,7 @@ class Identity:
 
 
 def save(path: Path, state: dict[str, Any], identity: Identity) -> None:
-    """Write `state` beside its identity; the old file becomes the previous one when the new one is safe on disk.
+    """Write `state` beside its identity; the old file becomes the previous one when the new one is written.
 
     Raises a `ValueError` that names the file if the disk is full; the old file then stays.
     """

@@ -6,6 +6,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ssl_core.networks.split_batchnorm import SplitBatchNorm1d, SplitBatchNorm2d
+
 
 def is_distributed() -> bool:
     """Say whether a process group of several processes is running."""
@@ -48,7 +50,7 @@ def shuffle(images: Tensor, *, seed: int, step: int) -> tuple[Tensor, Tensor]:
     """
     everyone = gather(images)
     generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-    order = torch.randperm(len(everyone), generator=generator).to(images.device)
+    order = torch.randperm(len(everyone), generator=generator).to(images.device, non_blocking=True)
     own = slice(rank() * len(images), (rank() + 1) * len(images))
     return everyone[order[own]].contiguous(memory_format=torch.channels_last), order
 
@@ -57,6 +59,11 @@ def unshuffle(rows: Tensor, order: Tensor) -> Tensor:
     """Give `rows` (batch, dim), computed from shuffled images, back to the processes and places they came from."""
     own = slice(rank() * len(rows), (rank() + 1) * len(rows))
     return gather(rows)[order.argsort()[own]]
+
+
+def average(tensor: Tensor) -> Tensor:
+    """Return the mean of `tensor` over processes, without gradient."""
+    return _averaged(tensor.detach()) if is_distributed() else tensor
 
 
 def agree(value: bool, device: torch.device) -> bool:
@@ -137,8 +144,17 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         self.running_var.lerp_(variance * count / max(count - 1, 1), momentum)
 
 
+def _is_of_another_kind(child: nn.Module) -> bool:
+    known = isinstance(child, (SyncBatchNorm, SplitBatchNorm1d, SplitBatchNorm2d))
+    trained = any(parameter.requires_grad for parameter in child.parameters())
+    return isinstance(child, nn.modules.batchnorm._BatchNorm) and not known and trained
+
+
 def synchronise_batchnorm(module: nn.Module) -> nn.Module:
-    """Replace every plain BatchNorm in `module` by `SyncBatchNorm`, names in the state dict unchanged."""
+    """Replace every plain BatchNorm in `module` by `SyncBatchNorm`, names in the state dict unchanged.
+
+    Split ones stay: their parts stand for processes. Raises ValueError for one of another kind that is trained.
+    """
     for name, child in module.named_children():
         if isinstance(child, nn.modules.batchnorm._BatchNorm) and type(child) in (nn.BatchNorm1d, nn.BatchNorm2d):
             synced = SyncBatchNorm(
@@ -149,6 +165,11 @@ def synchronise_batchnorm(module: nn.Module) -> nn.Module:
                 own.requires_grad_(parameter.requires_grad)
             synced.train(child.training)
             setattr(module, name, synced)
+        elif _is_of_another_kind(child):
+            raise ValueError(
+                f"training.sync_batchnorm cannot replace {type(child).__name__} ({name}): set it to false or choose "
+                "another backbone"
+            )
         else:
             synchronise_batchnorm(child)
     return module

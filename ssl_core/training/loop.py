@@ -27,7 +27,10 @@ RANK_ROWS = 512  # rows of an embedding that the effective rank is taken from
 def autocast_type(precision: str, device: torch.device) -> torch.dtype | None:
     """Return the type matrix products run in: bfloat16 where asked for or, on auto, where the hardware has it."""
     if precision == "auto":
-        capable = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        if device.type == "cuda":
+            capable = torch.cuda.is_bf16_supported(including_emulation=False)
+        else:
+            capable = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
         precision = "bf16" if capable else "fp32"
     return torch.bfloat16 if precision == "bf16" else None
 
@@ -118,13 +121,13 @@ class Trainer:
                 start = time.monotonic()
                 self._one_step()
                 self.step += 1
-                look = self.step % self.log_steps == 0 or self.step == self.total_steps
-                row = self._look() if look else None
+                row = self._look() if self._is_time_to_look() else None
                 self.seconds += time.monotonic() - start
                 bar.update(1)
                 if row is not None:
                     log(row)
                     bar.set_postfix_str(self._postfix(row), refresh=False)
+                if row is not None or not distributed.is_distributed():  # agreeing would hold up every step
                     due = time.monotonic() - saved > self.training.checkpoint_minutes * 60
                     if distributed.agree(due, self.device) and self.step < self.total_steps:
                         save()
@@ -133,6 +136,10 @@ class Trainer:
                     if not distributed.is_distributed():  # other processes may be a step away: keep the last checkpoint
                         save()
                     raise Stop(128 + stop[0])
+
+    def _is_time_to_look(self) -> bool:
+        watched = self.training.monitor_epochs * self.steps_per_epoch  # the online kNN goes into a row
+        return self.step % self.log_steps == 0 or self.step % watched == 0 or self.step == self.total_steps
 
     def _one_step(self) -> None:
         """Accumulate gradients over the micro-batches, step, and let the method move its memory."""
@@ -176,14 +183,16 @@ class Trainer:
             self._sums[name] = self._sums[name] + addend if name in self._sums else addend
 
     def _look(self) -> dict[str, float]:
-        """Return the next row of the history; raise where the run has diverged or collapsed."""
+        """Return the next row of the history, means over processes; raise where the run has diverged or collapsed."""
         row = {"step": self.step, "epoch": round(self.step / self.steps_per_epoch, 4)}
-        row |= {f"loss/{name}": (total / count).item() for name, (total, count) in self._sums.items()}
+        losses = {f"loss/{name}": total / count for name, (total, count) in self._sums.items()}
+        values = torch.stack([*losses.values(), spread(self._embedding)])
+        row |= dict(zip([*losses, "embedding/spread"], distributed.average(values).tolist(), strict=True))
         row["schedule/learning_rate"] = self.optimizer.param_groups[0]["lr"]
-        row["embedding/spread"] = spread(self._embedding).item()
         self._sums = {}
         self._alarm.check(self.step, row["loss/total"], row["embedding/spread"])
-        row["embedding/effective_rank"] = effective_rank(self._embedding[:RANK_ROWS]).item()
+        rank = effective_rank(self._embedding[:RANK_ROWS])
+        row["embedding/effective_rank"] = distributed.average(rank).item()
         self.history.append(row)
         return row
 
