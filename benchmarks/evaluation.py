@@ -170,7 +170,7 @@ def scikit_logistic(train: Half, test: Half, penalties: int) -> float:
 def our_knn(train: Half, test: Half, _: int) -> float:
     k = min(K, len(train[0]))
     cosines, nearest = knn.neighbours(train[0], test[0], k, prepare=knn.unit, euclidean=False)
-    weights = (cosines / TEMPERATURE).exp()
+    weights = knn.vote_weights(cosines, TEMPERATURE)
     return knn.accuracy_by_k(train[1][nearest], weights, test[1], [k], CLASSES)[k]
 
 

@@ -3,7 +3,8 @@
 The peers: `copy` writes every file's bytes once more (what the disk allows); `writer` puts the files' bytes into
 `webdataset.ShardWriter` unseen; `pil` hands it decoded images, as webdataset's documentation does, which encodes them
 anew. Ours proves every image decodable, keeps its bytes, hashes shards and writes DALI's index. All sides read the same
-folder of files, warm in the page cache, in turns, each in a process of its own.
+folder of files, warm in the page cache, in turns, each in a process of its own. The peers are one process, as their
+documentation shows them; ours has `--workers`.
 
     python benchmarks/sharding.py --output sharding.json
     python benchmarks/sharding.py --sets imagenet --copies 50

@@ -196,21 +196,22 @@ def _json(text: str) -> Any:
 
 @contextmanager
 def _logged(path: Path | None) -> Iterator["_Log | None"]:
-    """Copy stderr into a file meanwhile; the terminal stays one, so that the progress line can overwrite itself."""
+    """Copy what is printed into a file; the terminal stays one, so that the progress line can overwrite itself."""
     if path is None:
         yield None
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    terminal = sys.stderr
+    streams = sys.stdout, sys.stderr
     with open(path, "wb", buffering=0) as file:
         log = _Log(file)
-        copied = _Copied(terminal, log)
-        sys.stderr = copied
+        copies = [_Copied(stream, log) for stream in streams]
+        sys.stdout, sys.stderr = copies
         try:
             yield log
         finally:
-            sys.stderr = terminal
-            copied.finish()
+            sys.stdout, sys.stderr = streams
+            for copied in copies:
+                copied.finish()
 
 
 class _Log:

@@ -12,6 +12,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from ssl_core import tracking
+
 PYTHONS = ((3, 11), (3, 13))  # the oldest and the newest that are tested
 SPACE = 5e9  # bytes that a run on small data may need
 SHARED = 1e9  # bytes of /dev/shm that several processes want
@@ -198,10 +200,10 @@ def _database() -> Iterator[Finding]:
         connection.execute("CREATE TABLE tried (number INTEGER)")
         connection.commit()
         connection.close()
-    if os.environ.get("SSL_TRACKING") == "off":
+    if tracking.is_off():
         yield Finding("ok", "tracking", "switched off by SSL_TRACKING")
         return
-    address = os.environ.get("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db")
+    address = os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
     if not address.startswith("sqlite:///"):
         yield from _server(address)
         return

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -84,3 +86,17 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path} does not exist") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid JSON ({error}): delete it and run again") from None
+
+
+class YamlLoader(yaml.SafeLoader):
+    """Refuses a key that stands twice in a section, where YAML would silently keep the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[tuple[str, str]] = set()
+        for key, _ in node.value:
+            written = (key.tag, str(key.value))
+            if written in seen and not key.tag.endswith(":merge"):
+                problem = f"the key '{key.value}' stands twice in one section; rename one or put them together"
+                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+            seen.add(written)
+        return super().construct_mapping(node, deep=deep)

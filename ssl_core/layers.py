@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from ssl_core import schema
-from ssl_core.files import read_json
+from ssl_core.files import YamlLoader, read_json
 
 CONFIG = Path("config.yaml")
 SCHEMA = Path("workflow/schemas/config.schema.json")
@@ -89,7 +89,7 @@ def check_config_files(paths: Iterable[str | Path]) -> None:
 def read_yaml(path: Path) -> dict[str, Any]:
     """Read a configuration file; a `ValueError` names it if it is missing, no YAML, holds no keys or one twice."""
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # a safe loader
+        content = yaml.load(path.read_text(encoding="utf-8"), YamlLoader)  # a safe loader
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist: run from the root of the project") from None
     except IsADirectoryError:
@@ -100,20 +100,6 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected keys at the top, found {content!r}")
     return content
-
-
-class _Loader(yaml.SafeLoader):
-    """Refuses a key that stands twice in a section, where YAML would silently keep the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[tuple[str, str]] = set()
-        for key, _ in node.value:
-            written = (key.tag, str(key.value))
-            if written in seen and not key.tag.endswith(":merge"):
-                problem = f"the key '{key.value}' stands twice in one section; rename one or put them together"
-                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
-            seen.add(written)
-        return super().construct_mapping(node, deep=deep)
 
 
 def leaves(section: Any, where: Where = ()) -> Iterator[tuple[Where, Any]]:

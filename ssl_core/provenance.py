@@ -83,7 +83,17 @@ def _read(module: str) -> tuple[str, frozenset[str]]:
         if isinstance(body, list):
             node.body = [statement for statement in body if not _is_text(statement)]  # pyright: ignore
     parents = {module.rsplit(".", depth)[0] for depth in range(1, module.count(".") + 1)}
-    return digest(ast.dump(tree)), frozenset(name for name in imports | parents if _source(name))
+    return digest(_dump(tree)), frozenset(name for name in imports | parents if _source(name))
+
+
+def _dump(node: Any) -> str:
+    """Write a syntax tree down as `ast.dump` does, but alike in all versions of Python: empty fields left out."""
+    if isinstance(node, list):
+        return f"[{', '.join(map(_dump, node))}]"
+    if not isinstance(node, ast.AST):
+        return repr(node)
+    fields = (f"{name}={_dump(value)}" for name, value in ast.iter_fields(node) if value is not None and value != [])
+    return f"{type(node).__name__}({', '.join(fields)})"
 
 
 @cache

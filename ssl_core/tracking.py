@@ -21,6 +21,11 @@ CLOSE_SECONDS = 20.0  # what the end of a stage may wait for the last numbers to
 INTERRUPTED_SECONDS = 3.0  # the same after Ctrl-C or SIGTERM
 
 
+def is_off() -> bool:
+    """Say whether the environment switches tracking off."""
+    return os.environ.get("SSL_TRACKING", "").lower() in ("off", "0", "false", "no")
+
+
 def start(
     stage: str,
     experiment: str,
@@ -36,7 +41,7 @@ def start(
     joins the same parent run. A stage that comes again with equal `parameters` continues its run; `run_id` (out of a
     checkpoint) continues that run and does not repeat the steps it already has.
     """
-    if os.environ.get("SSL_TRACKING", "").lower() in ("off", "0", "false", "no"):
+    if is_off():
         return Run(None)
     defaults = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "5", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}  # the recorder retries
     command = [

@@ -49,6 +49,12 @@ def test_the_log_keeps_a_progress_line_as_it_was_last_seen(
     assert "\rstep 1\rstep 2\n" in capsys.readouterr().err
 
 
+def test_the_log_keeps_the_last_word_of_a_stage(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(pretrain, "run", lambda *names, **options: print("23 images (1 rejected)"))
+    assert cli.main([*PRETRAIN, "--log", str(tmp_path / "x.log")]) == 0
+    assert (tmp_path / "x.log").read_text() == "23 images (1 rejected)\n"
+
+
 def test_an_interrupt_is_quiet(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(pretrain, "run", raising(KeyboardInterrupt()))
     assert cli.main(PRETRAIN) == 130

@@ -221,6 +221,12 @@ def cuda_without_memory() -> None:
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
 
+def dali_without_gpu_memory() -> None:
+    raise RuntimeError(
+        "Error in MIXED operator `nvidia.dali.fn.decoders.image`: Can't allocate 129499136 bytes on device 0."
+    )
+
+
 def file_error(number: int) -> Callable[[], None]:
     def fail() -> None:
         raise OSError(number, os.strerror(number), "results/x/model.safetensors")
@@ -231,6 +237,7 @@ def file_error(number: int) -> Callable[[], None]:
 MACHINE: list[tuple[Callable[[], None], str]] = [
     (too_large, "out of memory: lower batch_size"),
     (decoder_without_memory, "out of memory: lower batch_size"),
+    (dali_without_gpu_memory, "out of memory: lower batch_size"),
     (cuda_without_memory, "out of memory: lower batch_size"),
     (file_error(errno.ENOSPC), "no space is left on the disk"),
     (file_error(errno.EACCES), "Permission denied: make the folder yours"),

@@ -12,6 +12,7 @@ import yaml
 from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
 from ssl_core.config import Strict, nearest
+from ssl_core.files import YamlLoader
 
 VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
 
@@ -115,6 +116,7 @@ class WebDataset(Section):
     """WebDataset tars: members of one key stand together, the image and the label told apart by their extensions."""
 
     type: Literal["webdataset"]
+    image: str | None = None  # the image's extension, where a key has several images
     label: str | None = "cls"  # the label's extension: a class id or a class name as text; null: unlabelled
     splits: dict[SplitName, WebDatasetSplit] = Field(min_length=1)
 
@@ -208,7 +210,7 @@ class Card(Section):
 def load_card(path: Path) -> Card:
     """Read and check a card; raise a one-line `ValueError` with the file, the key and what would be valid."""
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), YamlLoader)  # a safe loader
     except FileNotFoundError:
         known = ", ".join(sorted(other.stem for other in path.parent.glob("*.yaml"))) or "none"
         raise ValueError(f"{path} does not exist. Data sets in {path.parent}: {known}") from None

@@ -18,10 +18,10 @@ SIXTEEN_BITS = ("I;16", "I;16B", "I;16L", "I;16N")
 
 
 def is_image(name: str) -> bool:
-    """Tell by the name whether a file is meant as an image; hidden files and macOS's twins of files are not."""
-    *folders, file = name.split("/")
-    hidden = file.startswith(".") or "__MACOSX" in folders
-    return posixpath.splitext(file)[1].lower() in EXTENSIONS and not hidden
+    """Tell by the name whether a file is meant as an image; what is hidden and macOS's twins of files are not."""
+    parts = name.split("/")
+    hidden = any(part.startswith(".") for part in parts) or "__MACOSX" in parts[:-1]
+    return posixpath.splitext(name)[1].lower() in EXTENSIONS and not hidden
 
 
 def prepare(content: bytes | Image.Image) -> tuple[str, bytes, Image.Image]:
@@ -39,16 +39,20 @@ def prepare(content: bytes | Image.Image) -> tuple[str, bytes, Image.Image]:
         raise ValueError(f"it cannot be decoded: {' '.join(str(error).split()) or type(error).__name__}") from None
 
 
-def encode(image: Image.Image) -> bytes:
-    """Return the image upright as an 8-bit gray or RGB PNG; alpha is dropped, as DALI and PIL's `convert` drop it."""
+def encode(image: Image.Image) -> tuple[bytes, Image.Image]:
+    """Return the image upright as an 8-bit gray or RGB PNG, and the image that this holds.
+
+    Alpha is dropped, as DALI and PIL's `convert` drop it.
+    """
     upright = ImageOps.exif_transpose(image)
     if upright.mode in SIXTEEN_BITS:  # PIL's own conversion clips at 255: nearly all white
         upright = Image.fromarray(np.round(np.asarray(upright) / 257).astype(np.uint8))
     if upright.mode in ("I", "F"):
         raise ValueError(f"its pixels (mode {upright.mode}) have no known range: convert it to 8 bits")
     buffer = io.BytesIO()
-    upright.convert("L" if upright.mode in ("1", "L", "LA") else "RGB").save(buffer, "PNG")
-    return buffer.getvalue()
+    stored = upright.convert("L" if upright.mode in ("1", "L", "LA") else "RGB")
+    stored.save(buffer, "PNG")
+    return buffer.getvalue(), stored
 
 
 def channel_moments(image: Image.Image) -> np.ndarray:
@@ -61,7 +65,7 @@ def channel_moments(image: Image.Image) -> np.ndarray:
 
 def _prepare(content: bytes | Image.Image) -> tuple[str, bytes, Image.Image]:
     if isinstance(content, Image.Image):
-        return "png", encode(content), content
+        return "png", *encode(content)
     if not content:
         raise ValueError("the file is empty")
     image = Image.open(io.BytesIO(content), formats=FORMATS)
@@ -74,4 +78,4 @@ def _prepare(content: bytes | Image.Image) -> tuple[str, bytes, Image.Image]:
         return "jpg", content, image
     if image.format == "PNG" and image.mode not in SIXTEEN_BITS:
         return "png", content, image
-    return "png", encode(image), image
+    return "png", *encode(image)

@@ -6,7 +6,7 @@ left out, renumbered), and the manifest covers it by the tar's sha256. DALI read
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -39,14 +39,14 @@ def new_shard(path: Path) -> Iterator[LabelWriter]:
         yield writer
 
 
-def renumber(path: Path, number: Callable[[int], int]) -> Shard:
-    """Write a shard, of one label an image or of several, again with the dataset indices that `number` makes."""
+def renumber(path: Path, indices: Sequence[int]) -> Shard:
+    """Write a shard, of one label an image or of several, again with these dataset indices in the images' order."""
     if not _has_labels(path):
-        return shards.renumber(path, number)
+        return shards.renumber(path, indices)
     with new_shard(path) as writer, open(path, "rb") as tar:
-        for fields in _lines(path):
+        for index, fields in zip(indices, _lines(path), strict=True):
             image, labels = (os.pread(tar.fileno(), int(fields[at + 1]), int(fields[at])) for at in (1, 9))
-            writer.add_labels(number(_index(fields)), fields[0], image, labels)
+            writer.add_labels(index, fields[0], image, labels)
         return writer.close()
 
 

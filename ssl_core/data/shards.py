@@ -9,7 +9,7 @@ import hashlib
 import os
 import struct
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -227,11 +227,11 @@ def read_labels(manifest: Manifest, split: str) -> list[int]:
     return labels
 
 
-def renumber(path: Path, number: Callable[[int], int]) -> Shard:
-    """Write a shard again with the dataset indices that `number` makes of its own."""
+def renumber(path: Path, indices: Sequence[int]) -> Shard:
+    """Write a shard again with these dataset indices for its images, in their order."""
     with new_shard(path) as writer:
-        for old, extension, image, label in read_shard(path):
-            writer.add(number(old), extension, image, label)
+        for index, (_, extension, image, label) in zip(indices, read_shard(path), strict=True):
+            writer.add(index, extension, image, label)
         return writer.close()
 
 

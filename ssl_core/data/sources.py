@@ -207,8 +207,13 @@ def _class_folder(name: str, place: str) -> str:
 
 
 def _annotations(tree: Folder | Archive, notes: Annotations) -> dict[str, str]:
+    try:
+        text = tree.read(notes.file).decode()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = (error.strerror if isinstance(error, OSError) else None) or "no UTF-8"
+        raise ValueError(f"annotations.file {notes.file} cannot be read: {reason}") from None
     classes = {}
-    for number, row in enumerate(tree.read(notes.file).decode().splitlines(), start=1):
+    for number, row in enumerate(text.splitlines(), start=1):
         columns = row.split(notes.separator)
         if len(columns) <= max(notes.image_column, notes.class_column):
             raise ValueError(f"{notes.file} line {number} has {len(columns)} columns: check separator and columns")
@@ -228,7 +233,7 @@ def _webdataset(source: WebDataset, scratch: Path, stack: ExitStack) -> dict[str
 
         def found(tars: list[Archive] = tars, targets: Targets = targets) -> Iterator[File]:
             for number, tar in enumerate(tars):
-                for file, target in _tar_samples(tar, source.label):
+                for file, target in _tar_samples(tar, source):
                     targets.add(target)
                     yield file._replace(name=f"{tar.path.name}/{file.name}", tar=number)
 
@@ -246,16 +251,21 @@ def _braces(pattern: str) -> list[str]:
     return list(braceexpand(pattern))
 
 
-def _tar_samples(tar: Archive, label: str | None) -> Iterator[tuple[File, Target]]:
+def _tar_samples(tar: Archive, source: WebDataset) -> Iterator[tuple[File, Target]]:
     members = {file.name: file for file in tar.scan()}  # of one tar only
+    label, keys = source.label, set()
     for member, file in members.items():
-        if not is_image(member):
+        folder, _, base = member.rpartition("/")
+        key, _, extension = base.partition(".")
+        key = f"{folder}/{key}".lstrip("/")
+        if not is_image(member) or source.image not in (None, extension):
             continue
+        if key in keys:
+            raise ValueError(f"{tar.path}: {key} has several images: say with image which extension is meant")
+        keys.add(key)
         if label is None:
             yield file, None
             continue
-        folder, _, base = member.rpartition("/")
-        key = f"{folder}/{base.partition('.')[0]}".lstrip("/")
         if f"{key}.{label}" not in members:
             raise ValueError(f"{tar.path}: {key} has no .{label}: name the label's extension, or say label: null")
         try:
@@ -328,8 +338,12 @@ def _library_samples(name: str, size: int, get: Callable[[int], tuple[Any, int]]
 
     digest = hashlib.sha256(str(size).encode())
     for index in range(0, size, max(1, size // HASHED)):
-        _, image, label, *_ = read(index)
-        digest.update(image if isinstance(image, bytes) else image.tobytes())
+        try:
+            _, image, label, *_ = read(index)
+            content = image if isinstance(image, bytes) else image.tobytes()
+        except (OSError, ValueError) as error:  # a broken image: the card says what becomes of it
+            content, label = b"", error
+        digest.update(content)
         digest.update(str(label).encode())
     return Samples(size, lambda index: f"{name}[{index}]", read, digest.hexdigest())
 

@@ -1,6 +1,7 @@
 """Folders of images and tars of such folders, read alike. Tars are never unpacked into files."""
 
 import bz2
+import errno
 import gzip
 import hashlib
 import lzma
@@ -78,12 +79,26 @@ class Folder:
             return file.readall()
 
 
-def _walk(top: Path) -> Iterator[File]:
-    for parent, _, files in os.walk(top, followlinks=True):
-        prefix = os.path.relpath(parent, top)
-        for name in files:
-            if is_image(path := name if prefix == "." else f"{prefix}/{name}"):
-                yield File(path)
+def _walk(top: Path, inside: str = "", above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[File]:
+    """Yield the images below a folder, links followed; a folder that cannot be read or holds itself is refused."""
+    folder = os.path.join(top, inside)
+    try:
+        status = os.stat(folder)
+        identity = (status.st_dev, status.st_ino)
+        if identity in above:
+            raise ValueError(f"{folder} is a link back to a folder it lies in: its images would count twice")
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                path = f"{inside}{entry.name}"
+                if not entry.is_dir():
+                    if is_image(path):
+                        yield File(path)
+                elif not entry.name.startswith("."):
+                    yield from _walk(top, f"{path}/", above | {identity})
+    except OSError as error:
+        if error.errno == errno.EMFILE:
+            raise
+        raise ValueError(f"{folder} cannot be read ({error.strerror}): make it readable or move it away") from None
 
 
 class Archive:
@@ -135,8 +150,9 @@ class Archive:
     def files(self, folder: str) -> Files:
         """Return the images below `folder` by their names, sorted, relative to it."""
         prefix = f"{folder.strip('/')}/" if folder.strip("/") else ""
-        inside = (file for file in self.members if file.name.startswith(prefix) and is_image(file.name))
-        found = Files((file._replace(name=file.name[len(prefix) :]) for file in inside), self._scratch)
+        inside = (file for file in self.members if file.name.startswith(prefix))
+        relative = (file._replace(name=file.name[len(prefix) :]) for file in inside)
+        found = Files((file for file in relative if is_image(file.name)), self._scratch)
         if not found:
             folders = ", ".join(sorted({posixpath.dirname(file.name) for file in self.members})[:8]) or "none"
             raise ValueError(f"{self.path} has no images below {folder!r}; folders in it: {folders}")
@@ -161,6 +177,8 @@ def _readable(path: Path, scratch: Path) -> Iterator[None]:
     try:
         yield
     except BROKEN as error:
+        if isinstance(error, OSError) and error.errno == errno.EMFILE:  # told as what it is
+            raise
         if isinstance(error, OSError) and error.errno is not None:  # a full disk, no permission
             raise ValueError(f"{path} cannot be read or held in {scratch}: {error.strerror}") from None
         reason = " ".join(str(error).split())

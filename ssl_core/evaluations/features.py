@@ -122,16 +122,19 @@ def labelled_split(manifest: Manifest, split: str) -> str:
     return split
 
 
-def find_test_split(manifest: Manifest, split: str | None, *, several: bool = False) -> str:
+def find_test_split(manifest: Manifest, split: str | None, *, training: str | None, several: bool = False) -> str:
     """Return the labelled split to test on: `split` where it is said, else `test`, else `val`.
 
-    With `several` its images may have several labels each (`multilabels`).
+    With `several` its images may have several labels each (`multilabels`). Raises ValueError if it is `training`.
     """
     if split is None:
         split = next((name for name in TEST_SPLITS if name in manifest.splits), None)
     if split is None:
         have = ", ".join(manifest.splits)
         raise ValueError(f"data set '{manifest.dataset}' has no test or val split (it has {have}): say `test_split`")
+    if split == training:
+        advice = "say another `test_split`, or divide it (`logistic` with `train_per_class`)"
+        raise ValueError(f"data set '{manifest.dataset}': the split '{split}' would train and test: {advice}")
     return split if several and multilabels.has_labels(manifest, split) else labelled_split(manifest, split)
 
 

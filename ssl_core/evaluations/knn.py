@@ -55,7 +55,7 @@ class Config(Strict):
 
 def run(config: Config, subjects: Subjects, manifest: Manifest, log: Log) -> Outcome:
     """Classify the test split by the labelled training images, for each network."""
-    split = find_test_split(manifest, config.test_split)
+    split = find_test_split(manifest, config.test_split, training=config.dataset.split)
     labelled_split(manifest, config.dataset.split)
     view = center_view(subjects.image_size, resize=config.resize)
     bank, queries = (
@@ -87,7 +87,7 @@ def _weighted(config: Config, subjects: Subjects, bank: Features, queries: Featu
         rows, asked, most = bank.of[name], queries.of[name], max(k, *more, 0)
         cosines, nearest = neighbours(rows, asked, most, prepare=unit, euclidean=False, device=subjects.device)
         table = accuracy_by_k(
-            bank.labels[nearest], (cosines / temperature).exp(), queries.labels, sorted({k, *more}), classes
+            bank.labels[nearest], vote_weights(cosines, temperature), queries.labels, sorted({k, *more}), classes
         )
         metrics[name] = {"top1": table[k]} | ({"top1_by_k": _named(table)} if more else {})
     how = "fixed by the configuration"
@@ -149,6 +149,14 @@ def neighbours(
 def accuracy_by_k(labels: Tensor, weights: Tensor, truth: Tensor, ks: Sequence[int], classes: int) -> dict[int, float]:
     """Return top-1 in percent for each k from neighbours' `labels` and `weights` (queries, >= max k), nearest first."""
     return {k: percent(predicted == truth) for k, predicted in votes(labels, weights, ks, classes)}
+
+
+def vote_weights(cosines: Tensor, temperature: float) -> Tensor:
+    """Return exp(cosine / temperature) of neighbours (queries, k), nearest first, over that of the nearest.
+
+    The common factor changes no vote and keeps the sums finite at any temperature.
+    """
+    return ((cosines - cosines[:, :1]) / temperature).exp()
 
 
 def votes(labels: Tensor, weights: Tensor, ks: Sequence[int], classes: int) -> Iterator[tuple[int, Tensor]]:

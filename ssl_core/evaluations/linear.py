@@ -174,7 +174,7 @@ class Config(Strict):
         return {**VARIANTS.get(section.get("variant", "ressl_small"), {}), **section}
 
     def protocol_name(self) -> str:
-        """Name the protocol so that numbers of different probes are never taken for one another."""
+        """Name the protocol by its variant; what was changed of that stands beside it as `overridden`."""
         variant = self.variant if self.variant == "features" or not self.cached else f"{self.variant}-features"
         return "linear/v1" if variant == "ressl_small" else f"linear-{variant}/v1"
 
@@ -189,7 +189,7 @@ class Config(Strict):
 
 def run(config: Config, subjects: Subjects, manifest: Manifest, log: Log) -> Outcome:
     """Train the probe on each network's features and score it on the test split."""
-    split = find_test_split(manifest, config.test_split)
+    split = find_test_split(manifest, config.test_split, training=config.dataset.split)
     labelled_split(manifest, config.dataset.split)
     networks = {name: read_out(network, config.last_blocks) for name, network in subjects.networks.items()}
     center = center_view(subjects.image_size, resize=config.resize, interpolation=config.interpolation)

@@ -82,7 +82,8 @@ class Fit(NamedTuple):
 
 def run(config: Config, subjects: Subjects, manifest: Manifest, log: Log) -> Outcome:
     """Choose a penalty, fit and test a classifier for each network."""
-    split = find_test_split(manifest, config.test_split)
+    training = config.dataset.split if config.train_per_class is None else None  # else it is divided
+    split = find_test_split(manifest, config.test_split, training=training)
     sets = _read(config, subjects, manifest, split)
     classes = num_classes(manifest, config.dataset.split)
     metric = config.metric or ("mean_per_class" if manifest.dataset in MEAN_PER_CLASS else "top1")
@@ -219,8 +220,6 @@ def _read(config: Config, subjects: Subjects, manifest: Manifest, split: str) ->
     train = features(config.dataset)
     if config.train_per_class is not None:
         train, test = _divide(train, split, config)
-    elif split == config.dataset.split:
-        raise ValueError(f"the split '{split}' would train and test: say `train_per_class` to divide it, or another")
     else:
         test = features(split)
     validation = find_validation_split(manifest, config, split)

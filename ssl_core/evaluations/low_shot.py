@@ -61,7 +61,7 @@ class Config(Strict):
 
 def run(config: Config, subjects: Subjects, manifest: Manifest, log: Log) -> Outcome:
     """Train and score SVMs for each number of shots and each network, on the same draws."""
-    split = find_test_split(manifest, config.test_split, several=True)
+    split = find_test_split(manifest, config.test_split, training=config.dataset.split, several=True)
     several = multilabels.has_labels(manifest, split)
     if not (several and multilabels.has_labels(manifest, config.dataset.split)):
         labelled_split(manifest, config.dataset.split)

@@ -112,7 +112,7 @@ class Look:
 
 def run(config: Config, subjects: Subjects, manifest: Manifest, log: Log) -> Outcome:
     """Draw all pictures of the test split; raises `ValueError` for missing labels and fewer than five test images."""
-    split = find_test_split(manifest, config.test_split)
+    split = find_test_split(manifest, config.test_split, training=config.dataset.split)
     labelled_split(manifest, config.dataset.split)
     networks = {name: network for name, network in subjects.networks.items() if name in NETWORKS}
     subjects = replace(subjects, networks=networks)
@@ -228,7 +228,7 @@ def _look(name: str, seen: Seen, chosen: Chosen, classes: int, config: Config, s
     triangles, triangles_kl = embed(corners.flatten(0, 1), config.perplexity, config.seed)
     k, shown = settings["k"], settings["neighbours"]
     cosines, nearest = knn.neighbours(bank, rows, max(k, shown), prepare=knn.unit, euclidean=False)
-    labels, weights = seen.bank_labels[nearest], (cosines / settings["temperature"]).exp()
+    labels, weights = seen.bank_labels[nearest], knn.vote_weights(cosines, settings["temperature"])
     ((_, predicted),) = knn.votes(labels, weights, [k], classes)
     return Look(
         points=points,

@@ -114,7 +114,7 @@ class Config(Strict):
 
 def run(config: Config, subjects: Subjects, manifest: Manifest, log: Log) -> Outcome:
     """Train a copy of each network on the same views of the same labelled images, and score it on the test split."""
-    split = find_test_split(manifest, config.test_split)
+    split = find_test_split(manifest, config.test_split, training=config.dataset.split)
     images = choose(manifest, config)
     if config.on_projector:
         subjects = with_projector(subjects)

@@ -16,6 +16,8 @@ from ssl_core.data.views import POLICIES, Augmentation, Probability, View, Views
 from ssl_core.methods.base import Losses, Method, MethodConfig, Preset, Progress, full_precision
 from ssl_core.networks.backbones import Network
 from ssl_core.networks.heads import mlp
+from ssl_core.networks.split_batchnorm import split_batchnorm
+from ssl_core.training import distributed
 from ssl_core.training.momentum import make_teacher, update_teacher
 from ssl_core.training.schedules import cosine_momentum
 
@@ -32,6 +34,7 @@ class Config(MethodConfig):
     predictor_hidden: PositiveInt = 2048
     embedding_dim: PositiveInt = 512
     hidden_bias: bool = False  # of layers that a BatchNorm follows
+    batchnorm_splits: PositiveInt = 1  # parts of the global batch with BatchNorm statistics of their own
     teacher_momentum: Probability = 0.99
     final_teacher_momentum: Probability | None = None  # reached on a cosine; None keeps it constant
     area: tuple[float, float] = (0.2, 1.0)
@@ -81,6 +84,8 @@ class BYOL(Method):
         dim, bias = config.embedding_dim, config.hidden_bias
         self.projector = mlp([backbone.num_features, *hidden, dim], bias=bias)
         self.predictor = mlp([dim, config.predictor_hidden, dim], bias=bias)
+        if config.batchnorm_splits > 1:
+            split_batchnorm(self, max(1, config.batchnorm_splits // distributed.world_size()))
         self.teacher = make_teacher(nn.Sequential(self.backbone, self.projector))
 
     @staticmethod

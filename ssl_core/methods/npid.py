@@ -75,7 +75,7 @@ PRESETS = {
         method={**CAO_WU, "update": "gradient", "sqrtkl_temperature": None},
         training={
             "optimizer": "sgd", "learning_rate": 0.1, "learning_rate_scaling": "none", "weight_decay": 1e-4,
-            "batch_size": 512, "epochs": 400, "warmup_epochs": 0,
+            "batch_size": 512, "epochs": 400, "warmup_epochs": 0, "schedule_unit": "epoch",
         },
     ),
     "code": Preset(

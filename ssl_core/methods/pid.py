@@ -51,7 +51,7 @@ PRESETS = {
         method={},
         training={
             "optimizer": "sgd", "learning_rate": 0.1, "learning_rate_scaling": "none", "weight_decay": 1e-4,
-            "batch_size": 512, "epochs": 400, "warmup_epochs": 0,
+            "batch_size": 512, "epochs": 400, "warmup_epochs": 0, "schedule_unit": "epoch",
         },
     ),
     "pic": Preset(  # without its sliding window over the data, which makes an image come back soon (recipes M2)

@@ -46,6 +46,8 @@ class Config(MethodConfig):
     warmup_temperature: PositiveFloat = 0.2  # nobody says; MoCo v2's (recipes A8)
     student_area: tuple[float, float] = (0.2, 1.0)
     student_augmentation: Augmentation = POLICIES["contrastive"]
+    # Smallest areas of the five views of `crops: multi`.
+    multi_smallest: tuple[float, ...] = Field(default=(0.14, 0.117, 0.095, 0.073, 0.05), min_length=5, max_length=5)
 
     @model_validator(mode="after")
     def _teacher_is_sharper(self) -> Self:
@@ -78,7 +80,7 @@ PRESETS = {
     "neurips": Preset(  # the released code, which differs from the journal (recipes M13)
         method={
             "predictor": False, "warmup": 0.0, "projector_batchnorm": False, "embedding_dim": 512, "queue_size": 131072,
-            "teacher_momentum": 0.999,
+            "teacher_momentum": 0.999, "multi_smallest": (0.2, 0.172, 0.143, 0.114, 0.086),
         },
         training={
             "optimizer": "sgd", "learning_rate": 0.05, "learning_rate_scaling": "none", "weight_decay": 1e-4,
@@ -87,11 +89,8 @@ PRESETS = {
     ),
 }  # fmt: skip
 
-# Side (as a share of the teacher's view), smallest and largest area of the five student views (journal, section 4.3).
-MULTI_CROP = [
-    (224 / 224, 0.14, 1.0), (192 / 224, 0.117, 0.86), (160 / 224, 0.095, 0.715), (128 / 224, 0.073, 0.571),
-    (96 / 224, 0.05, 0.429),
-]  # fmt: skip
+# Side (as a share of the teacher's view) and largest area of the five student views (journal, section 4.3).
+MULTI_CROP = [(224 / 224, 1.0), (192 / 224, 0.86), (160 / 224, 0.715), (128 / 224, 0.571), (96 / 224, 0.429)]
 
 
 class ReSSL(Method):
@@ -131,7 +130,7 @@ class ReSSL(Method):
             f"student_{round(share * image_size)}": View(
                 size=round(share * image_size), area=(smallest, largest), augmentation=augmentation
             )
-            for share, smallest, largest in MULTI_CROP
+            for (share, largest), smallest in zip(MULTI_CROP, config.multi_smallest, strict=True)
         }
         return {**students, "teacher": teacher}
 

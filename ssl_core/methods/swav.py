@@ -45,12 +45,14 @@ class Config(MultiCrop, MethodConfig):
     projector_hidden: PositiveInt = 2048
     embedding_dim: PositiveInt = 128
     area: tuple[float, float] = (0.08, 1.0)  # solo-learn's on CIFAR (recipes 5.8)
+    interpolation: Literal["linear", "cubic"] = "linear"
     augmentation: Augmentation = POLICIES["swav"]
 
 
 # LARS as SSLight has it is within rounding of the paper's SGD with LARC; that one spares nothing from decay.
 _LARS = {"optimizer": "lars", "weight_decay": 1e-6}
-_HEAD = {"projector_hidden": 4096, "queue_size": 3072}  # SSLight's code: wider, and 3,840 cut to whole batches
+# SSLight's code: wider, 3,840 cut to whole batches, and bicubic crops as for its other methods.
+_HEAD = {"projector_hidden": 4096, "queue_size": 3072, "interpolation": "cubic"}
 _SSLIGHT = {**SSLIGHT_TRAINING, "learning_rate": 0.3}
 
 PRESETS = {
@@ -94,8 +96,17 @@ class SwAV(Method):
     @staticmethod
     def views(config: Config, image_size: int) -> Views:
         """Two global views and the local ones, all augmented alike."""
-        two = View(count=2, size=image_size, area=config.area, augmentation=config.augmentation)
-        return {"global": two, **local_views(config, image_size, config.augmentation)}
+        two = View(
+            count=2,
+            size=image_size,
+            area=config.area,
+            interpolation=config.interpolation,
+            augmentation=config.augmentation,
+        )
+        return {
+            "global": two,
+            **local_views(config, image_size, config.augmentation, interpolation=config.interpolation),
+        }
 
     def forward(self, batch: Batch, progress: Progress) -> Losses:
         """Return the loss of predicting, from every view, the codes of the global views other than itself."""

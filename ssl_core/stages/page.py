@@ -294,7 +294,7 @@ weights, and <span class="key"><i class="pixels"></i> <b>pixels</b></span>, the 
 <b>Gain</b> is pre-trained minus untrained, in points: what pre-training brought. Pre-training that does not beat
 the pixels has learnt nothing that was not lying on the surface.</p>
 <p>Each evaluation stands under the full name of its <b>protocol</b>; numbers compare only within one
-protocol and one data set.</p>
+protocol, at the same settings, and one data set.</p>
 <!--seeds-->
 <!--reported-->
 <details><summary>Where each number comes from</summary>

@@ -232,7 +232,8 @@ def set_determinism(*, compiled: bool) -> None:
         torch.use_deterministic_algorithms(True, warn_only=True)  # tells the compiler too, and so imports it
     else:
         torch.set_deterministic_debug_mode("warn")
-    torch.utils.deterministic.fill_uninitialized_memory = False  # or every new tensor is first filled with NaN
+    # or every new tensor is first filled with NaN
+    torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _loader(job: Job, resolved: Experiment, manifest: Manifest, views: Views, device: torch.device) -> Loader:

@@ -38,7 +38,7 @@ IMAGES_PER_SHARD = 2000  # CIFAR: 25 tars of 6 MB; ImageNet: 641 of 240 MB, enou
 SHUFFLE_SEED = 0
 MEASURED = 10_000  # images of the first split that mean and std are measured on, at most
 AHEAD = 64  # images that threads of one worker read before any of them is written
-FORMAT = 1  # counts up when the same source is to give other shards
+FORMAT = 2  # counts up when the same source is to give other shards
 PR_SET_PDEATHSIG = 1
 
 _job: "Job"  # in a worker
@@ -62,7 +62,7 @@ class Packed(Strict):
     labels: dict[int, int]  # label -> images
     moments: tuple[tuple[float, ...], ...]  # channel_moments, summed over the measured images
     measured: int
-    final: bool = False  # its indices have no gaps
+    closed: str = ""  # digest of the split's images that its indices pass over, since they were left out
 
 
 class Task(NamedTuple):
@@ -85,13 +85,15 @@ def run(card: Path, output: Path, *, threads: int) -> None:
     with open_source(described, scratch=output) as opened:
         state = State(output, _identity(opened))
         try:
-            parts = _pack_all(described, opened, output, state, threads)
+            tasks = list(_tasks(opened, state))
+            parts = _pack_all(described, opened, output, tasks, state, threads)
         except BrokenProcessPool:
             reason = "a worker process was killed, most likely for want of memory: run with fewer threads"
             raise ValueError(reason) from None
     splits = {}
     for name in opened.splits:
-        splits[name] = _close_gaps([part for part in parts if part.split == name], output, state)
+        packed = [(task, part) for task, part in zip(tasks, parts, strict=True) if part.split == name]
+        splits[name] = _close_gaps(packed, output, state)
     manifest = _manifest(described, opened, splits)
     state.remove_others(manifest)
     write_json(output / "manifest.json", manifest.content())
@@ -265,10 +267,9 @@ def _become_worker(job: Job) -> None:
         os._exit(1)
 
 
-def _pack_all(card: Card, opened: Opened, output: Path, state: State, threads: int) -> list[Packed]:
+def _pack_all(card: Card, opened: Opened, output: Path, tasks: list[Task], state: State, threads: int) -> list[Packed]:
     """Make all shards in parallel, under one progress bar; return them in order."""
     context = multiprocessing.get_context("fork")  # the workers share the listing and open files without copies
-    tasks = list(_tasks(opened, state))
     job = Job(card, opened, output, max(1, threads // len(tasks)), context.Value("q", 0), context.Event())
     with ProcessPoolExecutor(threads, context, initializer=_become_worker, initargs=(job,)) as pool:
         futures = [pool.submit(pack, task) for task in tasks]
@@ -299,15 +300,22 @@ def _tasks(opened: Opened, state: State) -> Iterator[Task]:
             yield Task(name, number, order[start : start + IMAGES_PER_SHARD], stride, state.known(name, number))
 
 
-def _close_gaps(parts: list[Packed], output: Path, state: State) -> list[Packed]:
-    """Give the images of a split the indices 0, 1, 2, ... if some were left out; return its shards that hold images."""
-    left_out = sorted(bad.index for part in parts for bad in part.bad)
-    if left_out:
-        for position, part in enumerate(parts):
-            if not part.final:
-                shard = renumber(output / part.shard.file, lambda index: index - bisect(left_out, index))
-                parts[position] = part.model_copy(update={"shard": shard, "final": True})
-                state.note(parts[position])
+def _close_gaps(packed: list[tuple[Task, Packed]], output: Path, state: State) -> list[Packed]:
+    """Give the images of a split the indices 0, 1, 2, ... if some were left out; return its shards.
+
+    Shards kept from a run that left out other images are numbered anew.
+    """
+    left_out = sorted(bad.index for _, part in packed for bad in part.bad)
+    closed = hashlib.sha256(json.dumps(left_out).encode()).hexdigest() if left_out else ""
+    parts = []
+    for task, part in packed:
+        if part.closed != closed:
+            missing = {bad.index for bad in part.bad}
+            indices = [index - bisect(left_out, index) for index in task.indices.tolist() if index not in missing]
+            shard = renumber(output / part.shard.file, indices)
+            part = part.model_copy(update={"shard": shard, "closed": closed})
+            state.note(part)
+        parts.append(part)
     return parts
 
 

@@ -54,6 +54,12 @@ class Trainer:
             raise ValueError(
                 f"training.batch_size {training.batch_size} is larger than the data set ({loader.num_images} images)"
             )
+        never = [milestone for milestone in training.milestones if milestone >= training.epochs]
+        if training.schedule == "step" and never:
+            raise ValueError(
+                f"training.milestones {', '.join(map(str, never))} lie at or after the end, epoch {training.epochs}: "
+                "the learning rate would not come down; give others, or training.schedule cosine"
+            )
         self.total_steps = training.epochs * self.steps_per_epoch
         self.log_steps = min(LOG_STEPS, self.steps_per_epoch)
         self.step = 0

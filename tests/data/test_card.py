@@ -89,6 +89,13 @@ def test_a_missing_card_lists_those_there_are(tmp_path: Path) -> None:
     assert error(tmp_path / "dogs.yaml").endswith(f"Data sets in {tmp_path}: cats")
 
 
+def test_a_key_that_stands_twice_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text("name: x\nimage_size: 4\nimage_size: 8\n")
+    with pytest.raises(ValueError, match="the key 'image_size' stands twice"):
+        load_card(path)
+
+
 def test_broken_yaml_is_one_line(tmp_path: Path) -> None:
     assert "is not valid YAML" in error(written(tmp_path, GOOD + "mean: [0.1\n"))
 

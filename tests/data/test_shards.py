@@ -3,6 +3,7 @@
 import importlib
 import io
 import json
+import os
 import shutil
 import struct
 import tarfile
@@ -336,9 +337,12 @@ def test_sixteen_bit_gray_is_scaled_and_not_clipped(tmp_path: Path) -> None:
     values = np.arange(240, dtype=np.uint16).reshape(12, 20) * 257
     files = {kind: encoded(Image.fromarray(values), kind[2:]) for kind in ("a.PNG", "b.TIFF")}
     source = odd(tmp_path, files)
-    seen = decoded_by_dali(sharded(source, source=flat(source)))
+    manifest = sharded(source, source=flat(source))
+    seen = decoded_by_dali(manifest)
     for number in range(2):
         np.testing.assert_array_equal(seen[number], np.repeat((values // 257)[..., None], 3, axis=2))
+    np.testing.assert_allclose(manifest.mean, np.mean(values // 257) / 255, atol=1e-4)
+    np.testing.assert_allclose(manifest.std, np.std(values // 257) / 255, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -371,6 +375,23 @@ def test_indices_stay_dense_over_the_images_that_were_taken(photos: Path) -> Non
     assert content(manifest.folder) == before
     with pytest.raises(ValueError, match="on_error: skip"):
         sharded(photos, "skip2")  # the card says fail now
+
+
+@pytest.mark.parametrize("on_error", ["skip", "fail"])
+def test_indices_follow_when_an_image_that_was_left_out_can_be_read_again(photos: Path, on_error: str) -> None:
+    whole = content(sharded(photos, "whole").folder)
+    path = photos / names(photos)[3]
+    good, times = path.read_bytes(), (path.stat().st_atime_ns, path.stat().st_mtime_ns)
+    path.write_bytes(b"x" * len(good))
+    os.utime(path, ns=times)  # the source looks the same, as where a disk failed for a moment
+    folder = sharded(photos, "again", on_error="skip").folder
+    path.write_bytes(good)
+    os.utime(path, ns=times)
+    if on_error == "skip":  # the shard without the image is lost and made anew, which now holds it
+        (lacking,) = (tar for tar in folder.glob("*.tar") if len(list(read_shard(tar))) not in (5, IMAGES % 5))
+        lacking.unlink()
+    sharded(photos, "again", on_error=on_error)
+    assert content(folder) == whole
 
 
 def test_the_same_bad_image_is_named_for_any_number_of_workers(photos: Path) -> None:

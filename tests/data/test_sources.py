@@ -3,6 +3,8 @@
 import colorsys
 import gzip
 import io
+import os
+import resource
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ import pytest
 from PIL import Image
 
 from ssl_core.data.card import Card
-from ssl_core.data.sources import Record, open_source
+from ssl_core.data.sources import Record, _library_samples, open_source
 
 PLACES = ("train/cat/1.png", "train/cat/2.png", "train/ant/deep/3.png", "test/dog/4.png")
 
@@ -103,10 +105,27 @@ def test_a_flat_folder_is_unlabelled(tmp_path: Path) -> None:
 
 def test_files_that_are_no_images_by_name_are_left_out(tmp_path: Path) -> None:
     folder(tmp_path, "cat/1.PNG")
-    for name in ("cat/Thumbs.db", "cat/notes.txt", "cat/._1.png", "cat/.hidden.png"):
+    (tmp_path / ".Trash-1000" / "files").mkdir(parents=True)
+    for name in ("cat/Thumbs.db", "cat/notes.txt", "cat/._1.png", "cat/.hidden.png", ".Trash-1000/files/2.png"):
         (tmp_path / name).write_bytes(b"no image")
-    _, splits = records(card("image_folder", {"train": {}}, path=str(tmp_path)), tmp_path)
-    assert labels(splits["train"]) == [("cat/1.PNG", 0)]
+    archive = tar(tmp_path / "a.tar", dict.fromkeys(("cat/1.PNG", ".Trash-1000/2.png", "cat/.thumbs/1.png"), b""))
+    for kind, path in (("image_folder", tmp_path), ("image_tar", archive)):
+        classes, splits = records(card(kind, {"train": {}}, path=str(path)), tmp_path)
+        assert classes == ("cat",)
+        assert labels(splits["train"]) == [("cat/1.PNG", 0)]
+
+
+def test_linked_folders_count_but_not_one_that_leads_back_or_cannot_be_read(tmp_path: Path) -> None:
+    root = folder(tmp_path / "root", "cat/1.png")
+    folder(tmp_path / "elsewhere", "2.png")
+    (root / "dog").symlink_to(tmp_path / "elsewhere")
+    source = card("image_folder", {"train": {}}, path=str(root))
+    assert labels(records(source, tmp_path)[1]["train"]) == [("cat/1.png", 0), ("dog/2.png", 1)]
+    (root / "cat" / "back").symlink_to(root)
+    assert "cat/back/ is a link back to a folder it lies in" in error(source, tmp_path)
+    (root / "cat" / "back").unlink()
+    (root / "cat" / "back").symlink_to(root / "cat" / "back")  # to itself: nothing can be opened there
+    assert "cat/ cannot be read (Too many levels of symbolic links)" in error(source, tmp_path)
 
 
 def test_annotations_label_the_images_of_a_folder(tmp_path: Path) -> None:
@@ -117,6 +136,9 @@ def test_annotations_label_the_images_of_a_folder(tmp_path: Path) -> None:
     assert labels(found["val"]) == [("v0.png", 1), ("v1.png", 0)]
     (tmp_path / "val" / "notes.txt").write_text("v1.png\tn1\n")
     assert "says nothing about" in error(card("image_folder", splits, path=str(tmp_path)), tmp_path)
+    (tmp_path / "val" / "notes.txt").unlink()
+    found = error(card("image_folder", splits, path=str(tmp_path)), tmp_path)
+    assert found == "annotations.file val/notes.txt cannot be read: No such file or directory"
 
 
 def test_tiny_imagenet_in_its_original_layout(root: Path, shared_data: Path, tmp_path: Path, monkeypatch: Any) -> None:
@@ -212,6 +234,29 @@ def test_webdataset_tars_by_braces_and_by_glob(tmp_path: Path) -> None:
         assert labels(splits["train"]) == [("t-0.tar/a.jpg", 3), ("t-1.tar/b.seg.png", 0)]
 
 
+def test_webdataset_keys_of_several_images_need_to_say_which(tmp_path: Path) -> None:
+    tar(tmp_path / "t.tar", {"a.jpg": png(1), "a.seg.png": png(2), "a.cls": b"3"})
+    splits = {"train": {"tars": str(tmp_path / "t.tar")}}
+    assert "a has several images: say with image which extension is meant" in error(
+        card("webdataset", splits), tmp_path
+    )
+    for image, value in (("jpg", 1), ("seg.png", 2)):
+        _, found = records(card("webdataset", splits, image=image), tmp_path)
+        assert found["train"] == [Record(f"t.tar/a.{image}", png(value), 3)]
+
+
+def test_more_tars_than_files_may_be_open_are_told_as_that(tmp_path: Path) -> None:
+    for number in range(40):
+        tar(tmp_path / f"t-{number}.tar", {"a.jpg": png(1), "a.cls": b"3"})
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 20, hard))
+    try:
+        with pytest.raises(OSError, match="Too many open files"):
+            records(card("webdataset", {"train": {"tars": str(tmp_path / "t-*.tar")}}), tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
 def test_webdataset_labels_may_be_missing_only_if_the_card_says_so(tmp_path: Path) -> None:
     tar(tmp_path / "t.tar", {"a.jpg": png(1)})
     splits = {"train": {"tars": str(tmp_path / "t.tar")}}
@@ -275,6 +320,19 @@ def test_torchvision_data_sets_of_files_keep_the_bytes(tmp_path: Path) -> None:
     classes, splits = records(torchvision_card("ImageFolder", folder(tmp_path, "cat/1.png", "dog/2.png")), tmp_path)
     assert classes == ("cat", "dog")
     assert splits["train"] == [Record("ImageFolder.train[0]", png(0), 0), Record("ImageFolder.train[1]", png(1), 1)]
+
+
+def test_a_broken_image_of_a_library_does_not_stop_the_listing() -> None:
+    def get(index: int) -> tuple[bytes, int]:
+        if index == 1:
+            raise OSError("image file is truncated")
+        return png(index), index
+
+    samples = _library_samples("pets", 3, get)
+    assert samples.size == 3
+    with pytest.raises(OSError, match="truncated"):
+        samples.read(1)
+    assert samples.identity == _library_samples("pets", 3, get).identity
 
 
 def test_what_is_wrong_with_a_torchvision_card_is_told(tmp_path: Path) -> None:

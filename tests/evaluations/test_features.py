@@ -98,7 +98,14 @@ def test_weights_that_do_not_fit_are_an_error(backbone_path, tmp_path, change):
 def test_a_data_set_without_labels_is_a_clear_error(tmp_path):
     manifest = Manifest.load(write_shards(tmp_path, train=[0] * 4, test=[0] * 4, labelled=False))
     with pytest.raises(ValueError, match="'squares': split 'test' has no labels"):
-        find_test_split(manifest, None)
+        find_test_split(manifest, None, training=None)
+
+
+def test_a_split_that_trains_does_not_test(tmp_path):
+    manifest = Manifest.load(write_shards(tmp_path, train=[0] * 4, test=[0] * 4))
+    assert find_test_split(manifest, None, training="train") == "test"
+    with pytest.raises(ValueError, match="'squares': the split 'train' would train and test"):
+        find_test_split(manifest, "train", training="train")
 
 
 def test_top5_counts_hits_among_the_five_highest_from_ten_classes_on():

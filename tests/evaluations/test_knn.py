@@ -1,3 +1,5 @@
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -5,7 +7,18 @@ import torch
 from ssl_core.config import Dataset
 from ssl_core.data.shards import Manifest
 from ssl_core.evaluations.features import Features, Subjects
-from ssl_core.evaluations.knn import BEST_K, Config, _best, _weighted, into_space, neighbours, run, unit, votes
+from ssl_core.evaluations.knn import (
+    BEST_K,
+    Config,
+    _best,
+    _weighted,
+    into_space,
+    neighbours,
+    run,
+    unit,
+    vote_weights,
+    votes,
+)
 
 from .conftest import MEAN, STD, write_shards
 
@@ -96,6 +109,11 @@ def test_a_tie_goes_to_the_smallest_class():
     labels = torch.tensor([[2, 1, 1, 2], [3, 0, 2, 1]])
     predictions = dict(votes(labels, torch.ones(2, 4), (1, 2, 4), 4))
     assert {k: classes.tolist() for k, classes in predictions.items()} == {1: [2, 3], 2: [1, 0], 4: [1, 0]}
+
+
+def test_votes_stay_finite_at_a_low_temperature():
+    weights = vote_weights(torch.tensor([[1.0, 0.95, 0.9]]), 0.001)
+    assert weights.tolist() == [[1.0, pytest.approx(math.exp(-50), rel=1e-3), pytest.approx(0.0, abs=1e-30)]]
 
 
 def test_neighbours_are_capped_at_the_training_images_and_the_result_says_so(subjects, manifest):

@@ -107,6 +107,18 @@ def test_accumulation_takes_one_step_and_one_teacher_update_for_all_parts(traine
     assert int(accumulated.method.queue.position) == 12 * 16 % 40
 
 
+def test_the_end_of_each_watched_epoch_is_looked_at(trainer):
+    run = trainer(epochs=4, monitor_epochs=2)
+    run.log_steps = 5  # 6 steps an epoch
+    run.run(save=lambda: None, log=lambda row: None)
+    assert [row["step"] for row in run.history] == [5, 10, 12, 15, 20, 24]
+
+
+def test_milestones_that_are_never_reached_are_refused(trainer):
+    with pytest.raises(ValueError, match=r"training\.milestones 3, 8 lie at or after the end, epoch 3"):
+        trainer(epochs=3, schedule="step", milestones=(2, 3, 8))
+
+
 def test_the_online_knn_leaves_no_trace(trainer, manifest):
     model = trainer().method.train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
