@@ -92,9 +92,7 @@ def check_files(config: Config, targets: Iterable[str]) -> None:
             folder, _, last = file.rpartition("/")
             made = folder.removeprefix("results/") in known and last in ("backbone.safetensors", "model.safetensors")
             if not made and not Path(file).is_file():
-                raise ValueError(
-                    f"experiments.{name}.{key}: there is no file '{file}' (paths start at the project's root)"
-                )
+                raise ValueError(f"experiments.{name}.{key}: there is no file '{file}' (seen from the project's root)")
 
 
 def files(experiment: Config) -> dict[str, str]:
