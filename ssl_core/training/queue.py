@@ -6,9 +6,9 @@ from torch import Tensor, nn
 
 
 def check_queue_size(size: int, num_images: int) -> None:
-    """Raise `ValueError` for a queue in which an image would always meet an old embedding of itself (recipes rule 5).
+    """Raise `ValueError` for a queue in which most images would meet an old embedding of themselves (recipes rule 5).
 
-    A smaller one still does now and then: for size² / (2 num_images²) of the images, 2 % at a fifth of the data set.
+    In a smaller one a share of size² / (2 num_images²) still does: 2 % at a fifth of the data set.
     """
     if size > num_images:
         raise ValueError(
