@@ -27,8 +27,8 @@ from torch import Tensor
 
 from ssl_core.config import Dataset, Training
 from ssl_core.evaluations import knn, logistic
-from ssl_core.evaluations.features import Features
-from ssl_core.evaluations.probe import Probe
+from ssl_core.evaluations.parts.features import Features
+from ssl_core.evaluations.parts.probe import Probe
 from ssl_core.files import write_text
 
 CLASSES, DIM, K, TEMPERATURE = 10, 512, 200, 0.1

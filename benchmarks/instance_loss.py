@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from memory import peak_bytes  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
+from ssl_core.blocks.instance_softmax import instance_softmax
 from ssl_core.files import write_text
-from ssl_core.training.instance_softmax import instance_softmax
 
 TEMPERATURE, WEIGHT = 0.2, 20.0
 LOSSES = {"cross-entropy": None, "+ SqrtKL": TEMPERATURE, "+ SqrtKL at 1": 1.0}  # temperature of SqrtKL

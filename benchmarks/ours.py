@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ssl_core.blocks.schedules import forward_batch_size
 from ssl_core.config import Backbone
 from ssl_core.data.loader import Batch, Loader
 from ssl_core.data.shards import Manifest
@@ -14,7 +15,6 @@ from ssl_core.methods.base import method_class, resolve, views_of
 from ssl_core.networks.backbones import build_backbone, save_backbone
 from ssl_core.stages.pretrain import set_determinism
 from ssl_core.training.loop import Trainer
-from ssl_core.training.schedules import forward_batch_size
 
 
 class Training:

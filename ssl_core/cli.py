@@ -151,32 +151,32 @@ def _stage(chosen: argparse.Namespace) -> None:
 
 
 def _compare(chosen: argparse.Namespace) -> None:
-    from ssl_core.layers import load
-    from ssl_core.stages import compare
+    from ssl_core.experiments.overlays import load
+    from ssl_core.look import compare
 
     print(compare.run(load(chosen.configfile).settings, Path("results")))
 
 
 def _schema(chosen: argparse.Namespace) -> None:
-    from ssl_core import schema_generation
+    from ssl_core.look import schema_generation
 
     print(json.dumps(schema_generation.generate(), indent=2))
 
 
 def _explain(chosen: argparse.Namespace) -> None:
-    from ssl_core.explain import explain
+    from ssl_core.look.explain import explain
 
     explain(chosen.experiment, chosen.configfile, probe=chosen.probe, threads=chosen.threads or _cores())
 
 
 def _views(chosen: argparse.Namespace) -> None:
-    from ssl_core.preview import draw
+    from ssl_core.look.preview import draw
 
     print(draw(chosen.experiment, chosen.configfile, chosen.output, threads=chosen.threads or _cores()))
 
 
 def _doctor(chosen: argparse.Namespace) -> None:
-    from ssl_core.doctor import examine
+    from ssl_core.look.doctor import examine
 
     if not examine():
         raise SystemExit(1)

@@ -16,8 +16,10 @@ import pytest
 import yaml
 from PIL import Image
 
-from ssl_core import cli, layers, schema
+from ssl_core import cli
 from ssl_core.data.card import load_card
+from ssl_core.experiments import checks as schema
+from ssl_core.experiments import overlays as layers
 from tests.markdown import PAGES, ROOT, TOOLS, Block, anchors, blocks, commands, files, links, script
 from tests.methods.harness import trainer
 

@@ -11,8 +11,11 @@ import pytest
 import yaml
 from PIL import Image
 
-from ssl_core import cli, doctor, forecast, layers, schema
+from ssl_core import cli
 from ssl_core.config import Backbone, Training
+from ssl_core.experiments import checks as schema
+from ssl_core.experiments import overlays as layers
+from ssl_core.look import doctor, forecast
 from ssl_core.methods.base import resolve
 from ssl_core.networks.backbones import build_backbone
 
@@ -152,7 +155,7 @@ def test_flops_are_those_of_the_papers() -> None:
 
 
 def test_a_step_costs_its_passes(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from ssl_core.explain import find
+    from ssl_core.look.explain import find
 
     monkeypatch.chdir(project)
     subject = find(layers.load([]).experiment("first"))

@@ -124,7 +124,7 @@ def test_another_folder_than_the_project(
 
 
 def test_a_target_that_configfile_took(told: Told, documented: str, root: Path) -> None:
-    from ssl_core.layers import check_config_files
+    from ssl_core.experiments.overlays import check_config_files
 
     with pytest.raises(ValueError, match="write targets before --configfile") as error:
         check_config_files(["config.yaml", "results/ressl_r18/knn.json"])

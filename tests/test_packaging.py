@@ -13,12 +13,6 @@ def project(root: Path) -> dict:
     return tomllib.loads((root / "pyproject.toml").read_text())
 
 
-def test_every_folder_of_the_package_is_listed(root: Path) -> None:
-    folders = {path.parent.relative_to(root) for path in (root / "ssl_core").rglob("*.py")}
-    listed = project(root)["tool"]["setuptools"]["packages"]
-    assert sorted(listed) == sorted(".".join(folder.parts) for folder in folders)
-
-
 def test_the_folder_of_cards_is_no_package(root: Path, tmp_path: Path) -> None:
     """A console script starts with its own folder on the path; `datasets` must not be found from the project's root."""
     script = tmp_path / "script.py"

@@ -12,11 +12,11 @@ import pytest
 import torch
 import yaml
 
-from ssl_core import schema
 from ssl_core.config import Backbone
 from ssl_core.data.card import load_card
 from ssl_core.data.loader import Loader
 from ssl_core.data.shards import Manifest
+from ssl_core.experiments import checks as schema
 from ssl_core.methods.base import method_class, resolve, views_of
 from ssl_core.networks.backbones import build_backbone, save_backbone, write_tensors
 from ssl_core.stages import evaluate, shard

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import yaml
 
-from ssl_core import schema, schema_generation
+from ssl_core.experiments import checks as schema
+from ssl_core.look import schema_generation
 
 CARDS = ["demo", "cifar10"]
 GOOD: dict[str, Any] = {

@@ -13,13 +13,13 @@ from pathlib import Path
 
 import pytest
 
-from ssl_core import tracking
-from ssl_core.recorder import flatten
+from ssl_core.tracking import run as tracking
+from ssl_core.tracking.recorder import flatten
 
 STAGE = """
 import os, signal, sys
 from pathlib import Path
-from ssl_core import tracking
+from ssl_core.tracking import run as tracking
 stage, end, run_id = sys.argv[1:]
 with tracking.start(stage, "tiny", digest="d" * 64, parameters={"stage": stage}, run_id=run_id or None) as run:
     for step in range(1, 6):

@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ssl_core.config import Dataset, Strict
-from ssl_core.evaluations.features import Outcome, frozen
+from ssl_core.evaluations.parts.features import Outcome, frozen
 
 PRETRAINING = ("images_per_second", "peak_memory_mb", "backward_passes", "seconds")  # what pretrain.json knows
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ssl_core.config import Dataset, Strict
 from ssl_core.data.shards import Manifest
-from ssl_core.evaluations.features import (
+from ssl_core.evaluations.parts.features import (
     Features,
     Log,
     Outcome,

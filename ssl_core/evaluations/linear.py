@@ -17,7 +17,7 @@ from ssl_core.config import Dataset, Strict, Training
 from ssl_core.data.loader import Loader
 from ssl_core.data.shards import Manifest
 from ssl_core.data.views import View
-from ssl_core.evaluations.features import (
+from ssl_core.evaluations.parts.features import (
     Features,
     Log,
     Outcome,
@@ -35,7 +35,7 @@ from ssl_core.evaluations.features import (
     read_split,
     training_view,
 )
-from ssl_core.evaluations.probe import Probe, read_out
+from ssl_core.evaluations.parts.probe import Probe, read_out
 from ssl_core.progress import progress_bar
 
 Rates = Annotated[tuple[PositiveFloat, ...], Field(min_length=1)]

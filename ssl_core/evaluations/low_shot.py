@@ -17,7 +17,7 @@ from ssl_core.config import Dataset, Strict
 from ssl_core.data import multilabels
 from ssl_core.data.loader import draw_subset
 from ssl_core.data.shards import Manifest
-from ssl_core.evaluations.features import (
+from ssl_core.evaluations.parts.features import (
     Features,
     Log,
     Outcome,

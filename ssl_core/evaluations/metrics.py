@@ -20,7 +20,7 @@ from ssl_core.config import Dataset, Strict, parse
 from ssl_core.data.loader import Batch, Loader, draw_subset
 from ssl_core.data.shards import Manifest, read_labels
 from ssl_core.data.views import View, Views, adjust
-from ssl_core.evaluations.features import (
+from ssl_core.evaluations.parts.features import (
     BATCH_SIZE,
     TEST_SPLITS,
     Log,

@@ -22,8 +22,7 @@ from ssl_core.config import Dataset, Strict
 from ssl_core.data.loader import draw_subset
 from ssl_core.data.shards import Manifest, read_labels
 from ssl_core.data.views import View
-from ssl_core.evaluations import knn, metrics
-from ssl_core.evaluations.drawing import (
+from ssl_core.drawing.figures import (
     NETWORKS,
     Neighbours,
     draw_confusion,
@@ -32,7 +31,8 @@ from ssl_core.evaluations.drawing import (
     draw_spectrum,
     render,
 )
-from ssl_core.evaluations.features import (
+from ssl_core.evaluations import knn, metrics
+from ssl_core.evaluations.parts.features import (
     Log,
     Outcome,
     Subjects,

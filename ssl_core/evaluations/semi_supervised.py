@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ssl_core.config import Dataset, Strict
 from ssl_core.data.loader import Loader, draw_subset
 from ssl_core.data.shards import Manifest, read_labels
-from ssl_core.evaluations.features import (
+from ssl_core.evaluations.parts.features import (
     Log,
     Outcome,
     Subjects,
@@ -35,7 +35,7 @@ from ssl_core.evaluations.features import (
     read_split,
     training_view,
 )
-from ssl_core.evaluations.projection import with_projector
+from ssl_core.evaluations.parts.projection import with_projector
 from ssl_core.progress import progress_bar
 
 # What each published protocol changes in the defaults of `Config`, which are ReSSL's at 1 %.

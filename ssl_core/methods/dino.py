@@ -11,14 +11,9 @@ import torch.nn.functional as F
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
-from ssl_core.data.loader import Batch
-from ssl_core.data.views import POLICIES, Augmentation, View, Views
-from ssl_core.methods.base import Losses, Method, MethodConfig, Preset, Progress, full_precision
-from ssl_core.networks.backbones import Network
-from ssl_core.networks.heads import mlp
-from ssl_core.training import distributed
-from ssl_core.training.momentum import make_teacher, update_teacher
-from ssl_core.training.multicrop import (
+from ssl_core.blocks import distributed
+from ssl_core.blocks.momentum import make_teacher, update_teacher
+from ssl_core.blocks.multicrop import (
     SIX_LOCALS,
     SSLIGHT,
     SSLIGHT_TRAINING,
@@ -28,7 +23,12 @@ from ssl_core.training.multicrop import (
     encode,
     local_views,
 )
-from ssl_core.training.schedules import cosine_momentum
+from ssl_core.blocks.schedules import cosine_momentum
+from ssl_core.data.loader import Batch
+from ssl_core.data.views import POLICIES, Augmentation, View, Views
+from ssl_core.methods.base import Losses, Method, MethodConfig, Preset, Progress, full_precision
+from ssl_core.networks.backbones import Network
+from ssl_core.networks.heads import mlp
 
 
 class Config(MultiCrop, MethodConfig):

@@ -11,13 +11,13 @@ import torch.nn.functional as F
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
+from ssl_core.blocks import distributed
 from ssl_core.data.loader import Batch
 from ssl_core.data.views import POLICIES, Augmentation, View, Views
 from ssl_core.methods.base import Losses, Method, MethodConfig, Preset, Progress, full_precision
 from ssl_core.networks.backbones import Network
 from ssl_core.networks.heads import mlp
 from ssl_core.networks.maps import feature_map, pooled_features, quadrants
-from ssl_core.training import distributed
 
 CORNERS = ("top_left", "top_right", "bottom_left", "bottom_right")
 

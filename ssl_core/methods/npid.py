@@ -13,15 +13,15 @@ import torch.nn.functional as F
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
 
+from ssl_core.blocks import distributed
+from ssl_core.blocks.cutmix import Mixed, cutmix
+from ssl_core.blocks.instance_softmax import InstanceSoftmax, instance_softmax
 from ssl_core.data.loader import Batch, Loader
 from ssl_core.data.views import POLICIES, Augmentation, View, Views
 from ssl_core.methods.base import Losses, Method, MethodConfig, Preset, Progress, full_precision
 from ssl_core.networks.backbones import Network
+from ssl_core.networks.batchnorm import split_batchnorm
 from ssl_core.networks.heads import mlp
-from ssl_core.networks.split_batchnorm import split_batchnorm
-from ssl_core.training import distributed
-from ssl_core.training.cutmix import Mixed, cutmix
-from ssl_core.training.instance_softmax import InstanceSoftmax, instance_softmax
 
 Term = Literal["l1", "l2"]
 

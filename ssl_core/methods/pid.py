@@ -12,13 +12,13 @@ import torch.nn.functional as F
 from pydantic import PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
+from ssl_core.blocks.cutmix import Mixed, cutmix
 from ssl_core.data.loader import Batch
 from ssl_core.data.views import POLICIES, Augmentation, View, Views
 from ssl_core.methods.base import Losses, Method, MethodConfig, Preset, Progress, full_precision
 from ssl_core.methods.npid import instance_loss
 from ssl_core.networks.backbones import Network
 from ssl_core.networks.heads import mlp
-from ssl_core.training.cutmix import Mixed, cutmix
 
 
 class Config(MethodConfig):

@@ -11,17 +11,17 @@ import torch.nn.functional as F
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
+from ssl_core.blocks import distributed
+from ssl_core.blocks.momentum import make_teacher, update_teacher
+from ssl_core.blocks.queue import Queue, check_queue_size
+from ssl_core.blocks.schedules import cosine_momentum
 from ssl_core.data.loader import Batch
 from ssl_core.data.views import POLICIES, Augmentation, View, Views
 from ssl_core.methods.base import Losses, Method, MethodConfig, Preset, Progress, full_precision
 from ssl_core.methods.moco import info_nce
 from ssl_core.networks.backbones import Network
+from ssl_core.networks.batchnorm import split_batchnorm
 from ssl_core.networks.heads import mlp
-from ssl_core.networks.split_batchnorm import split_batchnorm
-from ssl_core.training import distributed
-from ssl_core.training.momentum import make_teacher, update_teacher
-from ssl_core.training.queue import Queue, check_queue_size
-from ssl_core.training.schedules import cosine_momentum
 
 
 class Config(MethodConfig):

@@ -14,14 +14,14 @@ import torch.nn.functional as F
 from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
+from ssl_core.blocks import distributed
+from ssl_core.blocks.queue import Queue
 from ssl_core.config import Backbone, Strict
 from ssl_core.data.loader import Batch, Loader
 from ssl_core.data.views import POLICIES, Augmentation, View, Views
 from ssl_core.methods.base import Losses, Method, MethodConfig, Preset, Progress, full_precision
 from ssl_core.networks.backbones import Network, build_backbone, load_backbone, load_weights, read_tensors
 from ssl_core.networks.heads import mlp
-from ssl_core.training import distributed
-from ssl_core.training.queue import Queue
 
 
 class Teacher(Strict):

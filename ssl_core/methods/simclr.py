@@ -11,13 +11,13 @@ import torch.nn.functional as F
 from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor
 
+from ssl_core.blocks import distributed
 from ssl_core.data.loader import Batch
 from ssl_core.data.views import POLICIES, Augmentation, View, Views
 from ssl_core.methods.base import Losses, Method, MethodConfig, Preset, Progress, full_precision
 from ssl_core.networks.backbones import Network
+from ssl_core.networks.batchnorm import split_batchnorm
 from ssl_core.networks.heads import mlp
-from ssl_core.networks.split_batchnorm import split_batchnorm
-from ssl_core.training import distributed
 
 
 class Config(MethodConfig):

@@ -11,13 +11,8 @@ import torch.nn.functional as F
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from ssl_core.data.loader import Batch
-from ssl_core.data.views import POLICIES, Augmentation, View, Views
-from ssl_core.methods.base import Losses, Method, MethodConfig, Preset, Progress, full_precision
-from ssl_core.networks.backbones import Network
-from ssl_core.networks.heads import mlp
-from ssl_core.training import distributed
-from ssl_core.training.multicrop import (
+from ssl_core.blocks import distributed
+from ssl_core.blocks.multicrop import (
     SIX_LOCALS,
     SSLIGHT,
     SSLIGHT_TRAINING,
@@ -27,7 +22,12 @@ from ssl_core.training.multicrop import (
     encode,
     local_views,
 )
-from ssl_core.training.queue import Queue
+from ssl_core.blocks.queue import Queue
+from ssl_core.data.loader import Batch
+from ssl_core.data.views import POLICIES, Augmentation, View, Views
+from ssl_core.methods.base import Losses, Method, MethodConfig, Preset, Progress, full_precision
+from ssl_core.networks.backbones import Network
+from ssl_core.networks.heads import mlp
 
 
 class Config(MultiCrop, MethodConfig):

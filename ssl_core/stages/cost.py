@@ -11,7 +11,7 @@ from ssl_core.files import read_json, write_json
 from ssl_core.networks.backbones import load_backbone
 from ssl_core.provenance import canonical, digest, file_digest, hardware, versions
 from ssl_core.stages.evaluate import describe, numbers
-from ssl_core.tracking import start
+from ssl_core.tracking.run import start
 
 
 def run(

@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from ssl_core.evaluations.drawing import COLOURS, FAINT, render, styled
+from ssl_core.drawing.figures import COLOURS, FAINT, render, styled
 from ssl_core.files import write_bytes
 
 TITLES = {"embedding/spread": "spread of the embedding", "online/knn": "online kNN, % right"}

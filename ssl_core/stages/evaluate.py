@@ -9,14 +9,13 @@ import torch
 
 from ssl_core.config import nearest, parse
 from ssl_core.data.shards import Manifest
-from ssl_core.evaluations.features import Outcome, gather_subjects
+from ssl_core.evaluations.parts.features import Outcome, gather_subjects
 from ssl_core.files import write_bytes, write_json
 from ssl_core.networks.backbones import load_backbone
 from ssl_core.provenance import canonical, digest, file_digest, hardware, versions
-from ssl_core.tracking import start
+from ssl_core.tracking.run import start
 
 PROTOCOLS = Path(__file__).parent.parent / "evaluations"
-SHARED = {"features", "probe", "projection", "drawing"}  # what protocols are made of
 
 
 def run(
@@ -80,7 +79,7 @@ def run(
 
 def load(spec: dict[str, Any], where: str) -> ModuleType:
     """Import the file of the protocol that `spec` names; an unknown one is a `ValueError` with the nearest."""
-    names = {path.stem for path in PROTOCOLS.glob("[a-z]*.py")} - SHARED
+    names = {path.stem for path in PROTOCOLS.glob("[a-z]*.py")}
     name = spec.get("protocol")
     if name not in names:
         raise ValueError(f"{where}.protocol: there is no protocol {name!r}{nearest(str(name), names)}")

@@ -16,11 +16,11 @@ from torch.onnx import OnnxExporterError
 from ssl_core.config import Backbone
 from ssl_core.data.card import load_card
 from ssl_core.files import read_json, write_bytes, write_text
-from ssl_core.model_card import write_model_card
 from ssl_core.networks.backbones import Network, load_backbone, write_tensors
 from ssl_core.networks.plain import architecture
 from ssl_core.provenance import file_digest
-from ssl_core.tracking import start
+from ssl_core.report.model_card import write_model_card
+from ssl_core.tracking.run import start
 
 TOLERANCE = 1e-4  # between torch's and ONNX Runtime's features, as a share of the largest feature above 1
 CARD = "README.md"  # where model hubs look for it

@@ -18,20 +18,22 @@ import torch
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from ssl_core import provenance, schema, tracking
+from ssl_core import provenance
+from ssl_core.blocks import distributed
+from ssl_core.blocks.schedules import forward_batch_size, learning_rate
 from ssl_core.config import Dataset, Experiment, Subset, Training
 from ssl_core.data.loader import Loader
-from ssl_core.data.picture import draw_first_views
 from ssl_core.data.shards import Manifest, verify
 from ssl_core.data.views import POLICIES, View, Views
+from ssl_core.drawing.views import draw_first_views
+from ssl_core.experiments import checks as schema
 from ssl_core.files import atomic, write_json, write_text
 from ssl_core.methods.base import method_class, resolve, views_of
 from ssl_core.networks.backbones import build_backbone, check_image_size, save_backbone, write_tensors
+from ssl_core.tracking import run as tracking
 from ssl_core.training import checkpoint as checkpoints
-from ssl_core.training import distributed
 from ssl_core.training.loop import Trainer
 from ssl_core.training.monitor import online_knn
-from ssl_core.training.schedules import forward_batch_size, learning_rate
 
 HEADLINES = ("loss/total", "embedding/effective_rank", "online/knn")  # beside the evaluations' numbers
 PROBE_IMAGES = 5000  # the online kNN looks at no more

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ssl_core.files import write_text
-from ssl_core.results import (
+from ssl_core.report.page import as_html
+from ssl_core.report.results import (
     Grid,
     Reported,
     Row,
@@ -22,7 +23,6 @@ from ssl_core.results import (
     load,
     parameters_of,
 )
-from ssl_core.stages.page import as_html
 
 
 def run(

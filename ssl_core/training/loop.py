@@ -11,14 +11,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ssl_core.blocks import distributed
+from ssl_core.blocks.schedules import learning_rate
 from ssl_core.config import Training
 from ssl_core.data.loader import Batch, Loader
 from ssl_core.methods.base import Losses, Method, Progress
 from ssl_core.progress import progress_bar
-from ssl_core.training import distributed
 from ssl_core.training.monitor import Alarm, effective_rank, spread
 from ssl_core.training.optimizers import build_optimizer, set_learning_rate
-from ssl_core.training.schedules import learning_rate
 
 LOG_STEPS = 50  # a look at losses and embeddings at least this often: the only moments the loop waits for the device
 RANK_ROWS = 512  # rows of an embedding that the effective rank is taken from

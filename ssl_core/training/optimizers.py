@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
+from ssl_core.blocks.schedules import effective_learning_rate
 from ssl_core.config import Training
-from ssl_core.training.schedules import effective_learning_rate
 
 
 def build_optimizer(

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from ssl_core.config import Dataset, Subset
 from ssl_core.data.loader import Batch, Loader, _data_error, draw_subset
-from ssl_core.data.picture import draw_views
 from ssl_core.data.shards import Manifest
 from ssl_core.data.views import POLICIES, View, Views
+from ssl_core.drawing.views import draw_views
 
 IMAGES = 101
 SMALL: Views = {"view": View(size=8, augmentation=POLICIES["weak"])}

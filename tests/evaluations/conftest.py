@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ssl_core.config import Backbone
 from ssl_core.data.shards import Manifest, Shard, Split, new_shard
-from ssl_core.evaluations.features import Pixels, Subjects
+from ssl_core.evaluations.parts.features import Pixels, Subjects
 from ssl_core.files import write_text
 from ssl_core.networks.backbones import build_backbone, save_backbone
 

@@ -5,7 +5,7 @@ from torch import nn
 
 from ssl_core.config import Backbone, Dataset
 from ssl_core.data.shards import Manifest
-from ssl_core.evaluations.features import (
+from ssl_core.evaluations.parts.features import (
     Pixels,
     Precision,
     build_untrained,

@@ -6,7 +6,6 @@ import torch
 
 from ssl_core.config import Dataset
 from ssl_core.data.shards import Manifest
-from ssl_core.evaluations.features import Features, Subjects
 from ssl_core.evaluations.knn import (
     BEST_K,
     Config,
@@ -19,6 +18,7 @@ from ssl_core.evaluations.knn import (
     vote_weights,
     votes,
 )
+from ssl_core.evaluations.parts.features import Features, Subjects
 
 from .conftest import MEAN, STD, write_shards
 

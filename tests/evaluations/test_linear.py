@@ -2,11 +2,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from ssl_core.blocks.schedules import learning_rate
 from ssl_core.config import Dataset, Training, parse
-from ssl_core.evaluations.features import Pixels, overridden, training_view
 from ssl_core.evaluations.linear import VARIANTS, Config, plan, run
-from ssl_core.evaluations.probe import LastBlocks, Probe, read_out
-from ssl_core.training.schedules import learning_rate
+from ssl_core.evaluations.parts.features import Pixels, overridden, training_view
+from ssl_core.evaluations.parts.probe import LastBlocks, Probe, read_out
 
 from .conftest import Tiny
 

@@ -9,8 +9,8 @@ from torch import Tensor
 from ssl_core.config import Dataset
 from ssl_core.data.shards import Manifest
 from ssl_core.evaluations import logistic
-from ssl_core.evaluations.features import Features
 from ssl_core.evaluations.logistic import Config, Sets, fit, fit_chosen, grid, objective, run
+from ssl_core.evaluations.parts.features import Features
 
 TRAIN = Dataset(name="squares")
 SHORT = {"l2_steps": 5, "l2_smallest": 1e-2, "l2_largest": 1e2}

@@ -10,8 +10,9 @@ import torch
 
 from ssl_core.config import Dataset
 from ssl_core.data.loader import Loader
-from ssl_core.evaluations import features, knn, linear, logistic, low_shot
-from ssl_core.evaluations.features import center_view, extract, make_loader
+from ssl_core.evaluations import knn, linear, logistic, low_shot
+from ssl_core.evaluations.parts import features
+from ssl_core.evaluations.parts.features import center_view, extract, make_loader
 
 TRAIN = Dataset(name="squares")
 

@@ -10,8 +10,8 @@ from sklearn.metrics import confusion_matrix
 
 from ssl_core.config import Dataset, Subset
 from ssl_core.data.shards import Manifest
-from ssl_core.evaluations import drawing, knn, metrics
-from ssl_core.evaluations.drawing import (
+from ssl_core.drawing import figures as drawing
+from ssl_core.drawing.figures import (
     DASHED,
     RIGHT,
     WRONG,
@@ -22,6 +22,7 @@ from ssl_core.evaluations.drawing import (
     draw_spectrum,
     render,
 )
+from ssl_core.evaluations import knn, metrics
 from ssl_core.evaluations.pictures import Config, choose, confusion, embed, run, spectrum
 
 from .conftest import COLOURS, MEAN, STD, Tiny, write_shards

@@ -12,8 +12,8 @@ from torch.nn.functional import gelu, relu
 
 from ssl_core.config import Backbone, Dataset
 from ssl_core.evaluations import semi_supervised
-from ssl_core.evaluations.features import Subjects, frozen, gather_subjects
-from ssl_core.evaluations.projection import first_two_layers, load_projector, with_projector
+from ssl_core.evaluations.parts.features import Subjects, frozen, gather_subjects
+from ssl_core.evaluations.parts.projection import first_two_layers, load_projector, with_projector
 from ssl_core.files import write_json
 from ssl_core.methods.base import method_class, resolve
 from ssl_core.networks.backbones import build_backbone, load_backbone, save_backbone, write_tensors

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from ssl_core.config import Dataset, Subset
 from ssl_core.data.shards import Manifest, read_labels
 from ssl_core.evaluations import semi_supervised
-from ssl_core.evaluations.features import draw_by_class, overridden
+from ssl_core.evaluations.parts.features import draw_by_class, overridden
 from ssl_core.evaluations.semi_supervised import VARIANTS, Config, Model, choose, run, shares
 
 from .conftest import Tiny, write_shards

@@ -18,8 +18,8 @@ from ssl_core.data.multilabels import ABSENT, DIFFICULT, PRESENT
 from ssl_core.data.shards import Manifest
 from ssl_core.data.sources import open_source
 from ssl_core.evaluations import knn
-from ssl_core.evaluations.features import center_view, read_split
 from ssl_core.evaluations.low_shot import Config, average_precision, mean_average_precision, read_targets, run
+from ssl_core.evaluations.parts.features import center_view, read_split
 from ssl_core.stages import shard
 
 COLOURS = {"cat": (200, 60, 60), "dog": (60, 200, 60), "person": (60, 60, 200)}

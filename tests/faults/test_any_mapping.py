@@ -11,9 +11,10 @@ import yaml
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from ssl_core import mistakes, schema
+from ssl_core import mistakes
 from ssl_core.data.card import load_card
 from ssl_core.data.shards import Manifest
+from ssl_core.experiments import checks as schema
 from ssl_core.provenance import canonical
 from ssl_core.training.checkpoint import Identity
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ssl_core.evaluations import features
+from ssl_core.evaluations.parts import features
 from ssl_core.files import write_json
 from ssl_core.networks.backbones import read_tensors, write_tensors
 from ssl_core.stages import shard

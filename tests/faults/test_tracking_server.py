@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from ssl_core import tracking
+from ssl_core.tracking import run as tracking
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(600)]
 STEPS = 200

@@ -14,11 +14,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.multiprocessing.spawn import start_processes
 
+from ssl_core.blocks import distributed
 from ssl_core.config import Training
 from ssl_core.data.loader import Batch
 from ssl_core.data.views import Views
 from ssl_core.methods.base import Method, MethodConfig, Progress
-from ssl_core.training import distributed
 from ssl_core.training.loop import Trainer
 from ssl_core.training.monitor import Alarm, spread
 

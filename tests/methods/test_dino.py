@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from lightly.loss import DINOLoss
 
+from ssl_core.blocks.multicrop import balance
 from ssl_core.config import parse
 from ssl_core.data.loader import Batch
 from ssl_core.methods.base import Progress, resolve
 from ssl_core.methods.dino import DINO, Config, Head, distillation_loss
-from ssl_core.training.multicrop import balance
 from tests.methods.harness import START, batch, collapse_alarms, make, resume_is_exact, two_processes_equal_one
 
 SMALL = {"num_outputs": 10, "head_hidden": 12, "bottleneck_dim": 5, "teacher_momentum": 0.9}

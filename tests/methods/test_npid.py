@@ -6,14 +6,14 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ssl_core.blocks.cutmix import Mixed, cutmix
+from ssl_core.blocks.instance_softmax import instance_softmax
 from ssl_core.config import Dataset, Subset
 from ssl_core.data.loader import Batch, Loader
 from ssl_core.data.shards import Manifest
 from ssl_core.methods.base import Progress, resolve
 from ssl_core.methods.npid import NPID, Config, gradient_update, instance_loss, sqrt_kl
 from ssl_core.stages import pretrain, shard
-from ssl_core.training.cutmix import Mixed, cutmix
-from ssl_core.training.instance_softmax import instance_softmax
 from tests.methods import harness
 
 SMALL = {"embedding_dim": 5, "projector_hidden": 12}

@@ -5,11 +5,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from ssl_core.blocks.cutmix import cutmix
 from ssl_core.config import Training, parse
 from ssl_core.data.loader import Batch
 from ssl_core.methods.base import resolve
 from ssl_core.methods.pid import PID, Config
-from ssl_core.training.cutmix import cutmix
 from ssl_core.training.optimizers import build_optimizer
 from tests.methods import harness
 

@@ -15,10 +15,10 @@ from lightly.loss import SwaVLoss
 from lightly.loss.swav_loss import sinkhorn as lightly_sinkhorn
 from torch.multiprocessing.spawn import start_processes
 
+from ssl_core.blocks.multicrop import balance
 from ssl_core.config import parse
 from ssl_core.methods.base import Progress, resolve
 from ssl_core.methods.swav import Config, SwAV, sinkhorn, swapped_prediction
-from ssl_core.training.multicrop import balance
 from tests.methods.harness import (
     ROOT,
     START,

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from ssl_core.config import Backbone
 from ssl_core.networks.backbones import build_backbone
+from ssl_core.networks.batchnorm import SplitBatchNorm2d, split_batchnorm
 from ssl_core.networks.heads import mlp
-from ssl_core.networks.split_batchnorm import SplitBatchNorm2d, split_batchnorm
 
 
 def batch(rows: int) -> Tensor:

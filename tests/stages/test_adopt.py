@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ssl_core.config import Backbone
-from ssl_core.evaluations.features import gather_subjects
+from ssl_core.evaluations.parts.features import gather_subjects
 from ssl_core.files import read_json
 from ssl_core.networks.backbones import build_backbone, load_backbone, save_backbone
 from ssl_core.stages import adopt, evaluate

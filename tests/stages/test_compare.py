@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ssl_core.stages import compare
+from ssl_core.look import compare
 
 CONFIG: dict[str, Any] = {
     "experiments": {"one": {}, "many": {"seeds": [0, 1, 2]}},

@@ -247,7 +247,7 @@ def test_the_card_has_every_number_beside_its_protocol_and_baselines(text: str) 
 
 def test_the_card_of_adopted_weights_claims_no_training(root: Path, sources: Path) -> None:
     from ssl_core.data.card import load_card
-    from ssl_core.model_card import write_model_card
+    from ssl_core.report.model_card import write_model_card
 
     network, header = load_backbone(sources / "backbone.safetensors")
     spec = {"dataset": {"name": "demo"}, "backbone": SPEC["backbone"], "weights": "/somewhere/else/theirs.safetensors"}

@@ -12,10 +12,10 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text
 
-from ssl_core.results import Priced, Summary, collect, priced
+from ssl_core.report.cost_picture import draw_costs
+from ssl_core.report.page import _text
+from ssl_core.report.results import Priced, Summary, collect, priced
 from ssl_core.stages import table
-from ssl_core.stages.cost_picture import draw_costs
-from ssl_core.stages.page import _text
 
 
 def result(experiment: str, evaluation: str, top1: float, **changes: Any) -> dict[str, Any]:

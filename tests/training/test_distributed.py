@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
+from ssl_core.blocks import distributed
 from ssl_core.methods.ressl import Config, ReSSL
-from ssl_core.networks.split_batchnorm import SplitBatchNorm2d
-from ssl_core.training import distributed
+from ssl_core.networks.batchnorm import SplitBatchNorm2d
 from tests.methods.harness import two_processes_equal_one
 
 

@@ -1,7 +1,7 @@
 import torch
 from torch import nn
 
-from ssl_core.training.momentum import make_teacher, update_teacher
+from ssl_core.blocks.momentum import make_teacher, update_teacher
 
 
 def test_five_steps_follow_the_closed_form():

@@ -3,7 +3,7 @@ from collections import deque
 import pytest
 import torch
 
-from ssl_core.training.queue import Queue
+from ssl_core.blocks.queue import Queue
 
 
 @pytest.mark.parametrize("size", [1, 4, 7, 10])

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
+from ssl_core.blocks.schedules import cosine_momentum, effective_learning_rate, forward_batch_size, learning_rate
 from ssl_core.config import Training
-from ssl_core.training.schedules import cosine_momentum, effective_learning_rate, forward_batch_size, learning_rate
 
 
 def training(**changes: Any) -> Training:

@@ -9,7 +9,7 @@ from pathlib import Path
 import yaml
 from snakemake.scheduling.job_scheduler import JobScheduler
 
-from ssl_core import layers, schema
+from ssl_core.experiments import checks, overlays
 from ssl_core.data.card import load_card
 from ssl_core.provenance import canonical, code_digest
 
@@ -34,14 +34,14 @@ if JobScheduler.job_selector.__name__ == "job_selector":
 def checked(config):
     """Return all experiments of a valid configuration, sweeps included; an invalid one ends here with one line."""
     try:
-        layers.check_config_files(workflow.configfiles)
+        overlays.check_config_files(workflow.configfiles)
         structure = json.loads(Path(workflow.basedir, "workflow/schemas/config.schema.json").read_text())
-        schema.check(config, structure, [path.stem for path in Path("datasets").glob("*.yaml")])
-        schema.check_targets(config, sys.argv[1:])
-        schema.check_files(config, sys.argv[1:])
-        for name in schema.datasets(config):
+        checks.check(config, structure, [path.stem for path in Path("datasets").glob("*.yaml")])
+        checks.check_targets(config, sys.argv[1:])
+        checks.check_files(config, sys.argv[1:])
+        for name in checks.datasets(config):
             load_card(Path(f"datasets/{name}.yaml"))
-        return schema.experiments(config)
+        return checks.experiments(config)
     except ValueError as error:
         sys.exit(f"error: {' '.join(str(error).split())}")
 
@@ -59,7 +59,7 @@ def evaluate_spec(wildcards):
 
 def files_of(wildcards):
     """Return the files of weights that the experiment names: a change of one runs it again."""
-    return list(schema.files(pretrain_spec(wildcards)).values())
+    return list(checks.files(pretrain_spec(wildcards)).values())
 
 
 def pretrain_code(wildcards):
@@ -120,10 +120,10 @@ def protocols(*names):
     return one_of(evaluation for evaluation, section in EVALUATIONS.items() if section["protocol"] in names)
 
 
-CONFIG = schema.without_nulls(config)
+CONFIG = checks.without_nulls(config)
 EXPERIMENTS = checked(CONFIG)
 ADOPTED = [experiment for experiment, section in EXPERIMENTS.items() if "weights" in section]
-WRITTEN = schema.written(CONFIG)  # all but the sweeps', which run when asked for
+WRITTEN = checks.written(CONFIG)  # all but the sweeps', which run when asked for
 EVALUATIONS = CONFIG.get("evaluations") or {}
 SWEEPS = CONFIG.get("sweeps") or {}
 # A machine without one (its driver brings the tool) trains on its processor, where threads say how many jobs fit.

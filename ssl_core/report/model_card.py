@@ -12,10 +12,10 @@ import yaml
 
 from ssl_core.config import Backbone
 from ssl_core.data.card import Card
+from ssl_core.experiments.checks import files
 from ssl_core.methods.base import load, resolve
 from ssl_core.networks.backbones import Network
 from ssl_core.networks.plain import architecture, rebuilding_code, stem_in_words
-from ssl_core.schema import files
 
 BASELINES = ("untrained", "pixels")
 

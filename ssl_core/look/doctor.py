@@ -12,7 +12,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from ssl_core import tracking
+from ssl_core.tracking import run as tracking
 
 PYTHONS = ((3, 11), (3, 13))  # the oldest and the newest that are tested
 SPACE = 5e9  # bytes that a run on small data may need
@@ -172,7 +172,7 @@ def _shared_memory() -> Iterator[Finding]:
 
 def _project() -> Iterator[Finding]:
     from ssl_core.data.shards import Manifest, verify
-    from ssl_core.layers import CONFIG, load
+    from ssl_core.experiments.overlays import CONFIG, load
 
     if not CONFIG.exists():
         yield Finding("warning", "project", "no config.yaml here: run from the root of the project")

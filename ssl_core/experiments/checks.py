@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from ssl_core.config import nearest
+from ssl_core.experiments.structure import check_structure
 from ssl_core.provenance import canonical, digest
-from ssl_core.structure import check_structure
 
 Config = Mapping[str, Any]
 

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from ssl_core.data.picture import draw_first_views
-from ssl_core.explain import find, shard_command
-from ssl_core.layers import load
+from ssl_core.drawing.views import draw_first_views
+from ssl_core.experiments.overlays import load
+from ssl_core.look.explain import find, shard_command
 
 
 def draw(name: str, overlays: Sequence[Path], picture: Path, *, threads: int) -> str:

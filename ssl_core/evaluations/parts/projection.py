@@ -14,11 +14,11 @@ import torch
 from torch import nn
 
 from ssl_core.config import Backbone, parse
-from ssl_core.evaluations.features import Subjects
+from ssl_core.evaluations.parts.features import Subjects
 from ssl_core.files import read_json
 from ssl_core.methods.base import method_class
 from ssl_core.networks.backbones import build_backbone, load_strictly, read_tensors
-from ssl_core.networks.split_batchnorm import split_batchnorm
+from ssl_core.networks.batchnorm import split_batchnorm
 
 
 def with_projector(subjects: Subjects) -> Subjects:

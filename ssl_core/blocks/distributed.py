@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ssl_core.networks.split_batchnorm import SplitBatchNorm1d, SplitBatchNorm2d
+from ssl_core.networks.batchnorm import SplitBatchNorm1d, SplitBatchNorm2d
 
 
 def is_distributed() -> bool:

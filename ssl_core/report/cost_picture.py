@@ -6,8 +6,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 
-from ssl_core.evaluations.drawing import COLOURS, FAINT, INK, SOFT, colour_of, marker_of, shorten, styled
-from ssl_core.results import Priced, Row, baselines, headline, summarise
+from ssl_core.drawing.figures import COLOURS, FAINT, INK, SOFT, colour_of, marker_of, shorten, styled
+from ssl_core.report.results import Priced, Row, baselines, headline, summarise
 
 UNITS = (("hours", 3600), ("minutes", 60), ("seconds", 1))
 LINES = {"untrained": (COLOURS[6], "--"), "pixels": (INK, ":")}

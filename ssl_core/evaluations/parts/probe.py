@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ssl_core.blocks.schedules import learning_rate
 from ssl_core.config import Training
-from ssl_core.evaluations.features import Features, correct, in_parts
+from ssl_core.evaluations.parts.features import Features, correct, in_parts
 from ssl_core.training.optimizers import build_optimizer
-from ssl_core.training.schedules import learning_rate
 
 
 class Probe:

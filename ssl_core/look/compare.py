@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ssl_core import schema
-from ssl_core.results import Summary, headline, load, summarise, value
+from ssl_core.experiments import checks as schema
+from ssl_core.report.results import Summary, headline, load, summarise, value
 
 HEADER = ("experiment", "evaluation", "reported", "measured", "difference", "protocol", "source")
 RIGHT = range(2, 5)  # columns of numbers

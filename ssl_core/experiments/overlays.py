@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from ssl_core import schema
+from ssl_core.experiments import checks as schema
 from ssl_core.files import YamlLoader, read_json
 
 CONFIG = Path("config.yaml")

@@ -13,17 +13,18 @@ from typing import Any, NamedTuple
 import yaml
 from torch import nn
 
-from ssl_core import forecast, schema
+from ssl_core.blocks.schedules import effective_learning_rate, forward_batch_size, learning_rate
 from ssl_core.config import Backbone, Dataset, Experiment, parse
 from ssl_core.data.card import Card, load_card
 from ssl_core.data.loader import draw_subset
 from ssl_core.data.shards import Manifest, verify
 from ssl_core.data.views import POLICIES, Augmentation, View, Views
-from ssl_core.layers import Layers, Where, leaves, load
+from ssl_core.experiments import checks as schema
+from ssl_core.experiments.overlays import Layers, Where, leaves, load
+from ssl_core.look import forecast
 from ssl_core.methods import base
 from ssl_core.networks.backbones import Network, build_backbone
 from ssl_core.provenance import hardware
-from ssl_core.training.schedules import effective_learning_rate, forward_batch_size, learning_rate
 
 WIDTH = 98  # columns
 ORIGIN = 46  # the column in which origins stand, at least

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from ssl_core.results import (
+from ssl_core.report.results import (
     BASELINES,
     Result,
     Row,
@@ -98,8 +98,8 @@ def _cost(rows: Sequence[Row]) -> str:
     panels = priced(rows)
     if not panels:
         return ""
-    from ssl_core.evaluations.drawing import render  # matplotlib, which few tables need
-    from ssl_core.stages.cost_picture import draw_costs
+    from ssl_core.drawing.figures import render  # matplotlib, which few tables need
+    from ssl_core.report.cost_picture import draw_costs
 
     title = f"Accuracy against the time of pre-training, {rows[0].dataset}"
     figure = draw_costs(rows, panels, title=title)

@@ -20,7 +20,7 @@ SEEDS = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems"
 def named_configs(folder: str) -> dict[str, type[BaseModel]]:
     """Import every file of `ssl_core/<folder>/` that has a `Config` of its own, by the file's name."""
     found = {}
-    for path in sorted((Path(__file__).parent / folder).glob("[a-z]*.py")):
+    for path in sorted((Path(__file__).parents[1] / folder).glob("[a-z]*.py")):
         module = importlib.import_module(f"ssl_core.{folder}.{path.stem}")
         config = getattr(module, "Config", None)
         if isinstance(config, type) and config.__module__ == module.__name__:

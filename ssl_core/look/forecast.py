@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from ssl_core.blocks.schedules import forward_batch_size
 from ssl_core.config import Experiment, Training
 from ssl_core.data.loader import SHUFFLE_BUFFER, Batch, Loader
 from ssl_core.data.shards import Manifest
@@ -18,7 +19,6 @@ from ssl_core.methods.base import Method, Progress, method_class
 from ssl_core.networks.backbones import Network, build_backbone, check_image_size
 from ssl_core.training.loop import Trainer, autocast_type
 from ssl_core.training.optimizers import build_optimizer
-from ssl_core.training.schedules import forward_batch_size
 
 STEPS, WARM_UP = 10, 2  # timed steps, and steps before them
 SECONDS = 8.0  # of timed steps; a slow machine times fewer
