@@ -59,6 +59,12 @@ def _parser() -> argparse.ArgumentParser:
     pretrain.add_argument("--output", type=Path, required=True)
     pretrain.add_argument("--checkpoint", type=Path, required=True)
 
+    sample_views = commands.add_parser("sample-views", help="draw the views of an experiment")
+    sample_views.add_argument("experiment")
+    sample_views.add_argument("--spec", type=_json, required=True, help="the experiment's own settings, as JSON")
+    sample_views.add_argument("--manifest", type=Path, required=True)
+    sample_views.add_argument("--output", type=Path, required=True, metavar="PNG")
+
     adopt = commands.add_parser("adopt", help="take a backbone from weights that were trained elsewhere")
     adopt.add_argument("experiment")
     adopt.add_argument("--manifest", type=Path, required=True)
@@ -136,7 +142,7 @@ def _parser() -> argparse.ArgumentParser:
         stage.add_argument("--code", required=True, help="digest of the code that the stage runs")
     for stage in (shard, pretrain, evaluate, export):
         stage.add_argument("--threads", type=int, default=1)
-    stages = (shard, pretrain, adopt, evaluate, export, cost, curves, table)
+    stages = (shard, sample_views, pretrain, adopt, evaluate, export, cost, curves, table)
     for stage in stages:
         stage.set_defaults(command=_stage)
     for command in (*stages, compare, explain, views, doctor, schema):
@@ -146,7 +152,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _stage(chosen: argparse.Namespace) -> None:
     """Call the stage with its arguments, which it has under the same names as the command line."""
-    stage = importlib.import_module(f"ssl_core.stages.{chosen.name}")
+    stage = importlib.import_module(f"ssl_core.stages.{chosen.name.replace('-', '_')}")
     stage.run(**{name: value for name, value in vars(chosen).items() if name not in ("command", "name", "log")})
 
 

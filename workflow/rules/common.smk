@@ -11,7 +11,8 @@ from snakemake.scheduling.job_scheduler import JobScheduler
 
 from ssl_core.experiments import checks, overlays
 from ssl_core.data.card import load_card
-from ssl_core.provenance import canonical, code_digest
+from ssl_core.experiments.code import evaluation_code, export_code, pretraining_code, stage_code, views_code
+from ssl_core.provenance import canonical
 
 # Where no environment is activated, jobs find `ssl-core` beside the Python that runs Snakemake.
 os.environ.update(PATH=os.pathsep.join([*os.get_exec_path(), str(Path(sys.executable).parent)]))
@@ -62,30 +63,12 @@ def files_of(wildcards):
     return list(checks.files(pretrain_spec(wildcards)).values())
 
 
-def pretrain_code(wildcards):
-    """Digest the code that pre-trains this experiment: the stage's and its method's."""
-    method = pretrain_spec(wildcards)["method"]["name"]
-    return code_digest("ssl_core.stages.pretrain", f"ssl_core.methods.{method}")
-
-
 def model_of(wildcards):
     """Return the whole pre-trained model for the evaluations that build on its projector too, else nothing."""
     section = EVALUATIONS[wildcards.evaluation]
     asked = section["protocol"] == "semi_supervised" and section.get("variant", "").startswith("sslight")
     trained = wildcards.experiment not in ADOPTED
     return [f"results/{wildcards.experiment}/model.safetensors"] if asked and trained else []
-
-
-def evaluate_code(wildcards):
-    """Digest the code of this evaluation: the stage's and its protocol's."""
-    protocol = EVALUATIONS[wildcards.evaluation]["protocol"]
-    return code_digest("ssl_core.stages.evaluate", f"ssl_core.evaluations.{protocol}")
-
-
-def export_code(wildcards):
-    """Digest the code that exports this experiment: the stage's and, for the settings it tells, the method's."""
-    method = pretrain_spec(wildcards).get("method")
-    return code_digest("ssl_core.stages.export", *([f"ssl_core.methods.{method['name']}"] if method else []))
 
 
 def card_of(spec):
@@ -105,9 +88,10 @@ def results_of(experiments):
     return [f"results/{experiment}/{evaluation}.json" for experiment in experiments for evaluation in EVALUATIONS]
 
 
-def curves_of(experiments):
-    """Return the pictures of these experiments' histories; adopted weights have none."""
-    return [f"results/{experiment}/curves.png" for experiment in experiments if experiment not in ADOPTED]
+def pictures_of(experiments):
+    """Return the pictures of these experiments' views and histories; adopted weights have none."""
+    trained = [experiment for experiment in experiments if experiment not in ADOPTED]
+    return [f"results/{experiment}/{picture}.png" for experiment in trained for picture in ("views", "curves")]
 
 
 def one_of(names):

@@ -8,7 +8,9 @@ rule shard:
     params:
         card="datasets/{dataset}.yaml",
         content=lambda wildcards: canonical(yaml.safe_load(Path(f"datasets/{wildcards.dataset}.yaml").read_text())),
-        code=lambda wildcards: code_digest("ssl_core.stages.shard"),
+        code=lambda wildcards: stage_code(
+            "shard", yaml.safe_load(Path(f"datasets/{wildcards.dataset}.yaml").read_text())
+        ),
         folder=lambda wildcards, output: str(Path(output.manifest).parent),
     shell:
         "ssl-core shard {params.card} --output {params.folder} --threads {threads} --log {log}"
