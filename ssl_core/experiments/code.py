@@ -23,28 +23,40 @@ PROVEN = Path(__file__).with_name("proven.json")
 
 def pretraining_code(spec: Mapping[str, Any]) -> str:
     """Digest the code that pre-trains an experiment: the stage, its method and the preset that it starts from."""
-    return code_digest(Key("ssl_core.stages.pretrain", "run"), *_method(spec), spec=spec)
+    return code_digest(*_pretraining(spec), spec=spec)
 
 
 def evaluation_code(spec: Mapping[str, Any]) -> str:
     """Digest the code of one evaluation: the stage and the protocol."""
-    module = f"ssl_core.evaluations.{spec['protocol']}"
-    return code_digest(Key("ssl_core.stages.evaluate", "run"), Key(module, "run"), Key(module, "Config"), spec=spec)
+    return code_digest(*_evaluation(spec), spec=spec)
 
 
 def views_code(spec: Mapping[str, Any]) -> str:
     """Digest the code that draws an experiment's views."""
-    return code_digest(Key("ssl_core.stages.sample_views", "run"), *_method(spec), spec=spec, drawing=True)
+    return code_digest(*_stage("sample_views"), *_method(spec), spec=spec, drawing=True)
 
 
 def export_code(spec: Mapping[str, Any]) -> str:
     """Digest the code that exports an experiment, with the settings of its method, which the model card lists."""
-    return code_digest(Key("ssl_core.stages.export", "run"), *_settings(spec), spec=spec)
+    return code_digest(*_stage("export"), *_settings(spec), spec=spec)
 
 
 def stage_code(stage: str, spec: Any = None) -> str:
     """Digest the code of a stage that needs no method and no protocol."""
-    return code_digest(Key(f"ssl_core.stages.{stage}", "run"), spec=spec, drawing=stage in DRAWING)
+    return code_digest(*_stage(stage), spec=spec, drawing=stage in DRAWING)
+
+
+def _stage(name: str) -> list[Key]:
+    return [Key(f"ssl_core.stages.{name}", "run")]
+
+
+def _pretraining(spec: Mapping[str, Any]) -> list[Key]:
+    return [*_stage("pretrain"), *_method(spec)]
+
+
+def _evaluation(spec: Mapping[str, Any]) -> list[Key]:
+    module = f"ssl_core.evaluations.{spec['protocol']}"
+    return [*_stage("evaluate"), Key(module, "run"), Key(module, "Config")]
 
 
 def _method(spec: Mapping[str, Any]) -> list[Key]:
