@@ -15,7 +15,7 @@ from ssl_core.data.card import Card
 from ssl_core.experiments.checks import files
 from ssl_core.methods.base import load, resolve
 from ssl_core.networks.backbones import Network
-from ssl_core.networks.plain import architecture, rebuilding_code, stem_in_words
+from ssl_core.networks.families import architecture, describe_stem, rebuilding_code
 
 BASELINES = ("untrained", "pixels")
 
@@ -156,7 +156,7 @@ prepare = v2.Compose([
 ])
 images = prepare(Image.open("picture.png").convert("RGB"))[None]  # (1, 3, {size}, {size})
 ```""",
-        f"With {library}. {stem_in_words(network, config)}",
+        f"With {library}. {describe_stem(network, config)}",
         f"""```python
 from safetensors.torch import load_file
 {rebuilding_code(network, config, size)}

@@ -17,7 +17,7 @@ from ssl_core.config import Backbone
 from ssl_core.data.card import load_card
 from ssl_core.files import read_json, write_bytes, write_text
 from ssl_core.networks.backbones import Network, load_backbone, write_tensors
-from ssl_core.networks.plain import architecture
+from ssl_core.networks.families import architecture
 from ssl_core.provenance import file_digest
 from ssl_core.report.model_card import write_model_card
 from ssl_core.tracking.run import start

@@ -3,22 +3,21 @@ import pickle
 import pytest
 import torch
 
-from ssl_core.training import checkpoint
-from ssl_core.training.checkpoint import Identity
+from ssl_core.training.checkpoint import Identity, load_checkpoint, save_checkpoint
 
 MINE = Identity(spec='{"method":{"name":"ressl","queue_size":64}}', code="c", data="d")
 
 
 def test_gives_back_what_was_saved(tmp_path):
-    checkpoint.save(tmp_path / "run.pt", {"step": 3, "rows": torch.arange(3)}, MINE)
-    state = checkpoint.load(tmp_path / "run.pt", MINE)
+    save_checkpoint(tmp_path / "run.pt", {"step": 3, "rows": torch.arange(3)}, MINE)
+    state = load_checkpoint(tmp_path / "run.pt", MINE)
     assert state is not None
     assert state["step"] == 3
     assert torch.equal(state["rows"], torch.arange(3))
 
 
 def test_no_file_means_nothing_to_continue(tmp_path):
-    assert checkpoint.load(tmp_path / "run.pt", MINE) is None
+    assert load_checkpoint(tmp_path / "run.pt", MINE) is None
 
 
 @pytest.mark.parametrize(
@@ -33,8 +32,8 @@ def test_no_file_means_nothing_to_continue(tmp_path):
     ],
 )
 def test_another_runs_checkpoint_is_set_aside_and_says_why(tmp_path, capsys, other, words):
-    checkpoint.save(tmp_path / "run.pt", {"step": 3}, other)
-    assert checkpoint.load(tmp_path / "run.pt", MINE) is None
+    save_checkpoint(tmp_path / "run.pt", {"step": 3}, other)
+    assert load_checkpoint(tmp_path / "run.pt", MINE) is None
     assert not (tmp_path / "run.pt").exists()
     assert (tmp_path / "run.other.pt").exists()
     output = capsys.readouterr()
@@ -43,9 +42,9 @@ def test_another_runs_checkpoint_is_set_aside_and_says_why(tmp_path, capsys, oth
 
 def test_a_damaged_checkpoint_is_set_aside(tmp_path, capsys):
     path = tmp_path / "run.pt"
-    checkpoint.save(path, {"step": 3}, MINE)
+    save_checkpoint(path, {"step": 3}, MINE)
     path.write_bytes(path.read_bytes()[:100])
-    assert checkpoint.load(path, MINE) is None
+    assert load_checkpoint(path, MINE) is None
     assert (tmp_path / "run.damaged.pt").exists()
 
 
@@ -57,5 +56,5 @@ class Evil:
 def test_a_pickle_posing_as_a_checkpoint_runs_no_code(tmp_path, capsys):
     path = tmp_path / "run.pt"
     path.write_bytes(pickle.dumps(Evil()))
-    assert checkpoint.load(path, MINE) is None
+    assert load_checkpoint(path, MINE) is None
     assert "code ran" not in capsys.readouterr().out

@@ -6,7 +6,7 @@ from torch import nn
 
 from ssl_core.blocks import distributed
 from ssl_core.methods.ressl import Config, ReSSL
-from ssl_core.networks.batchnorm import SplitBatchNorm2d
+from ssl_core.networks.batchnorm import SplitBatchNorm2d, synchronise_batchnorm
 from tests.methods.harness import two_processes_equal_one
 
 
@@ -32,9 +32,9 @@ def test_a_batch_norm_that_cannot_be_synchronised_is_refused_where_it_trains():
         pass
 
     with pytest.raises(ValueError, match=r"cannot replace Other \(1\)"):
-        distributed.synchronise_batchnorm(nn.Sequential(nn.Flatten(), Other(3)))
+        synchronise_batchnorm(nn.Sequential(nn.Flatten(), Other(3)), cuda=False)
     frozen = nn.Sequential(Other(3).requires_grad_(False), SplitBatchNorm2d(3))
-    distributed.synchronise_batchnorm(frozen)
+    synchronise_batchnorm(frozen, cuda=False)
     assert [type(layer) for layer in frozen] == [Other, SplitBatchNorm2d]
 
 

@@ -6,7 +6,7 @@ from torch import nn
 
 from ssl_core.config import Backbone
 from ssl_core.networks.backbones import build_backbone
-from ssl_core.networks.plain import architecture, rebuilding_code, stem_in_words
+from ssl_core.networks.families import architecture, describe_stem, rebuilding_code
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,7 @@ def test_without_its_stem_a_mobilenet_takes_the_weights_and_gives_other_features
     names["model"].load_state_dict(network.state_dict())
     images = torch.randn(2, 3, 32, 32)
     assert not torch.allclose(names["model"].eval()(images), network.eval()(images), rtol=0.01, atol=0)
-    assert "load without this change, too, but the features are then others" in stem_in_words(network, config)
+    assert "load without this change, too, but the features are then others" in describe_stem(network, config)
 
 
 @pytest.mark.parametrize(
