@@ -83,7 +83,7 @@ def test_a_wrong_experiment(changes: dict[str, Any], words: str, told: Told, doc
 
 FILES = [
     ("experiments:\n\tmine: {}\n", "YAML wants spaces, not tabs"),
-    ("experiments:\n  a: {}\n  a: {}\n", "stands twice in one section"),
+    ("experiments:\n  a: {}\n  a: {}\n", "appears twice in one section"),
     ("- mine\n", "expected keys at the top"),
     ("evaluations: {knn: {protocol: knnn}}\n", "did you mean 'knn'?"),
     ("experiments: {my exp: {}}\n", "the key 'dataset' is missing"),
@@ -197,7 +197,7 @@ def test_an_output_that_is_in_the_way(told: Told, documented: str, tmp_path: Pat
     picture(tmp_path / "images" / "cat" / "1.png")
     card = write_card(tmp_path, {"type": "image_folder", "path": str(tmp_path / "images"), "splits": {"train": {}}})
     (tmp_path / "file").write_text("")
-    words = "Not a directory: choose another path or move what is in the way"
+    words = "Not a directory: choose another path or move the file that blocks it"
     assert words in told(["shard", str(card), "--output", str(tmp_path / "file" / "mine")])
     assert words in documented
     (tmp_path / "theirs.tar").write_bytes(b"")
@@ -239,9 +239,9 @@ MACHINE: list[tuple[Callable[[], None], str]] = [
     (decoder_without_memory, "out of memory: lower batch_size"),
     (dali_without_gpu_memory, "out of memory: lower batch_size"),
     (cuda_without_memory, "out of memory: lower batch_size"),
-    (file_error(errno.ENOSPC), "no space is left on the disk"),
-    (file_error(errno.EACCES), "Permission denied: make the folder yours"),
-    (file_error(errno.EROFS), "make the folder yours (chown, chmod) or choose another place"),
+    (file_error(errno.ENOSPC), "no space left on the disk"),
+    (file_error(errno.EACCES), "Permission denied: change the owner or mode"),
+    (file_error(errno.EROFS), "change the owner or mode of the folder (chown, chmod) or choose another path"),
     (file_error(errno.EMFILE), "too many open files: raise the limit"),
 ]
 

@@ -273,9 +273,7 @@ def watched(dataset: Dataset, images: int) -> Dataset:
     return dataset.model_copy(update={"subset": subset.model_copy(update={"images": PROBE_IMAGES})})
 
 
-def _report(
-    job: Job, resolved: Experiment, views: Views, trainer: Trainer, identity: Identity
-) -> dict[str, Any]:
+def _report(job: Job, resolved: Experiment, views: Views, trainer: Trainer, identity: Identity) -> dict[str, Any]:
     training, cuda = resolved.training, trainer.device.type == "cuda"
     peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {

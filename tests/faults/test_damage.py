@@ -19,7 +19,13 @@ from ssl_core.config import Backbone
 from ssl_core.data.shards import Manifest, verify
 from ssl_core.networks.backbones import build_backbone, load_backbone, read_tensors, save_backbone, write_tensors
 from ssl_core.stages import evaluate, pretrain, shard
-from ssl_core.training.checkpoint import Identity, load_checkpoint, previous_checkpoint, remove_checkpoint, save_checkpoint
+from ssl_core.training.checkpoint import (
+    Identity,
+    load_checkpoint,
+    previous_checkpoint,
+    remove_checkpoint,
+    save_checkpoint,
+)
 
 from .conftest import KNN, SPEC
 

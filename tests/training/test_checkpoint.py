@@ -1,3 +1,5 @@
+"""Checkpoints: exact content, refusal of other runs, damage and pickles."""
+
 import pickle
 
 import pytest
@@ -8,7 +10,7 @@ from ssl_core.training.checkpoint import Identity, load_checkpoint, save_checkpo
 MINE = Identity(spec='{"method":{"name":"ressl","queue_size":64}}', code="c", data="d")
 
 
-def test_gives_back_what_was_saved(tmp_path):
+def test_the_saved_state_is_loaded(tmp_path):
     save_checkpoint(tmp_path / "run.pt", {"step": 3, "rows": torch.arange(3)}, MINE)
     state = load_checkpoint(tmp_path / "run.pt", MINE)
     assert state is not None
@@ -16,7 +18,7 @@ def test_gives_back_what_was_saved(tmp_path):
     assert torch.equal(state["rows"], torch.arange(3))
 
 
-def test_no_file_means_nothing_to_continue(tmp_path):
+def test_without_a_file_there_is_no_state(tmp_path):
     assert load_checkpoint(tmp_path / "run.pt", MINE) is None
 
 
@@ -31,7 +33,7 @@ def test_no_file_means_nothing_to_continue(tmp_path):
         (Identity(spec=MINE.spec, code="c", data="x"), "another run: data;"),
     ],
 )
-def test_another_runs_checkpoint_is_set_aside_and_says_why(tmp_path, capsys, other, words):
+def test_a_checkpoint_of_another_run_is_set_aside_with_the_reason(tmp_path, capsys, other, words):
     save_checkpoint(tmp_path / "run.pt", {"step": 3}, other)
     assert load_checkpoint(tmp_path / "run.pt", MINE) is None
     assert not (tmp_path / "run.pt").exists()
@@ -53,7 +55,7 @@ class Evil:
         return (print, ("code ran",))
 
 
-def test_a_pickle_posing_as_a_checkpoint_runs_no_code(tmp_path, capsys):
+def test_a_pickle_in_place_of_a_checkpoint_runs_no_code(tmp_path, capsys):
     path = tmp_path / "run.pt"
     path.write_bytes(pickle.dumps(Evil()))
     assert load_checkpoint(path, MINE) is None
