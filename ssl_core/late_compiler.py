@@ -1,8 +1,8 @@
 """Import torch's compiler only when something is compiled.
 
-torchvision imports `torch._dynamo` for one function of `roi_align`, and each optimizer step imports it to exclude itself
-from compilation: 85 MB and two fifths of a stage's start (docs/decisions, 12). As long as nothing is compiled, two
-stand-ins answer these calls. Any other access replaces them by the real modules.
+torchvision imports `torch._dynamo` for one function of `roi_align`, and each optimizer step imports it to exclude
+itself from compilation: 85 MB and two fifths of a stage's start (docs/decisions, 12). As long as nothing is compiled,
+two stand-ins answer these calls. Any other access replaces them by the real modules.
 """
 
 import importlib

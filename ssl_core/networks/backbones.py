@@ -215,11 +215,11 @@ def load_backbone(path: Path) -> tuple[Network, dict[str, str]]:
 
 
 def load_weights(module: nn.Module, path: Path) -> list[str]:
-    """Load a safetensors file with the names of torchvision or timm; return the weights that the backbone has not.
+    """Load a safetensors file with the names of torchvision or timm; return the names that were dropped.
 
-    Only the classifier may be in the file alone. Only the batch counters of batch norm may be missing: files from before
-    torch 0.4.1 lack them, and evaluation does not read them. Raises ValueError with the file and the weight that is
-    missing, unknown or of another shape.
+    Only the classifier is dropped. Only the batch counters of batch norm may be missing: files from before torch 0.4.1
+    lack them, and evaluation does not read them. Raises ValueError with the file and the weight that is missing,
+    unknown or of another shape.
     """
     weights, _ = read_tensors(path)
     initial = module.state_dict()

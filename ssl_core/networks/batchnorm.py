@@ -1,8 +1,8 @@
 """Batch norm with statistics of parts of the batch (split) or of the batches of all processes (synchronised).
 
-MoCo and ReSSL compute queries and keys with different batch statistics, so that the network cannot match them by the
-statistics they share: the keys are shuffled over the GPUs. On one device shuffling changes nothing, so the batch is split
-into parts, as in MoCo's CIFAR-10 notebook (docs/sources.md#batchnorm-leak).
+MoCo and ReSSL shuffle the keys over the GPUs, so that query and key of an image have different batch statistics and
+cannot be matched by them. On one device shuffling alone changes nothing, so the batch is split into parts, as in MoCo's
+CIFAR-10 notebook (docs/sources.md#batchnorm-leak).
 """
 
 from typing import Any
@@ -132,7 +132,8 @@ def synchronise_batchnorm(module: nn.Module, *, cuda: bool) -> nn.Module:
     """Turn every BatchNorm1d and BatchNorm2d of the module into a synchronised one, in place; return the module.
 
     With `cuda` they become `torch.nn.SyncBatchNorm`, else ours. Parameters, buffers and their names stay. Split batch
-    norms stay too: their chunks take the place of processes. Raises ValueError for a trained batch norm of another kind.
+    norms stay too: their chunks take the place of processes. Raises ValueError for a trained batch norm of another
+    kind.
     """
     for path, layer in module.named_modules():
         if type(layer) in (nn.BatchNorm1d, nn.BatchNorm2d):

@@ -117,7 +117,7 @@ class ResNetFamily(Family):
 class EfficientNetFamily(Family):
     """Networks of `features`, pooling and `classifier`; small stems set the stride of early convolutions to 1.
 
-    The dropout of the classifier stays, as in docs/sources.md.
+    EfficientNet keeps the dropout in front of its classifier (docs/sources.md#backbones).
     """
 
     title = "EfficientNets"

@@ -29,8 +29,8 @@ def run(experiment: str, *, spec: dict[str, Any], code: str, manifest: Path, out
 
     For a file by torchvision or timm the network is built from `spec.backbone`, for images of `spec.image_size` pixels
     (default: the data set's); the classifier is dropped, all other weights must fit. A backbone file of this project
-    keeps the image size, normalisation and seed of its header. Raises ValueError for an invalid key, and for a file that
-    does not fit or contains another network.
+    keeps the image size, normalisation and seed of its header. Raises ValueError for an invalid key, and for a file
+    that does not fit or contains another network.
     """
     config = parse(Adopted, spec, f"experiments.{experiment}")
     path = Path(config.weights)

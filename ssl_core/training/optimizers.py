@@ -46,10 +46,10 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Return the groups of trained parameters that `decay_exclusion` makes, without empty ones.
 
-    `norm_bias`: one-dimensional parameters and biases have no decay and no trust ratio. `norm_bias_depthwise`: depthwise
-    convolutions also have no decay, but a trust ratio, as in SSLight's code (its paper excludes them from both).
-    `named`: parameters with "bn" or "bias" in their name have neither, as in ReSSL's code, which decays the batch norms
-    of downsampling layers.
+    `norm_bias`: one-dimensional parameters and biases have no decay and no trust ratio. `norm_bias_depthwise`:
+    depthwise convolutions also have no decay, but a trust ratio, as in SSLight's code (its paper excludes them from
+    both). `named`: parameters with "bn" or "bias" in their name have neither, as in ReSSL's code, which decays the
+    batch norms of downsampling layers.
     """
     groups: dict[tuple[bool, bool, bool], dict[str, Any]] = {}
     for name, parameter in module.named_parameters():

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from torch import nn
 
 from ssl_core.blocks import distributed
 from ssl_core.methods.ressl import Config, ReSSL
