@@ -37,7 +37,7 @@ def run(experiment: str, *, spec: dict[str, Any], code: str, manifest: Path, out
     shards = Manifest.load(manifest)
     _, header = read_tensors(path)
     if "backbone" in header:
-        module, size, metadata = _from_backbone_file(config, path, header)
+        module, size, metadata = _from_backbone_file(config, path)
     else:
         module, size, metadata = _from_state_dict(config, path, shards)
     digests = {
@@ -51,8 +51,9 @@ def run(experiment: str, *, spec: dict[str, Any], code: str, manifest: Path, out
     print(f"{experiment}: {config.backbone.name} for {size}-pixel images from {path} -> {output}")
 
 
-def _from_backbone_file(config: Adopted, path: Path, header: dict[str, str]) -> tuple[Network, int, dict[str, str]]:
+def _from_backbone_file(config: Adopted, path: Path) -> tuple[Network, int, dict[str, str]]:
     """Load a backbone.safetensors with image size, normalisation and seed of its header."""
+    module, header = load_backbone(path)
     backbone = Backbone.model_validate_json(header["backbone"])
     if backbone != config.backbone:
         network = backbone.model_dump(mode="json")
@@ -60,7 +61,6 @@ def _from_backbone_file(config: Adopted, path: Path, header: dict[str, str]) -> 
     for key in ("image_size", "normalisation"):
         if getattr(config, key) is not None:
             raise ValueError(f"{key}: the header of {path} defines it already; remove the key")
-    module, header = load_backbone(path)
     metadata = {name: header[name] for name in ("mean", "std", "seed") if name in header}
     return module, int(header["image_size"]), metadata
 
