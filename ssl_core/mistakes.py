@@ -20,7 +20,7 @@ OUT_OF_MEMORY = (
 )
 LESS_MEMORY = (
     "out of memory: lower batch_size (training.accumulation keeps the effective batch), use a smaller image_size or "
-    "backbone, or end other jobs; `ssl-core explain` estimates what a run needs"
+    "backbone, or end other jobs; `ssl-core explain` estimates the memory that a run needs"
 )
 FULL = {errno.ENOSPC, errno.EDQUOT}
 FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}

@@ -46,11 +46,11 @@ def shuffle(images: Tensor, *, seed: int, step: int) -> tuple[Tensor, Tensor]:
 
     The order depends on seed and step alone, so that a resumed run draws it again (He et al., 2020, section 3.3).
     """
-    everyone = gather(images)
+    all_images = gather(images)
     generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-    order = torch.randperm(len(everyone), generator=generator).to(images.device, non_blocking=True)
+    order = torch.randperm(len(all_images), generator=generator).to(images.device, non_blocking=True)
     part = slice(rank() * len(images), (rank() + 1) * len(images))
-    return everyone[order[part]].contiguous(memory_format=torch.channels_last), order
+    return all_images[order[part]].contiguous(memory_format=torch.channels_last), order
 
 
 def unshuffle(rows: Tensor, order: Tensor) -> Tensor:

@@ -95,8 +95,8 @@ def _check_stride(module: nn.Module, config: Backbone, image_size: int) -> None:
 def _refuse_single_pixels(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
     """Raise ValueError before a convolution that strides over a single pixel.
 
-    Such a layer sees only its own centre, and the bfloat16 weight gradient of oneDNN in torch 2.14 is uninitialised
-    memory there.
+    Such a layer uses only the centre of its kernel, and its bfloat16 weight gradient is uninitialised memory in oneDNN
+    of torch 2.14.
     """
     if max(inputs[0].shape[2:]) == 1:
         raise ValueError("only one pixel is left before the last stride; use larger images or another stem")

@@ -138,7 +138,7 @@ def synchronise_batchnorm(module: nn.Module, *, cuda: bool) -> nn.Module:
     for path, layer in module.named_modules():
         if type(layer) in (nn.BatchNorm1d, nn.BatchNorm2d):
             layer.__class__ = nn.SyncBatchNorm if cuda else SyncBatchNorm
-            layer.process_group = None  # all processes
+            layer.process_group = None  # pyright: ignore[reportArgumentType] - None means all processes
         elif isinstance(layer, _BatchNorm) and not _is_accepted(layer):
             raise ValueError(
                 f"training.sync_batchnorm cannot replace {type(layer).__name__} ({path}): set it to false or choose "

@@ -67,7 +67,7 @@ class Family:
         return "\n".join(lines)
 
     def stem_code(self, stem: str) -> list[str]:
-        """Return the lines of code that do what `lower_stride` does."""
+        """Return the lines of code that make the same changes as `lower_stride`."""
         raise NotImplementedError
 
     def stem_description(self, stem: str) -> str:
