@@ -15,11 +15,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
-from ssl_core import mistakes
+from ssl_core import late_compiler, mistakes
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0, 2 for what the user can mend, 130 interrupted, 1 for the rest."""
+    late_compiler.postpone()
     chosen = _parser().parse_args(arguments)
     with _logged(chosen.log) as log:
         try:

@@ -16,6 +16,9 @@ os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{_tracking.name}/mlflow.db"
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+from ssl_core import late_compiler  # noqa: E402
+
+late_compiler.postpone()  # as the command line does, before a test imports torchvision
 torch.set_num_threads(1)
 
 ROOT = Path(__file__).resolve().parent.parent

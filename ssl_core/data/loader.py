@@ -23,7 +23,7 @@ from ssl_core.data import pipeline
 from ssl_core.data.pipeline import Plan
 from ssl_core.data.shards import Manifest, verify
 from ssl_core.data.views import Views
-from ssl_core.mistakes import speaks_of_memory
+from ssl_core.mistakes import is_out_of_memory
 
 HASHED_BYTES = 2**29  # shards up to here (half a second) are hashed before they are read
 SHUFFLE_BUFFER = 300_000  # images: up to here an epoch is a uniform permutation (about 0.9 KB of memory an image)
@@ -260,7 +260,7 @@ def _differences(keys: list[str], was: dict[str, Any], now: dict[str, Any]) -> I
 def _data_error(error: RuntimeError, folder: Path) -> Exception:
     """Turn what DALI says of unreadable data into a `ValueError`; anything else stays what it is."""
     text = str(error)
-    if speaks_of_memory(error) or ("fn.decoders" not in text and "fn.readers" not in text):
+    if is_out_of_memory(error) or ("fn.decoders" not in text and "fn.readers" not in text):
         return error
     sample = re.search(r"Failed to decode sample \S+ ?: ?(\S+?):\d+:(\S+)", text)
     what = f"image {sample[2]} in {sample[1]}" if sample else f"an image in {folder}"

@@ -19,8 +19,13 @@ from ssl_core.config import Backbone
 from ssl_core.data.shards import Manifest, verify
 from ssl_core.networks.backbones import build_backbone, load_backbone, read_tensors, save_backbone, write_tensors
 from ssl_core.stages import evaluate, pretrain, shard
-from ssl_core.training import checkpoint
-from ssl_core.training.checkpoint import Identity
+from ssl_core.training.checkpoint import (
+    Identity,
+    load_checkpoint,
+    previous_checkpoint,
+    remove_checkpoint,
+    save_checkpoint,
+)
 
 from .conftest import KNN, SPEC
 
@@ -169,11 +174,11 @@ STATE = {"step": 7, "weights": torch.arange(3000.0), "nested": {"rate": 0.5, "ro
 
 def test_a_flipped_bit_in_a_checkpoint_is_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path, generator, kept = tmp_path / "run.pt", random.Random(3), 0
-    checkpoint.save(path, STATE, MINE)
+    save_checkpoint(path, STATE, MINE)
     whole = path.read_bytes()
     for _ in range(FLIPS):
         path.write_bytes(flipped(whole, generator))
-        state = checkpoint.load(path, MINE)
+        state = load_checkpoint(path, MINE)
         if state is not None:  # the bit was one of padding
             assert same(state, STATE)
             kept += 1
@@ -194,31 +199,31 @@ def same(one: object, other: object) -> bool:
 def test_the_checkpoint_before_a_damaged_one_is_used(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "run.pt"
     for step in (1, 2, 3):
-        checkpoint.save(path, {"step": step}, MINE)
+        save_checkpoint(path, {"step": step}, MINE)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["run.previous.pt", "run.pt"]
     os.truncate(path, 200)
-    assert checkpoint.load(path, MINE) == {"step": 2}
+    assert load_checkpoint(path, MINE) == {"step": 2}
     output = capsys.readouterr()
     assert "the one before it is used" in output.out + output.err
-    checkpoint.save(path, {"step": 3}, MINE)
-    checkpoint.remove(path)
+    save_checkpoint(path, {"step": 3}, MINE)
+    remove_checkpoint(path)
     assert [file.name for file in tmp_path.iterdir()] == ["run.damaged.pt"]
 
 
 def test_the_checkpoint_before_the_last_is_used_after_a_kill_between_two_renames(tmp_path: Path) -> None:
     path = tmp_path / "run.pt"
-    checkpoint.save(path, {"step": 1}, MINE)
-    path.rename(checkpoint.previous(path))
-    assert checkpoint.load(path, MINE) == {"step": 1}
+    save_checkpoint(path, {"step": 1}, MINE)
+    path.rename(previous_checkpoint(path))
+    assert load_checkpoint(path, MINE) == {"step": 1}
 
 
 def test_two_damaged_checkpoints_mean_to_start_afresh(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "run.pt"
     for step in (1, 2):
-        checkpoint.save(path, {"step": step}, MINE)
+        save_checkpoint(path, {"step": step}, MINE)
     path.write_bytes(b"")
-    checkpoint.previous(path).write_bytes(b"nothing")
-    assert checkpoint.load(path, MINE) is None
+    previous_checkpoint(path).write_bytes(b"nothing")
+    assert load_checkpoint(path, MINE) is None
     output = capsys.readouterr()
     assert "training starts afresh" in output.out + output.err
 
@@ -226,8 +231,8 @@ def test_two_damaged_checkpoints_mean_to_start_afresh(tmp_path: Path, capsys: py
 def test_checkpoints_of_another_run_are_both_out_of_the_way(tmp_path: Path) -> None:
     path = tmp_path / "run.pt"
     for step in (1, 2):
-        checkpoint.save(path, {"step": step}, MINE)
-    assert checkpoint.load(path, Identity(spec="{}", code="c", data="d")) is None
+        save_checkpoint(path, {"step": step}, MINE)
+    assert load_checkpoint(path, Identity(spec="{}", code="c", data="d")) is None
     assert [file.name for file in tmp_path.iterdir()] == ["run.other.pt"]
 
 
@@ -244,11 +249,11 @@ class Evil:
 def test_pickles_that_pose_as_checkpoints_run_no_code(tmp_path: Path) -> None:
     path, witness = tmp_path / "run.pt", tmp_path / "witness"
     path.write_bytes(pickle.dumps(Evil(witness)))
-    assert checkpoint.load(path, MINE) is None
+    assert load_checkpoint(path, MINE) is None
     torch.save({"identity": Evil(witness), "step": 1}, path)  # within torch's own format, checksums and all
-    assert checkpoint.load(path, MINE) is None
+    assert load_checkpoint(path, MINE) is None
     torch.save(Evil(witness), path, _use_new_zipfile_serialization=False)
-    assert checkpoint.load(path, MINE) is None
+    assert load_checkpoint(path, MINE) is None
     assert not witness.exists()
 
 

@@ -15,8 +15,7 @@ from ssl_core.evaluations.parts import features
 from ssl_core.files import write_json
 from ssl_core.networks.backbones import read_tensors, write_tensors
 from ssl_core.stages import shard
-from ssl_core.training import checkpoint
-from ssl_core.training.checkpoint import Identity
+from ssl_core.training.checkpoint import Identity, load_checkpoint, save_checkpoint
 
 from .conftest import Undisturbed, Warm, contents
 
@@ -41,11 +40,11 @@ def refusal(name: str) -> str:
 
 def test_a_checkpoint_without_room_leaves_the_last_one(tmp_path: Path) -> None:
     path = tmp_path / "run.pt"
-    checkpoint.save(path, {"step": 1, "weights": torch.ones(9)}, MINE)
+    save_checkpoint(path, {"step": 1, "weights": torch.ones(9)}, MINE)
     with no_room_beyond(20_000), pytest.raises(ValueError, match=refusal("run.pt")):
-        checkpoint.save(path, {"step": 2, "weights": torch.ones(90_000)}, MINE)
+        save_checkpoint(path, {"step": 2, "weights": torch.ones(90_000)}, MINE)
     assert [file.name for file in tmp_path.iterdir()] == ["run.pt"]
-    state = checkpoint.load(path, MINE)
+    state = load_checkpoint(path, MINE)
     assert state is not None
     assert state["step"] == 1
 

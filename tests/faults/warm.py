@@ -14,12 +14,15 @@ from typing import Any
 
 import torch
 
-import ssl_core.evaluations.knn
-import ssl_core.methods.ressl
-import ssl_core.stages.evaluate
-import ssl_core.stages.pretrain
-import ssl_core.stages.shard  # noqa: F401
-from ssl_core import cli
+from ssl_core import cli, late_compiler
+
+late_compiler.postpone()  # as the command line does, before the stages import torchvision
+
+import ssl_core.evaluations.knn  # noqa: E402
+import ssl_core.methods.ressl  # noqa: E402
+import ssl_core.stages.evaluate  # noqa: E402
+import ssl_core.stages.pretrain  # noqa: E402
+import ssl_core.stages.shard  # noqa: E402, F401
 
 
 def stage(command: dict[str, Any]) -> None:

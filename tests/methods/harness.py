@@ -19,6 +19,7 @@ from ssl_core.config import Training
 from ssl_core.data.loader import Batch
 from ssl_core.data.views import Views
 from ssl_core.methods.base import Method, MethodConfig, Progress
+from ssl_core.networks.batchnorm import synchronise_batchnorm
 from ssl_core.training.loop import Trainer
 from ssl_core.training.monitor import Alarm, spread
 
@@ -207,7 +208,7 @@ def _train(kind: type[Method], config: MethodConfig, steps: int, pixels: int) ->
     method: Method = make(kind, config)
     module: nn.Module = method
     if distributed.is_distributed():
-        distributed.synchronise_batchnorm(method)
+        synchronise_batchnorm(method, cuda=False)
         module = nn.parallel.DistributedDataParallel(method, forward_sync_buffers=False)
     torch.manual_seed(distributed.rank())  # as in training: what must be equal on all ranks may not be drawn from this
     optimizer = torch.optim.SGD(method.parameters(), lr=0.1)
