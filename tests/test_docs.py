@@ -295,7 +295,45 @@ def test_the_method_of_the_tutorial_trains_two_steps(example: ModuleType) -> Non
     assert not before.equal(next(training.method.parameters()))
 
 
-# What must not be left out or drift
+# References to published facts
+
+SOURCES = ROOT / "docs" / "sources.md"
+TEXTS = (".py", ".md", ".yaml", ".yml", ".smk", ".rst", ".toml", ".html")
+OUTDATED = re.compile(
+    r"\b[Rr]ecipes?,? [AEMT]\d+\b"  # a sheet of notes that is not part of the repository
+    r"|\b[Rr]ecipes? (?:section |rule )?\d"
+    r"|\b(?:rule|fixtures?) \d+\b"
+    r"|(?<![\w./:#-])[AEMT]\d{1,2}(?![\w%-])"
+    r"|\b(?:CW|SH|RS)\b"
+    r"|\bdesign(?:\.md)? \d"
+)
+
+
+def texts() -> dict[Path, str]:
+    """Return the text of every file of the repository in which a person writes."""
+    folders = ("ssl_core", "tests", "benchmarks", "workflow", "recipes", "datasets", "docs")
+    paths = [path for folder in folders for path in sorted((ROOT / folder).rglob("*")) if path.suffix in TEXTS]
+    paths += [*ROOT.glob("*.md"), *ROOT.glob("*.yaml"), ROOT / "Snakefile", ROOT / "Makefile"]
+    return {path: path.read_text(encoding="utf-8") for path in paths if path != Path(__file__)}
+
+
+def test_references_to_sources_resolve() -> None:
+    there = anchors(SOURCES)
+    missing = {
+        f"{name_of(path)}: #{anchor}"
+        for path, text in texts().items()
+        for anchor in re.findall(r"\bsources\.md#([\w-]+)", text)
+        if anchor not in there
+    }
+    assert sorted(missing) == []
+
+
+def test_no_reference_names_notes_outside_of_the_repository() -> None:
+    outdated = [f"{name_of(path)}: {match[0]}" for path, text in texts().items() for match in OUTDATED.finditer(text)]
+    assert outdated == []
+
+
+# Facts that must stay complete and consistent
 
 
 def test_the_readme_takes_its_numbers_from_the_page_of_results() -> None:
