@@ -4,8 +4,8 @@
     python benchmarks/prose.py --before 6d67f4c       # with the values of a git revision beside it
     python benchmarks/prose.py path/to/torchtitan     # any other tree
 
-Rates are per thousand words; fenced blocks and inline code are left out. Syntax nodes are those of Python's `ast` module,
-per line of code: a line that is neither blank nor a comment nor part of a docstring.
+Rates are per thousand words; fenced blocks and inline code are left out. Syntax nodes are those of the `ast` module per
+line of code: a line that is neither blank nor a comment nor part of a docstring.
 """
 
 import argparse

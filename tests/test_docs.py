@@ -24,7 +24,7 @@ from tests.markdown import PAGES, ROOT, TOOLS, Block, anchors, blocks, commands,
 from tests.methods.harness import trainer
 
 BIN = Path(sys.executable).parent
-HARMLESS = {"source", "export", "mv", "uv"}  # commands around ours that need no test
+HARMLESS = {"source", "export", "cd", "mv", "uv"}  # shell commands that need no test
 RULES = {"all", "all_evaluations"}
 TUTORIALS = ROOT / "docs" / "tutorials"
 
@@ -353,6 +353,12 @@ def test_every_method_has_a_page_and_every_protocol_a_section() -> None:
     protocols = re.findall(r"^## `(\w+)`", text, flags=re.MULTILINE)
     known = structure["properties"]["evaluations"]["additionalProperties"]["properties"]["protocol"]["enum"]
     assert sorted(protocols) == sorted(known)
+
+
+def test_the_architecture_names_every_room() -> None:
+    rooms = {path.parent.name for path in (ROOT / "ssl_core").glob("*/__init__.py")}
+    named = re.findall(r"^\| `ssl_core/(\w+)/`", (ROOT / "docs" / "architecture.md").read_text(), flags=re.MULTILINE)
+    assert sorted(named) == sorted(rooms)
 
 
 def test_the_site_builds_without_a_warning_and_loads_nothing_from_elsewhere(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What `make docs` does beyond MkDocs: pages that live outside of docs/, and links between them and those inside."""
+"""Hooks of `make docs`: pages from outside of docs/, and links between these and the pages inside."""
 
 import posixpath
 import re
@@ -16,7 +16,7 @@ OUTSIDE = {  # file in the repository -> page of the site
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
 }
-LINK = re.compile(r"(?<=\]\()([^)#\s:]+\.md)(?=[)#])")
+LINK = re.compile(r"(?<=\]\()([^)#\s:]+\.(?:md|svg))(?=[)#])")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -37,5 +37,5 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         target = OUTSIDE.get(file, file.removeprefix("docs/"))
         return posixpath.relpath(target, posixpath.dirname(here) or ".")
 
-    # Diagrams would be drawn by a script from elsewhere: they stay text.
+    # Mermaid needs a script from another host, so its diagrams stay text.
     return LINK.sub(link, markdown).replace("```mermaid", "```text")
