@@ -160,7 +160,7 @@ def weights(tmp_path_factory):
 
 @pytest.mark.parametrize("experiment", training_parameters())
 def test_a_shipped_experiment_trains_two_steps(experiment, demo, weights):
-    # Small replacements: 64 digits of 32 px (64 px with smaller views), batches of 8, the smallest network, short queues.
+    # Small replacements: 64 digits of 32 px (64 with smaller views), batches of 8, the smallest network, short queues.
     method = method_class(experiment["method"]["name"])
     own = {"queue_size": 64, "local_size": 32, "initial": str(weights / "model.safetensors")}
     section = {key: own.get(key, value) for key, value in experiment["method"].items()}
