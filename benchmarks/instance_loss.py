@@ -1,8 +1,8 @@
 """Time and peak memory of the losses over all N instances, streamed over the bank and computed naively.
 
-Both sides take turns, forward and backward, each time in a fresh process. CPU time is the shortest of the repeats, which a
-busy machine distorts less than wall-clock; memory is the rise of the peak above the bank's. Values and ratios are medians
-over the turns.
+Both sides take turns, forward and backward, each time in a fresh process. CPU time is the shortest of the repeats,
+which a busy machine distorts less than wall-clock; memory is the rise of the peak above the bank's. Values and ratios
+are medians over the turns.
 
     python benchmarks/instance_loss.py --output instance_loss.json
 """

@@ -1,10 +1,10 @@
 """Sharding: images/s and memory against webdataset's writer and a plain copy, and their growth with the data.
 
 Peers: `copy` writes every file's bytes once more, which is the limit of the disk; `writer` passes the unread bytes to
-`webdataset.ShardWriter`; `pil` passes decoded images, as in webdataset's documentation, which are encoded again. Our side
-decodes every image, keeps its bytes, hashes shards and writes DALI's index. All sides read the same folder of files from a
-warm page cache, in turns, each in its own process. The peers use one process, as in their documentation; our side has
-`--workers`.
+`webdataset.ShardWriter`; `pil` passes decoded images, as in webdataset's documentation, which are encoded again. Our
+side decodes every image, keeps its bytes, hashes shards and writes DALI's index. All sides read the same folder of
+files from a warm page cache, in turns, each in its own process. The peers use one process, as in their documentation;
+our side has `--workers`.
 
     python benchmarks/sharding.py --output sharding.json
     python benchmarks/sharding.py --sets imagenet --copies 50

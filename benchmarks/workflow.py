@@ -1,7 +1,8 @@
 """Cost of the workflow itself: a dry run, a run with nothing to do, and the overhead of each job.
 
-Runs a copy of the project in which `ssl-core` is replaced by a script that writes a stage's outputs at once, so that only
-Snakemake and the rules take time. Wall-clock, median of the repeats; "bare" is Snakemake with an empty Snakefile.
+Runs a copy of the project in which `ssl-core` is replaced by a script that writes a stage's outputs at once, so that
+only Snakemake and the rules take time. Wall-clock, median of the repeats; "bare" is Snakemake with an empty
+Snakefile.
 
     python benchmarks/workflow.py --output workflow.json
 """
