@@ -32,7 +32,7 @@ QUICK = {"moco", "npid", "ressl", "simsiam"}  # `make test` trains one combinati
 
 @cache
 def laid_over(path: Path) -> dict[str, Any]:
-    """Return `config.yaml` merged with a recipe, as `--configfile` merges them."""
+    """Return what `--configfile` makes of a recipe and `config.yaml`."""
     return schema.without_nulls(schema.merge(DEFAULT, yaml.safe_load(path.read_text())))
 
 
