@@ -13,7 +13,7 @@ from ssl_core.data.views import View
 from ssl_core.methods.ressl import Config, ReSSL
 from ssl_core.networks.backbones import build_backbone
 from ssl_core.stages import shard
-from ssl_core.training.loop import Trainer, autocast_type
+from ssl_core.training.loop import Trainer
 from ssl_core.training.monitor import online_knn
 
 
@@ -137,9 +137,3 @@ def test_another_number_of_processes_is_refused(trainer):
     state["ranks"] = state["ranks"] * 2
     with pytest.raises(ValueError, match=r"written by 2 processes, training\.gpus is 1"):
         one.restore(state)
-
-
-def test_precision_says_what_it_does():
-    cpu = torch.device("cpu")
-    assert autocast_type("fp32", cpu) is None
-    assert autocast_type("bf16", cpu) is torch.bfloat16
