@@ -174,7 +174,7 @@ def test_a_flipped_bit_in_a_checkpoint_is_found(tmp_path: Path, capsys: pytest.C
     for _ in range(FLIPS):
         path.write_bytes(flipped(whole, generator))
         state = checkpoint.load(path, MINE)
-        if state is not None:  # the bit is part of the padding
+        if state is not None:  # the bit was one of padding
             assert same(state, STATE)
             kept += 1
     assert kept < FLIPS / 3

@@ -1,4 +1,4 @@
-"""One of two processes dies, for example for lack of memory: the run ends with a message, no process stays, it resumes."""
+"""One of two processes dies, for example for lack of memory: the run ends with a message and can be resumed."""
 
 import json
 import os
