@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ssl_core.config import Experiment, Strict, Training, nearest, parse
-from ssl_core.data.batch import Batch, BatchSource
+from ssl_core.data.loader import Batch, Loader
 from ssl_core.data.views import Views, adjust
 from ssl_core.networks.backbones import Network
 
@@ -65,7 +65,7 @@ class Method(nn.Module):
         """Say which views of an image are made and who sees them."""
         raise NotImplementedError
 
-    def prepare(self, loader: BatchSource, device: torch.device) -> None:
+    def prepare(self, loader: Loader, device: torch.device) -> None:
         """Look at the data once before the first step of a new run; where this leaves the loader is of no account."""
 
     def forward(self, batch: Batch, progress: Progress) -> Losses:
