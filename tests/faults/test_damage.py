@@ -245,7 +245,7 @@ def test_pickles_that_pose_as_checkpoints_run_no_code(tmp_path: Path) -> None:
     path, witness = tmp_path / "run.pt", tmp_path / "witness"
     path.write_bytes(pickle.dumps(Evil(witness)))
     assert checkpoint.load(path, MINE) is None
-    torch.save({"identity": Evil(witness), "step": 1}, path)  # in torch's own format, with its checksums
+    torch.save({"identity": Evil(witness), "step": 1}, path)  # within torch's own format, checksums and all
     assert checkpoint.load(path, MINE) is None
     torch.save(Evil(witness), path, _use_new_zipfile_serialization=False)
     assert checkpoint.load(path, MINE) is None
