@@ -205,12 +205,12 @@ def _as_rank(rank: int, method: type[Method], config: MethodConfig, steps: int, 
 
 def _train(kind: type[Method], config: MethodConfig, steps: int, pixels: int) -> dict[str, Tensor]:
     """Train on this process's share of noise; return losses of the whole batch, gradients of the last step, state."""
-    with double_precision():
+    with float64():
         return _train_steps(kind, config, steps, pixels)
 
 
 @contextmanager
-def double_precision() -> Iterator[None]:
+def float64() -> Iterator[None]:
     """Compute everything in float64, losses included, so that rounding on no processor hides or feigns a difference."""
     torch.set_default_dtype(torch.float64)
     try:

@@ -12,7 +12,7 @@ from tests.methods.harness import (
     START,
     batch,
     collapse_alarms,
-    double_precision,
+    float64,
     make,
     resume_is_exact,
     two_processes_equal_one,
@@ -72,7 +72,7 @@ def test_the_total_compares_each_prediction_with_the_teachers_other_view():
 def test_ssqls_loss_has_a_quarter_of_the_papers_gradient():
     gradients = {}
     for loss in ("regression", "negative_cosine"):
-        with double_precision():
+        with float64():
             model = build(loss=loss)
             total = model(noise(), START).total
             total.backward()
