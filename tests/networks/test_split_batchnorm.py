@@ -18,8 +18,8 @@ def batch(rows: int) -> Tensor:
 
 @pytest.mark.parametrize(("rows", "splits", "sizes"), [(8, 4, [2] * 4), (7, 3, [3, 2, 2]), (5, 8, [3, 2]), (1, 8, [1])])
 def test_training_is_one_batch_norm_a_chunk(rows: int, splits: int, sizes: list[int]):
-    plain = nn.BatchNorm2d(3).double()
-    nn.init.uniform_(plain.weight)
+    plain = nn.BatchNorm2d(3)
+    nn.init.uniform_(plain.double().weight)
     split = split_batchnorm(copy.deepcopy(plain), splits)
     devices = [copy.deepcopy(plain) for _ in sizes]
     inputs, twin = batch(rows).double().requires_grad_(), batch(rows).double().requires_grad_()
