@@ -9,7 +9,7 @@ import shutil
 import tempfile
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ssl_core.config import Dataset, Subset
 from ssl_core.data import pipeline
+from ssl_core.data.batch import Batch
 from ssl_core.data.pipeline import Plan
 from ssl_core.data.shards import Manifest, verify
 from ssl_core.data.views import Views
@@ -27,15 +28,6 @@ from ssl_core.mistakes import is_out_of_memory
 
 HASHED_BYTES = 2**29  # shards up to here (half a second) are hashed before they are read
 SHUFFLE_BUFFER = 300_000  # images: up to here an epoch is a uniform permutation (about 0.9 KB of memory an image)
-
-
-@dataclass
-class Batch:
-    """Views of one batch of images, with what is known of them."""
-
-    views: dict[str, list[Tensor]]  # group -> `count` tensors (batch, 3, size, size), normalised float32, channels_last
-    labels: Tensor  # (batch,) int64, -1 where unknown
-    indices: Tensor  # (batch,) int64, 0..num_images - 1: the position in the sorted subset or split
 
 
 class Loader:

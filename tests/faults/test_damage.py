@@ -1,4 +1,4 @@
-"""Damaged files are found out and named, whatever bit of them has changed; nothing is learnt or measured from them."""
+"""A damaged file is recognised by any changed bit and named; no stage trains on it or evaluates it."""
 
 import json
 import os
@@ -42,7 +42,7 @@ def flipped(content: bytes, generator: random.Random) -> bytes:
 
 
 def attempt(read: Callable[[Path], Result], path: Path) -> Result | str:
-    """Return what reading gives, or the words with which it refuses."""
+    """Return the result of `read`, or the message of its `ValueError`."""
     try:
         return read(path)
     except ValueError as error:
@@ -93,7 +93,7 @@ def test_stages_refuse_shards_that_are_missing_or_cut(
 
 
 def learn(shards: Path, folder: Path) -> None:
-    """Run the pre-training as its rule does."""
+    """Run the stage `pretrain` with the arguments of its rule."""
     pretrain.run(
         "tiny",
         spec=SPEC,
@@ -122,13 +122,13 @@ def test_a_flipped_bit_in_a_manifest_is_found(copy: Path) -> None:
     whole, content, spaces = path.read_bytes(), Manifest.load(path), 0
     for _ in range(FLIPS):
         path.write_bytes(flipped(whole, generator))
-        found = attempt(Manifest.load, path)
-        if isinstance(found, Manifest):  # a blank between two words became another
-            assert found == content
+        result = attempt(Manifest.load, path)
+        if isinstance(result, Manifest):  # one whitespace character became another
+            assert result == content
             spaces += 1
         else:
-            assert str(path) in found
-            assert "\n" not in found
+            assert str(path) in result
+            assert "\n" not in result
     assert spaces < FLIPS / 3
 
 
@@ -188,7 +188,7 @@ def test_a_flipped_bit_in_a_checkpoint_is_found(tmp_path: Path, capsys: pytest.C
 
 
 def same(one: object, other: object) -> bool:
-    """Compare two states to the last bit."""
+    """Return whether two states are equal bit for bit."""
     if isinstance(one, dict) and isinstance(other, dict):
         return one.keys() == other.keys() and all(same(value, other[key]) for key, value in one.items())
     if isinstance(one, list) and isinstance(other, list):
@@ -237,7 +237,7 @@ def test_checkpoints_of_another_run_are_both_out_of_the_way(tmp_path: Path) -> N
 
 
 class Evil:
-    """Writes a file when it is unpickled."""
+    """Makes a folder when it is unpickled."""
 
     def __init__(self, witness: Path) -> None:
         self.witness = witness
@@ -271,13 +271,13 @@ def test_a_flipped_bit_in_weights_is_found(tmp_path: Path) -> None:
     whole, expected, kept = path.read_bytes(), read_tensors(path), 0
     for _ in range(FLIPS):
         path.write_bytes(flipped(whole, generator))
-        found = attempt(read_tensors, path)
-        if isinstance(found, str):
-            assert str(path) in found
+        result = attempt(read_tensors, path)
+        if isinstance(result, str):
+            assert str(path) in result
             continue
-        kept += 1  # a letter in the name under which the checksum stands
-        assert same(found[0], expected[0])
-        assert found[1].items() >= expected[1].items()
+        kept += 1  # the bit is part of the checksum's name
+        assert same(result[0], expected[0])
+        assert result[1].items() >= expected[1].items()
     assert kept < FLIPS / 10
 
 
@@ -313,8 +313,8 @@ LIES = {
     "a header of 2**63 bytes": with_header(b"{}", length=1 << 63),
     "an empty file": b"",
     "no header": struct.pack("<Q", 0),
-    "a header that is no JSON": with_header(b"{" * 64),
-    "a header that is no text": with_header(b"\xff" * 64),
+    "a header that is not JSON": with_header(b"{" * 64),
+    "a header that is not text": with_header(b"\xff" * 64),
     "a header that is a list": with_header(b"[]"),
     "a header nested too deep": with_header(b"[" * 100_000),
     "data beyond the end": with_header(entry([4], [0, 16]), b"1234"),
@@ -323,8 +323,8 @@ LIES = {
     "a shape of more numbers than data": with_header(entry([1 << 40, 1 << 40], [0, 16]), bytes(16)),
     "a negative shape": with_header(entry([-4], [0, 16]), bytes(16)),
     "an unknown type": with_header(entry([4], [0, 16], "F7"), bytes(16)),
-    "data that nobody claims": with_header(entry([1], [0, 4]), bytes(16)),
-    "metadata that are no text": with_header(b'{"__metadata__": {"a": 1}}'),
+    "data that no tensor claims": with_header(entry([1], [0, 4]), bytes(16)),
+    "metadata that are not text": with_header(b'{"__metadata__": {"a": 1}}'),
 }
 
 
