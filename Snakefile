@@ -36,6 +36,7 @@ rule all:
     input:
         results_of(WRITTEN),
         curves_of(WRITTEN),
+        pictures_of(WRITTEN),
         "results/table.csv",
 
 
@@ -44,6 +45,7 @@ rule all_evaluations:
     input:
         results_of(EXPERIMENTS),
         curves_of(EXPERIMENTS),
+        pictures_of(EXPERIMENTS),
         [f"results/{experiment}/export/README.md" for experiment in EXPERIMENTS],
         [f"results/sweeps/{sweep}.csv" for sweep in SWEEPS],
         "results/table.csv",

@@ -46,13 +46,14 @@ def draw_all(data: Mapping[str, np.ndarray]) -> dict[str, Figure]:
         name: Neighbours(data[f"{name}.neighbour_images"], data[f"{name}.neighbour_labels"]) for name in networks
     }
     shown = next(iter(neighbours.values())).labels.shape[1]
+    perplexity = float(data["perplexity"])
     accuracies = ", ".join(f"{NETWORKS[name][0]} {float(top1):.1f} %" for name, top1 in of("top1").items())
     return {
         "tsne": draw_points(
             of("points"),
             data["labels"],
             classes,
-            title=f"t-SNE of {len(data['labels']):,} images of {data['data']}, perplexity {float(data['perplexity']):g}",
+            title=f"t-SNE of {len(data['labels']):,} images of {data['data']}, perplexity {perplexity:g}",
             notes=notes("divergence {tsne_kl:.2f}, trustworthiness {trustworthiness:.3f}"),
         ),
         "triangles": draw_points(

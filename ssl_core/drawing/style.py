@@ -1,4 +1,4 @@
-"""The style of all figures: one font, a white ground, and colours for colour-blind readers, always with a shape or line.
+"""The style of all figures: one font, a white ground, and colours for colour-blind readers beside shapes or lines.
 
 `render` makes a PNG and an SVG of a figure, with equal bytes for equal figures.
 """

@@ -88,7 +88,7 @@ def run(config: Config, subjects: Subjects, manifest: Manifest, log: Log) -> Out
 
 
 def read_targets(manifest: Manifest, dataset: Dataset, features: Features) -> tuple[Tensor, Tensor]:
-    """Return the classes that each image shows, and those of which all objects are difficult; (images, classes) bool."""
+    """Return (images, classes) bool twice: the classes shown, and those of which all objects are difficult."""
     if not multilabels.has_labels(manifest, dataset.split):
         shown = one_against_rest(features.labels, num_classes(manifest, dataset.split))
         return shown, torch.zeros_like(shown)
@@ -107,7 +107,7 @@ def one_against_rest(labels: Tensor, classes: int) -> Tensor:
 def draw(targets: Tensor, indices: Tensor, k: int, seed: Sequence[int]) -> Tensor:
     """Draw k positive images of each class independently; return the rows of all of them, each once.
 
-    A row of `targets` (images, classes) may have several classes, as in VOC: then an image may be drawn for two of them.
+    A row of `targets` (images, classes) may have several classes, as in VOC, so an image may be drawn for two of them.
     The draw depends on the images' `indices` and the seed, not on the order of the rows.
     """
     generator = np.random.default_rng(seed)

@@ -189,7 +189,7 @@ def instance_top1(queries: Tensor, positives: Tensor, others: Tensor) -> float:
 
 
 def rankme(features: Tensor) -> float:
-    """Return RankMe (Garrido et al., 2023): exp of the entropy of the singular values of (images, dim), not centered."""
+    """Return RankMe (Garrido et al., 2023): exp of the entropy of the singular values, not centered."""
     return _rank(features, epsilon=1e-7)
 
 

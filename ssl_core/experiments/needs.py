@@ -8,6 +8,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import Field
+
 from ssl_core.config import Strict
 from ssl_core.experiments import checks
 
@@ -34,7 +36,8 @@ class Contract(Strict):
 
     rule: str = "evaluate"
     needs: Needs = Needs()
-    needs_by_key: dict[str, dict[str, Needs]] = {}  # key of the configuration -> its value or ANY -> needs
+    # key of the configuration -> its value or ANY -> needs
+    needs_by_key: dict[str, dict[str, Needs]] = Field(default_factory=dict)
 
     def needs_of(self, section: Mapping[str, Any]) -> Needs:
         """Return the needs of one evaluation; the first key of `needs_by_key` that matches replaces the default."""

@@ -259,7 +259,7 @@ def _read_header(header: Mapping[str, str], key: str) -> Any:
 
 
 def allocate(rows: int, dim: int) -> Tensor:
-    """Allocate (rows, dim) float32 in memory or, for large sets, in a temporary file that is deleted with the tensor."""
+    """Allocate (rows, dim) float32 in memory, or for large sets in a temporary file, deleted with the tensor."""
     if fits_in_memory(rows * dim):
         return torch.empty(rows, dim)
     with tempfile.NamedTemporaryFile(prefix="ssl-core-features-") as file, room_for(Path(file.name)):

@@ -31,7 +31,7 @@ class Probe:
         normalize: bool = False,
         device: str = "cpu",
     ) -> None:
-        """Start from N(0, .01) weights, drawn by the seed, and zero biases; each plan has a learning rate of its own."""
+        """Start from N(0, .01) weights, drawn by the seed, and zero biases; one plan per learning rate."""
         self.heads = [_classifier(dim, classes, seed).to(device) for _ in plans]
         self.twins = [_classifier(dim, classes, seed).to(device) for _ in plans] if len(plans) > 1 else []
         trained = [*zip(self.heads, plans, strict=True), *zip(self.twins, plans, strict=False)]

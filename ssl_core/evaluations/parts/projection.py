@@ -71,8 +71,8 @@ def first_two_layers(method: Any, name: str) -> nn.Sequential:
     linear = [position for position, layer in enumerate(layers) if isinstance(layer, nn.Linear)]
     if len(linear) < 2:
         raise ValueError(
-            f"method '{name}' has no projector of two layers, which this variant needs: choose a variant that needs the "
-            "backbone alone"
+            f"method '{name}' has no projector of two layers, which this variant needs: choose a variant that needs "
+            "the backbone alone"
         )
     kept = nn.Sequential(*layers[: linear[2]] if len(linear) > 2 else layers)
     split_batchnorm(kept, 1)  # split statistics belong to the pre-training
