@@ -33,7 +33,11 @@ table) echo > "$output"; echo > "${output%.csv}.html" ;;
 esac
 """
 
-CARD = {"name": "tiny", "image_size": 16, "source": {"type": "image_folder", "path": "images", "splits": {"train": {}, "test": {}}}}
+CARD = {
+    "name": "tiny",
+    "image_size": 16,
+    "source": {"type": "image_folder", "path": "images", "splits": {"train": {}, "test": {}}},
+}
 
 CONFIG: dict[str, Any] = {
     "experiments": {
