@@ -100,6 +100,12 @@ def _parser() -> argparse.ArgumentParser:
     curves.add_argument("--history", type=Path, required=True, metavar="CSV")
     curves.add_argument("--output", type=Path, required=True, metavar="PNG")
 
+    draw = commands.add_parser("draw", help="draw the pictures of an evaluation")
+    draw.add_argument("experiment")
+    draw.add_argument("evaluation")
+    draw.add_argument("--data", type=Path, required=True, metavar="NPZ", help="the arrays that the evaluation wrote")
+    draw.add_argument("--output", type=Path, required=True, metavar="FOLDER")
+
     table = commands.add_parser("table", help="gather results into one table")
     table.add_argument("results", type=Path, nargs="*", metavar="JSON")
     table.add_argument("--output", type=Path, required=True)
@@ -143,7 +149,7 @@ def _parser() -> argparse.ArgumentParser:
         stage.add_argument("--code", required=True, help="digest of the code that the stage runs")
     for stage in (shard, pretrain, evaluate, export):
         stage.add_argument("--threads", type=int, default=1)
-    stages = (shard, sample_views, pretrain, adopt, evaluate, export, cost, curves, table)
+    stages = (shard, sample_views, pretrain, adopt, evaluate, export, cost, draw, curves, table)
     for stage in stages:
         stage.set_defaults(command=_stage)
     for command in (*stages, compare, explain, views, doctor, schema):

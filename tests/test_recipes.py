@@ -16,10 +16,11 @@ from ssl_core.config import Backbone
 from ssl_core.data.card import load_card
 from ssl_core.data.loader import Loader
 from ssl_core.data.shards import Manifest
+from ssl_core.evaluations import base
 from ssl_core.experiments import checks as schema
 from ssl_core.methods.base import method_class, resolve, views_of
 from ssl_core.networks.backbones import build_backbone, save_backbone, write_tensors
-from ssl_core.stages import evaluate, shard
+from ssl_core.stages import shard
 from ssl_core.training.loop import Trainer
 
 ROOT = Path(__file__).parent.parent
@@ -57,7 +58,7 @@ def test_every_configuration_is_valid_down_to_the_last_key(path):
         assert resolved.dataset.split in card.source.splits
         assert views_of(resolved, card.image_size, avoid=card.avoid)
     for name, section in (configuration.get("evaluations") or {}).items():
-        evaluate.load(section, name).Config.model_validate({"dataset": {"name": "demo"}, **section})
+        base.load(section, name).Config.model_validate({"dataset": {"name": "demo"}, **section})
 
 
 def test_a_recipe_leaves_out_the_demonstration_and_inherits_none_of_its_settings(published):
