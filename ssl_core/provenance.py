@@ -16,7 +16,8 @@ from typing import Any
 PACKAGE = Path(__file__).parent
 # Bookkeeping: these change how a run is watched, stored or started, never what it computes.
 BOOKKEEPING = frozenset(
-    f"ssl_core.{name}" for name in ("tracking.run", "files", "provenance", "progress", "cli", "experiments.checks")
+    f"ssl_core.{name}"
+    for name in ("tracking.run", "files", "provenance", "progress", "cli", "experiments.checks", "experiments.sweeps")
 )
 DISTRIBUTIONS = ("ssl-core", "torch", "torchvision", "nvidia-dali-cuda130", "timm", "numpy", "scikit-learn")
 

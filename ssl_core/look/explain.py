@@ -19,8 +19,8 @@ from ssl_core.data.card import Card, load_card
 from ssl_core.data.loader import draw_subset
 from ssl_core.data.shards import Manifest, verify
 from ssl_core.data.views import POLICIES, Augmentation, View, Views
-from ssl_core.experiments import checks as schema
-from ssl_core.experiments.overlays import Layers, Where, leaves, load
+from ssl_core.experiments import bundled, checks
+from ssl_core.experiments.overlays import Configuration, Keys, leaves, load_configuration
 from ssl_core.look import forecast
 from ssl_core.methods import base
 from ssl_core.networks.backbones import Network, build_backbone
@@ -46,9 +46,9 @@ def explain(name: str, overlays: Sequence[Path], *, probe: bool | None, threads:
 
     Raises the `ValueError`s that pre-training would, without running it.
     """
-    layers = load(overlays)
+    layers = load_configuration(overlays)
     spec = layers.experiment(name)
-    schema.check_files(layers.settings, [f"results/{name}/backbone.safetensors"])
+    checks.check_files(layers.settings, [f"results/{name}/backbone.safetensors"])
     print(f"# {name}: {', '.join(map(str, layers.files))}")
     if "weights" in spec:
         _adopted(name, spec, layers)
@@ -84,7 +84,7 @@ def explain(name: str, overlays: Sequence[Path], *, probe: bool | None, threads:
 def find(spec: Mapping[str, Any]) -> Subject:
     """Resolve an experiment and find its card and, if there are, its intact shards."""
     resolved = base.resolve(spec)
-    card = load_card(Path("datasets", f"{resolved.dataset.name}.yaml"))
+    card = load_card(bundled.card_path(resolved.dataset.name))
     if resolved.dataset.split not in card.splits:
         raise ValueError(f"{card.name} has no split {resolved.dataset.split!r}: it has {', '.join(card.splits)}")
     path = Path("shards", card.name, "manifest.json")
@@ -99,10 +99,10 @@ def shard_command(dataset: str) -> str:
     return f"snakemake --cores all shards/{dataset}/manifest.json"
 
 
-def _adopted(name: str, spec: Mapping[str, Any], layers: Layers) -> None:
+def _adopted(name: str, spec: Mapping[str, Any], layers: Configuration) -> None:
     """Print an experiment whose weights come from a file: there is nothing to train."""
     print(*_settings(spec, name, layers, lambda where: "default"), sep="\n")
-    card = load_card(Path("datasets", f"{parse(Dataset, spec['dataset'], 'dataset').name}.yaml"))
+    card = load_card(bundled.card_path(parse(Dataset, spec["dataset"], "dataset").name))
     config = parse(Backbone, spec["backbone"], "backbone")
     backbone = build_backbone(config, card.image_size)
     flop = forecast.forward_flop(backbone, card.image_size)
@@ -119,7 +119,7 @@ def _preset(resolved: Experiment) -> Any:
     chosen = getattr(resolved.method, "preset", next(iter(presets)))
     paper = f"paper default (preset {chosen})"
 
-    def origin(where: Where) -> str:
+    def origin(where: Keys) -> str:
         if where[0] == "method":
             return paper
         return paper if where[0] == "training" and where[1] in presets[chosen].training else "default"
@@ -127,9 +127,9 @@ def _preset(resolved: Experiment) -> Any:
     return origin
 
 
-def _settings(sections: Mapping[str, Any], name: str, layers: Layers, unsaid: Any) -> Iterator[str]:
+def _settings(sections: Mapping[str, Any], name: str, layers: Configuration, unsaid: Any) -> Iterator[str]:
     """Write the sections as YAML, each value with its origin behind it."""
-    seen: Where = ()
+    seen: Keys = ()
     for where, value in leaves(sections):
         *parents, key = where
         shared = next((k for k, (old, new) in enumerate(zip(seen, where)) if old != new), len(seen))
