@@ -118,7 +118,7 @@ def test_another_folder_than_the_project(
     told: Told, documented: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    words = "config.yaml does not exist: run from the root of the project"
+    words = "config.yaml does not exist: run in the project's folder (`ssl-core init DIR` makes one)"
     assert words in told(["explain", "ressl_r18"])
     assert words in documented
 
@@ -128,8 +128,8 @@ def test_a_target_that_configfile_took(told: Told, documented: str, root: Path) 
 
     with pytest.raises(ValueError, match="write targets before --configfile") as error:
         check_config_files(["config.yaml", "results/ressl_r18/knn.json"])
-    assert "is a target that --configfile took" in str(error.value)
-    assert "is a target that --configfile took" in documented
+    assert "follows --configfile, but is a target" in str(error.value)
+    assert "follows --configfile, but is a target" in documented
 
 
 def test_views_before_sharding(told: Told, documented: str, root: Path, tmp_path: Path, monkeypatch: Any) -> None:

@@ -88,9 +88,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), YamlLoader)  # a safe loader
     except FileNotFoundError:
-        raise ValueError(
-            f"{path} does not exist: run in the project's folder (`ssl-core init DIR` makes one)"
-        ) from None
+        project = "run in the project's folder (`ssl-core init DIR` makes one)"
+        raise ValueError(f"{path} does not exist: {project if path == CONFIG else 'correct the path'}") from None
     except IsADirectoryError:
         raise ValueError(f"{path} is a folder: name a YAML file in it") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:

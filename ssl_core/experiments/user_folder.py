@@ -29,13 +29,15 @@ use rule * from pretraining
 def create(folder: Path) -> list[Path]:
     """Write Snakefile, config.yaml and datasets/ with the demonstration's card into `folder`; return the files.
 
-    Raises `ValueError`, before anything is written, if one of them exists.
+    Raises `ValueError`, before anything is written, if one of them exists or `folder` is a file.
     """
     contents = {
         folder / "Snakefile": SNAKEFILE,
         folder / "config.yaml": bundled.CONFIG.read_text(encoding="utf-8"),
         folder / "datasets" / "demo.yaml": (bundled.CARDS / "demo.yaml").read_text(encoding="utf-8"),
     }
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is no folder: name another")
     for path in contents:
         if path.exists() or path.is_symlink():
             raise ValueError(f"{path} exists: remove it, or name another folder (nothing was written)")
