@@ -1,4 +1,4 @@
-"""What `make docs` does beyond MkDocs: pages that live outside of docs/, and links between them and those inside."""
+"""Adds the pages outside docs/ to the site, and links between them and the pages inside."""
 
 import posixpath
 import re
@@ -20,7 +20,7 @@ LINK = re.compile(r"(?<=\]\()([^)#\s:]+\.md)(?=[)#])")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the pages from outside."""
+    """Add the pages outside docs/."""
     for source, page in OUTSIDE.items():
         files.append(File.generated(config, page, content=(ROOT / source).read_text(encoding="utf-8")))
     return files
@@ -37,5 +37,5 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         target = OUTSIDE.get(file, file.removeprefix("docs/"))
         return posixpath.relpath(target, posixpath.dirname(here) or ".")
 
-    # Diagrams would be drawn by a script from elsewhere: they stay text.
+    # A diagram would need a script of another site, so it is shown as text.
     return LINK.sub(link, markdown).replace("```mermaid", "```text")
