@@ -35,7 +35,7 @@ localrules:
 rule all:
     input:
         results_of(WRITTEN),
-        curves_of(WRITTEN),
+        pictures_of(WRITTEN),
         "results/table.csv",
 
 
@@ -43,7 +43,7 @@ rule all:
 rule all_evaluations:
     input:
         results_of(EXPERIMENTS),
-        curves_of(EXPERIMENTS),
+        pictures_of(EXPERIMENTS),
         [f"results/{experiment}/export/README.md" for experiment in EXPERIMENTS],
         [f"results/sweeps/{sweep}.csv" for sweep in SWEEPS],
         "results/table.csv",

@@ -83,6 +83,12 @@ def _add_stages(commands: Any) -> None:
     pretrain.add_argument("--output", type=Path, required=True)
     pretrain.add_argument("--checkpoint", type=Path, required=True)
 
+    sample_views = commands.add_parser("sample-views", help="draw the views of an experiment")
+    sample_views.add_argument("experiment")
+    sample_views.add_argument("--spec", type=_json, required=True, help="the settings of the experiment, as JSON")
+    sample_views.add_argument("--manifest", type=Path, required=True)
+    sample_views.add_argument("--output", type=Path, required=True, metavar="PNG")
+
     adopt = commands.add_parser("adopt", help="make a backbone of weights that were trained elsewhere")
     adopt.add_argument("experiment")
     adopt.add_argument("--manifest", type=Path, required=True)
@@ -129,7 +135,7 @@ def _add_stages(commands: Any) -> None:
         stage.add_argument("--code", required=True, help="digest of the code that the stage runs")
     for stage in (shard, pretrain, evaluate, export):
         stage.add_argument("--threads", type=int, default=1)
-    for stage in (shard, pretrain, adopt, evaluate, export, cost, curves, table):
+    for stage in (shard, sample_views, pretrain, adopt, evaluate, export, cost, curves, table):
         stage.set_defaults(command=_stage)
 
 
@@ -175,10 +181,11 @@ def _add_looks(commands: Any) -> None:
 
 def _stage(options: argparse.Namespace) -> None:
     """Call the stage with its options, which have the names of its arguments."""
-    stage = importlib.import_module(f"ssl_core.stages.{options.name}")
-    stage.run(
-        **{name: value for name, value in vars(options).items() if name not in ("command", "name", "log", "version")}
-    )
+    stage = importlib.import_module(f"ssl_core.stages.{options.name.replace('-', '_')}")
+    arguments = dict(vars(options))
+    for name in ("command", "name", "log", "version"):
+        del arguments[name]
+    stage.run(**arguments)
 
 
 def _init(options: argparse.Namespace) -> None:

@@ -1,11 +1,10 @@
-"""Pre-train a backbone: from a manifest and an experiment's section to weights, history and a picture of the views."""
+"""The stage `pretrain`: from a manifest and an experiment's settings to weights, history and a summary."""
 
 import csv
 import io
 import json
 import os
 import resource
-import shutil
 import signal
 import sys
 import time
@@ -27,7 +26,7 @@ from ssl_core.data.shards import Manifest, verify
 from ssl_core.data.views import POLICIES, View, Views
 from ssl_core.drawing.views import draw_first_views
 from ssl_core.experiments import sweeps
-from ssl_core.files import atomic, write_json, write_text
+from ssl_core.files import write_json, write_text
 from ssl_core.methods.base import method_class, resolve, views_of
 from ssl_core.networks.backbones import build_backbone, check_image_size, save_backbone, write_tensors
 from ssl_core.tracking import run as tracking
@@ -37,7 +36,7 @@ from ssl_core.training.monitor import online_knn
 
 HEADLINES = ("loss/total", "embedding/effective_rank", "online/knn")  # beside the evaluations' numbers
 PROBE_IMAGES = 5000  # the online kNN looks at no more
-OUTPUTS = ("model.safetensors", "history.csv", "views.png", "pretrain.json", "backbone.safetensors")
+OUTPUTS = ("model.safetensors", "history.csv", "pretrain.json", "backbone.safetensors")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,11 +53,18 @@ class Job:
 
 
 def run(
-    experiment: str, *, spec: dict[str, Any], code: str, manifest: Path, output: Path, checkpoint: Path, threads: int
+    experiment: str,
+    *,
+    spec: dict[str, Any],
+    code: str,
+    manifest: Path,
+    output: Path,
+    checkpoint: Path,
+    threads: int,
 ) -> None:
-    """Pre-train `experiment` as `spec` says; continue from `checkpoint` if it belongs to this spec, code and data.
+    """Pre-train `experiment` by its settings `spec`; continue from a `checkpoint` of the same spec, code and data.
 
-    Writes backbone.safetensors, model.safetensors, pretrain.json, history.csv and views.png into `output` at the end.
+    Writes backbone.safetensors, model.safetensors, pretrain.json and history.csv into `output` at the end.
     """
     job = Job(
         experiment=experiment,
@@ -170,8 +176,6 @@ def _lead(
     training = resolved.training
     if trainer.step:
         print(f"{job.experiment}: continuing at step {trainer.step} of {trainer.total_steps}", file=sys.stderr)
-    picture = job.checkpoint.with_suffix(".views.png")
-    draw_first_views(manifest, resolved.dataset, views, picture, seed=training.seed)
     settings = resolved.model_dump(mode="json")
     with (
         tracking.start(
@@ -180,7 +184,9 @@ def _lead(
         _probe(resolved, manifest, job.threads) or nullcontext() as probe,
     ):
         tracked.dataset(manifest.dataset, identity.data, num_images=trainer.loader.num_images, source=job.manifest)
-        tracked.artifact(picture)  # now, so that it can be looked at while the run goes on
+        picture = job.checkpoint.with_suffix(".views.png")
+        draw_first_views(manifest, resolved.dataset, views, picture, seed=training.seed)
+        tracked.artifact(picture)  # at the start, so that it can be viewed during the training
 
         def save() -> None:
             checkpoints.save(job.checkpoint, {**trainer.state(), "tracking_run": tracked.id}, identity)
@@ -199,7 +205,7 @@ def _lead(
 
         trainer.run(save=save, log=log)
         report = _report(job, resolved, views, trainer, identity)
-        _write(job, resolved, manifest, trainer, report, picture)
+        _write(job, resolved, manifest, trainer, report)
         tracked.headline({name: report["final"][name] for name in HEADLINES if name in report["final"]})
         for name in ("pretrain.json", "history.csv"):
             tracked.artifact(job.output / name)
@@ -302,10 +308,8 @@ def students_views(views: Views) -> float:
     return sum(view.count * (0.25 if view.region else 1.0) for view in views.values() if "student" in view.seen_by)
 
 
-def _write(
-    job: Job, resolved: Experiment, manifest: Manifest, trainer: Trainer, report: dict[str, Any], picture: Path
-) -> None:
-    """Write all outputs under temporary names, then rename them together: half a result never stands there."""
+def _write(job: Job, resolved: Experiment, manifest: Manifest, trainer: Trainer, report: dict[str, Any]) -> None:
+    """Write all outputs under temporary names, then rename them together, so that they never mix two runs."""
     new = {name: job.output / f".new-{name}" for name in OUTPUTS}
     job.output.mkdir(parents=True, exist_ok=True)
     write_tensors(
@@ -313,8 +317,6 @@ def _write(
     )
     write_text(new["history.csv"], _csv(trainer.history))
     write_json(new["pretrain.json"], report)
-    with atomic(new["views.png"]) as copy:
-        shutil.copyfile(picture, copy)  # the tracking may still be reading the first
     metadata = {
         "version": report["version"],
         "seed": str(resolved.training.seed),

@@ -19,8 +19,9 @@ stage=$1
 while [ $# -gt 0 ]; do [ "$1" = --output ] && output=$2; shift; done
 case $stage in
 shard) mkdir -p "$output"; echo '{}' > "$output/manifest.json" ;;
-pretrain) for file in backbone.safetensors model.safetensors pretrain.json history.csv views.png; do
+pretrain) for file in backbone.safetensors model.safetensors pretrain.json history.csv; do
     mkdir -p "$output"; echo "$output" > "$output/$file"; done ;;
+sample-views) mkdir -p "${output%/*}"; echo > "$output" ;;
 adopt) mkdir -p "${output%/*}"; echo "$output" > "$output" ;;
 evaluate | cost) echo '{}' > "$output" ;;
 export) mkdir -p "$output"; for file in backbone.safetensors backbone.onnx README.md; do

@@ -1,14 +1,15 @@
 """A change runs exactly the jobs again whose results it can change."""
 
+import re
 from pathlib import Path
 
 import yaml
 
 from .conftest import Project
 
-FIRST = {f"results/first/{file}" for file in ("backbone.safetensors", "curves.png", "linear.json", "knn.json")}
+FILES = ("backbone.safetensors", "views.png", "curves.png", "linear.json", "knn.json")
+FIRST = {f"results/first/{file}" for file in FILES}
 SECOND = {file.replace("first", "second") for file in FIRST}
-BOOKKEEPING = ("tracking/run", "files", "provenance", "cli", "experiments/checks", "experiments/sweeps")
 TABLE = {"results/table.csv"}
 
 
@@ -49,9 +50,6 @@ def test_changes_without_effect_on_results_run_nothing(done: Project) -> None:
         path.write_text("# A remark.\n" + text.replace('"""', '"""New words. ', 1))
     for path in [*done.folder.glob("workflow/**/*.smk"), done.folder / "Snakefile"]:
         path.write_text(path.read_text() + "\n# A remark.\n")
-    for name in BOOKKEEPING:  # code that watches, stores or starts jobs
-        path = done.folder / "ssl_core" / f"{name}.py"
-        path.write_text(path.read_text() + "\nCHANGED = 1\n")
     edit(done.folder / "datasets" / "tiny.yaml", "name: tiny", "name: tiny  # a remark")
     manifest = done.folder / "shards" / "tiny" / "manifest.json"
     manifest.write_text(manifest.read_text())
@@ -96,15 +94,40 @@ def test_a_file_of_weights_runs_its_experiments_again(fresh: Project) -> None:
     assert fresh.pending(*backbones) == backbones - {"results/first/backbone.safetensors"}
 
 
+def add_statement(path: Path, function: str) -> None:
+    """Let a function that has a docstring of one line do one thing more."""
+    text = path.read_text()
+    edited = re.sub(rf'(def {function}\(.*?\n( +)""".*?""")', r"\1\n\2more = abs(-1)", text, count=1, flags=re.DOTALL)
+    assert edited != text, f"{path} has no {function} with a docstring"
+    path.write_text(edited)
+
+
+def test_moved_and_reworded_code_runs_nothing(done: Project) -> None:
+    package = done.folder / "ssl_core"
+    (package / "networks" / "heads.py").rename(package / "blocks" / "projectors.py")
+    for path in package.rglob("*.py"):
+        path.write_text(path.read_text().replace("ssl_core.networks.heads", "ssl_core.blocks.projectors"))
+    edit(package / "training" / "monitor.py", "training diverged: ", "oh no, it diverged: ")
+    assert done.pending() == set()
+
+
 def test_code_of_a_method_runs_its_experiments_again(done: Project) -> None:
-    edit(done.folder / "ssl_core" / "methods" / "ressl.py", "class ReSSL", "CHANGED = 1\n\n\nclass ReSSL")
+    add_statement(done.folder / "ssl_core" / "methods" / "ressl.py", "forward")
     assert done.pending() == FIRST | TABLE
 
 
 def test_code_of_a_protocol_runs_its_evaluations_again(done: Project) -> None:
-    path = done.folder / "ssl_core" / "evaluations" / "knn.py"
-    path.write_text(path.read_text() + "\nCHANGED = 1\n")
+    add_statement(done.folder / "ssl_core" / "evaluations" / "knn.py", "run")
     assert done.pending() == {"results/first/knn.json", "results/second/knn.json"} | TABLE
+
+
+def test_code_of_a_picture_draws_that_picture_again_and_trains_nothing(done: Project) -> None:
+    add_statement(done.folder / "ssl_core" / "drawing" / "views.py", "draw_views")
+    assert done.pending() == {"results/first/views.png", "results/second/views.png"}
+    run = done.snakemake()
+    assert run.returncode == 0, run.stderr
+    assert done.pending() == set()
+    assert [call.split()[0] for call in done.calls()[-2:]] == ["sample-views", "sample-views"]
 
 
 def test_a_card_shards_its_data_set_again(done: Project) -> None:

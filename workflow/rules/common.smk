@@ -13,7 +13,8 @@ from snakemake.scheduling.job_scheduler import JobScheduler
 
 from ssl_core.experiments import bundled, checks, overlays, sweeps
 from ssl_core.data.card import load_card
-from ssl_core.provenance import canonical, code_digest
+from ssl_core.experiments.code import evaluation_code, export_code, pretraining_code, stage_code, views_code
+from ssl_core.provenance import canonical
 
 # Where no environment is activated, jobs find `ssl-core` beside the Python that runs Snakemake.
 os.environ.update(PATH=os.pathsep.join([*os.get_exec_path(), str(Path(sys.executable).parent)]))
@@ -72,12 +73,6 @@ def files_of(wildcards):
     return list(sweeps.weight_files(pretrain_spec(wildcards)).values())
 
 
-def pretrain_code(wildcards):
-    """Digest the code that pre-trains this experiment: the stage's and its method's."""
-    method = pretrain_spec(wildcards)["method"]["name"]
-    return code_digest("ssl_core.stages.pretrain", f"ssl_core.methods.{method}")
-
-
 def model_of(wildcards):
     """Return the whole pre-trained model for the evaluations that build on its projector too, else nothing."""
     section = EVALUATIONS[wildcards.evaluation]
@@ -86,23 +81,9 @@ def model_of(wildcards):
     return [f"results/{wildcards.experiment}/model.safetensors"] if needed and trained else []
 
 
-def evaluate_code(wildcards):
-    """Digest the code of this evaluation: the stage's and its protocol's."""
-    protocol = EVALUATIONS[wildcards.evaluation]["protocol"]
-    return code_digest("ssl_core.stages.evaluate", f"ssl_core.evaluations.{protocol}")
-
-
-def export_code(wildcards):
-    """Digest the code that exports this experiment: the stage's and, since the model card lists its settings, the method's."""
-    modules = ["ssl_core.stages.export"]
-    if "method" in pretrain_spec(wildcards):
-        modules.append(f"ssl_core.methods.{pretrain_spec(wildcards)['method']['name']}")
-    return code_digest(*modules)
-
-
 def card_content(dataset):
-    """Return the content of a data set's card. As a parameter it counts by its content, not by its place or date."""
-    return canonical(yaml.safe_load(bundled.card_path(dataset).read_text()))
+    """Return the content of a data set's card: a change of it counts, a change of its place or date does not."""
+    return yaml.safe_load(bundled.card_path(dataset).read_text())
 
 
 def manifest_of(spec):
@@ -117,9 +98,10 @@ def results_of(experiments):
     return [f"results/{experiment}/{evaluation}.json" for experiment in experiments for evaluation in EVALUATIONS]
 
 
-def curves_of(experiments):
-    """Return the learning curves of these experiments; adopted weights have none."""
-    return [f"results/{experiment}/curves.png" for experiment in experiments if experiment not in ADOPTED]
+def pictures_of(experiments):
+    """Return the pictures of these experiments' views and histories; adopted weights have none."""
+    trained = [experiment for experiment in experiments if experiment not in ADOPTED]
+    return [f"results/{experiment}/{picture}.png" for experiment in trained for picture in ("views", "curves")]
 
 
 def one_of(names):

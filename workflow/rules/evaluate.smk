@@ -15,7 +15,7 @@ rule evaluate:
         gpu=GPU,
     params:
         spec=lambda wildcards: canonical(evaluate_spec(wildcards)),
-        code=evaluate_code,
+        code=lambda wildcards: evaluation_code(evaluate_spec(wildcards)),
     shell:
         "ssl-core evaluate {wildcards.experiment} {wildcards.evaluation} --spec {params.spec:q} --code {params.code}"
         " --backbone {input.backbone} --model {input.model} --manifest {input.manifest} --output {output.json}"

@@ -16,9 +16,9 @@ rule export:
     threads: 16
     params:
         spec=lambda wildcards: canonical(pretrain_spec(wildcards)),
-        code=export_code,
+        code=lambda wildcards: export_code(pretrain_spec(wildcards)),
         dataset=lambda wildcards: pretrain_spec(wildcards)["dataset"]["name"],
-        content=lambda wildcards: card_content(pretrain_spec(wildcards)["dataset"]["name"]),
+        content=lambda wildcards: canonical(card_content(pretrain_spec(wildcards)["dataset"]["name"])),
         folder=lambda wildcards, output: str(Path(output.card).parent),
     shell:
         "ssl-core export {wildcards.experiment} --spec {params.spec:q} --backbone {input.backbone}"
@@ -43,7 +43,7 @@ rule cost:
     threads: 16
     params:
         spec=lambda wildcards: canonical(evaluate_spec(wildcards)),
-        code=lambda wildcards: code_digest("ssl_core.stages.cost"),
+        code=lambda wildcards: stage_code("cost"),
         pretrain=lambda wildcards, input: f"--pretrain {input.pretrain}" if input.pretrain else "",
     shell:
         "ssl-core cost {wildcards.experiment} {wildcards.evaluation} --spec {params.spec:q} --code {params.code}"

@@ -56,11 +56,32 @@ rule pictures:
         gpu=GPU,
     params:
         spec=lambda wildcards: canonical(evaluate_spec(wildcards)),
-        code=evaluate_code,
+        code=lambda wildcards: evaluation_code(evaluate_spec(wildcards)),
     shell:
         "ssl-core evaluate {wildcards.experiment} {wildcards.evaluation} --spec {params.spec:q} --code {params.code}"
         " --backbone {input.backbone} --manifest {input.manifest} --output {output.json}"
         " --threads {threads} --log {log}"
+
+
+# No input of a pre-training: a picture that is drawn anew trains nothing.
+rule views:
+    input:
+        manifest=lambda wildcards: manifest_of(pretrain_spec(wildcards)),
+    output:
+        report(
+            "results/{experiment}/views.png",
+            caption="../report/views.rst",
+            category="Pre-training",
+            labels={"experiment": "{experiment}", "what": "views"},
+        ),
+    log:
+        "logs/views/{experiment}.log",
+    params:
+        spec=lambda wildcards: canonical(pretrain_spec(wildcards)),
+        code=lambda wildcards: views_code(pretrain_spec(wildcards)),
+    shell:
+        "ssl-core sample-views {wildcards.experiment} --spec {params.spec:q} --manifest {input.manifest}"
+        " --output {output} --log {log}"
 
 
 # Adopted weights have no history, so nothing asks for their curves.
@@ -78,6 +99,6 @@ rule curves:
     log:
         "logs/curves/{experiment}.log",
     params:
-        code=lambda wildcards: code_digest("ssl_core.stages.curves"),
+        code=lambda wildcards: stage_code("curves"),
     shell:
         "ssl-core curves {wildcards.experiment} --history {input.history} --output {output.png} --log {log}"

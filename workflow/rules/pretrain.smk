@@ -8,12 +8,6 @@ rule pretrain:
         model="results/{experiment}/model.safetensors",
         summary="results/{experiment}/pretrain.json",
         history="results/{experiment}/history.csv",
-        views=report(
-            "results/{experiment}/views.png",
-            caption="../report/views.rst",
-            category="Pre-training",
-            labels={"experiment": "{experiment}", "what": "views"},
-        ),
     log:
         "logs/pretrain/{experiment}.log",
     wildcard_constraints:
@@ -23,7 +17,7 @@ rule pretrain:
         gpu=GPU,
     params:
         spec=lambda wildcards: canonical(pretrain_spec(wildcards)),
-        code=pretrain_code,
+        code=lambda wildcards: pretraining_code(pretrain_spec(wildcards)),
         folder=lambda wildcards, output: str(Path(output.backbone).parent),
     shell:
         "ssl-core pretrain {wildcards.experiment} --spec {params.spec:q} --code {params.code}"
@@ -44,7 +38,7 @@ rule adopt:
         experiment=one_of(ADOPTED),
     params:
         spec=lambda wildcards: canonical(pretrain_spec(wildcards)),
-        code=lambda wildcards: code_digest("ssl_core.stages.adopt"),
+        code=lambda wildcards: stage_code("adopt", pretrain_spec(wildcards)),
     shell:
         "ssl-core adopt {wildcards.experiment} --spec {params.spec:q} --code {params.code}"
         " --manifest {input.manifest} --output {output.backbone} --log {log}"

@@ -14,7 +14,7 @@ rule table:
     params:
         seeds=canonical(sweeps.seeds(CONFIG["experiments"])),
         reported=canonical(sweeps.reported(CONFIG["experiments"], CONFIG)),
-        code=lambda wildcards: code_digest("ssl_core.stages.table"),
+        code=lambda wildcards: stage_code("table"),
     shell:
         "ssl-core table {input} --seeds {params.seeds:q} --reported {params.reported:q}"
         " --output {output.csv} --log {log}"
@@ -37,7 +37,7 @@ rule sweep:
         grid=lambda wildcards: canonical(sweeps.points(wildcards.sweep, CONFIG)),
         seeds=lambda wildcards: canonical(sweeps.seeds(sweeps.variants(wildcards.sweep, CONFIG))),
         reported=lambda wildcards: canonical(sweeps.reported(sweeps.variants(wildcards.sweep, CONFIG), CONFIG)),
-        code=lambda wildcards: code_digest("ssl_core.stages.table"),
+        code=lambda wildcards: stage_code("table"),
     shell:
         "ssl-core table {input} --grid {params.grid:q} --seeds {params.seeds:q} --reported {params.reported:q}"
         " --output {output.csv} --log {log}"

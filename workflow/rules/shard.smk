@@ -6,8 +6,8 @@ rule shard:
         "logs/shard/{dataset}.log",
     threads: 16
     params:
-        content=lambda wildcards: card_content(wildcards.dataset),
-        code=lambda wildcards: code_digest("ssl_core.stages.shard"),
+        content=lambda wildcards: canonical(card_content(wildcards.dataset)),
+        code=lambda wildcards: stage_code("shard", card_content(wildcards.dataset)),
         folder=lambda wildcards, output: str(Path(output.manifest).parent),
     shell:
         "ssl-core shard {wildcards.dataset} --output {params.folder} --threads {threads} --log {log}"
