@@ -1,4 +1,4 @@
-# Needs python3 (3.11 to 3.13) with venv; makes .venv from requirements.lock before anything else.
+# Needs python3 (3.11 to 3.13) with venv; every target first makes .venv from requirements.lock.
 #   make results/ressl_r18/linear.json [ARGS="--configfile ..."]     make test     make check     make ui
 PYTHON ?= python3
 CORES ?= all
@@ -8,7 +8,7 @@ UV_VERSION := 0.13.8
 
 BIN := .venv/bin
 INSTALLED := .venv/.installed
-# The console scripts that rules call are found first; the rest of a developer's shell stays out of the environment.
+# Programs of .venv come first, and no other environment of the shell is visible.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV CONDA_PREFIX
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
@@ -21,7 +21,7 @@ export MLFLOW_DISABLE_TELEMETRY := true
 all: $(INSTALLED)
 	snakemake --rerun-incomplete --cores $(CORES) $(ARGS)
 
-# Always asked, so that Snakemake decides what is out of date.
+# Always runs Snakemake, which decides which files are out of date.
 results/% shards/%: $(INSTALLED) FORCE
 	snakemake --rerun-incomplete --cores $(CORES) $@ $(ARGS)
 
@@ -30,7 +30,7 @@ Makefile pyproject.toml requirements.lock: ;
 
 install: $(INSTALLED)
 
-# The stamp is written last: an interrupted installation is taken up again.
+# The stamp is written last, so that an interrupted installation continues.
 $(INSTALLED): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; (3, 11) <= v <= (3, 13) or sys.exit("error: Python 3.11 to 3.13 is needed, $(PYTHON) is %d.%d; say make PYTHON=python3.12" % v)'
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "error: $(PYTHON) cannot make environments: apt install python3-venv (Debian, Ubuntu), or say make PYTHON=python3.12" >&2; exit 1; }
@@ -40,7 +40,7 @@ $(INSTALLED): requirements.lock pyproject.toml
 	VIRTUAL_ENV=$(CURDIR)/.venv $(BIN)/python -m uv pip install --no-deps --no-build-isolation --editable .
 	touch $@
 
-# One process a core, one thread each; the tests of a file share its fixtures.
+# One process per core with one thread each; the tests of a file run in one process and share its fixtures.
 test: $(INSTALLED)
 	pytest --numprocesses auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
@@ -51,7 +51,7 @@ test-avx2: $(INSTALLED)
 test-long: $(INSTALLED)
 	pytest --numprocesses auto --dist loadfile --no-loadscope-reorder --long $(ARGS)
 
-# Each prints a table and writes JSON; alone on the machine. One of them: make bench BENCHMARKS=loader
+# Each prints a table and writes JSON; nothing else should run meanwhile. One of them: make bench BENCHMARKS=loader
 BENCHMARKS := loader step sharding evaluation instance_loss workflow
 bench: $(INSTALLED)
 	mkdir -p build/benchmarks
@@ -73,7 +73,7 @@ schema: $(INSTALLED)
 	ssl-core schema > workflow/schemas/config.schema.json.new
 	mv workflow/schemas/config.schema.json.new workflow/schemas/config.schema.json
 
-# A site of all documentation in site/.
+# All documentation as a site in site/.
 docs: $(INSTALLED)
 	NO_MKDOCS_2_WARNING=1 mkdocs build --quiet $(ARGS)
 

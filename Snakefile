@@ -1,13 +1,13 @@
 # Pre-train small networks without labels and measure them: shard -> pretrain -> evaluate -> table.
-# What runs stands in config.yaml; `snakemake --cores all -n` says what would run again, and why.
-import sys
+# config.yaml selects what runs; `snakemake --cores all -n` lists the jobs that would run, with the reasons.
+# `ssl-core init` makes a folder of your own whose Snakefile imports this one as a module.
+from pathlib import Path
 
-# Where pandas is installed Snakemake imports it, to see whether a parameter is a table; ours never are. Saves half a
-# dry run's time.
-sys.modules.setdefault("pandas", None)
+from ssl_core.experiments import bundled
 
 
-configfile: "config.yaml"
+# With `--directory` the configuration of that folder is used, if there is one.
+configfile: "config.yaml" if Path("config.yaml").exists() else str(bundled.CONFIG)
 
 
 report: "workflow/report/workflow.rst"
@@ -22,7 +22,7 @@ include: "workflow/rules/export.smk"
 include: "workflow/rules/report.smk"
 
 
-# A GPU is used by one job at a time, unless --resources or a profile says that there are more.
+# One job at a time uses a GPU, unless `--resources gpu=N` or a profile allows more.
 if "gpu" not in workflow.global_resources:
     workflow.register_resource("gpu", 1)
 
@@ -39,7 +39,7 @@ rule all:
         "results/table.csv",
 
 
-# Also the sweeps, and what each experiment is passed on as.
+# Also the sweeps and the exports.
 rule all_evaluations:
     input:
         results_of(EXPERIMENTS),

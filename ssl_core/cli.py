@@ -1,7 +1,7 @@
-"""The console script `ssl-core`: one command a stage, which is what the rules call, and some to look before running.
+"""The console script `ssl-core`: one command per stage, which the rules call, and commands to look before running.
 
-Stages, and with them torch and MLflow, are imported by the command that needs them. What a user got wrong (a
-`ValueError`) ends as one line on stderr and exit code 2; the traceback is in the log.
+Commands import their stage, and with it torch and MLflow, when they run. A fault of the user's (`ValueError`) ends with
+one line on stderr and exit code 2; its traceback is in the log.
 """
 
 import argparse
@@ -12,46 +12,70 @@ import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from importlib import metadata
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
 from ssl_core import late_compiler, mistakes
 
+CARD = "a data set's name, whose card is in datasets/ or in the package, or the file of a card"
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code: 0, 2 for what the user can mend, 130 interrupted, 1 for the rest."""
+    """Run one command and return its exit code: 0, 2 for a fault of the user's, 130 if interrupted, else 1."""
     late_compiler.postpone()
-    chosen = _parser().parse_args(arguments)
-    with _logged(chosen.log) as log:
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.version:
+        print(f"ssl-core {metadata.version('ssl-core')}")
+        return 0
+    if options.name is None:
+        parser.print_help()
+        return 0
+    with _logged(options.log) as log:
         try:
-            chosen.command(chosen)
+            options.command(options)
         except KeyboardInterrupt:
             return 130
         except Exception as error:
-            kept = f" (log: {chosen.log})" if chosen.log else ""
-            told = mistakes.explain(error)
-            if told is None:
-                traceback.print_exc()
-                print(f"error: {type(error).__name__}, a fault of the program{kept}", file=sys.stderr)
-                return 1
-            if log is not None:
-                log.write(traceback.format_exc())
-            print(f"error: {told}{kept}", file=sys.stderr)
-            return 2
+            return _report(error, options.log, log)
     return 0
+
+
+def _report(error: Exception, path: Path | None, log: "_Log | None") -> int:
+    """Print an error, as one line if the user can mend it; return the exit code."""
+    place = f" (log: {path})" if path else ""
+    explanation = mistakes.explain(error)
+    if explanation is None:
+        traceback.print_exc()
+        print(f"error: {type(error).__name__}, a fault of the program{place}", file=sys.stderr)
+        return 1
+    if log is not None:
+        log.write(traceback.format_exc())
+    print(f"error: {explanation}{place}", file=sys.stderr)
+    return 2
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="ssl-core",
         description="Self-supervised pre-training of small networks.",
-        epilog="Look with explain, views, doctor and compare; Snakemake calls the rest (snakemake --cores all). "
-        "`ssl-core COMMAND --help` says more.",
+        epilog="Begin with init; look with explain, views, doctor and compare. Snakemake calls the stages "
+        "(snakemake --cores all). Options of a command: ssl-core COMMAND --help.",
     )
-    commands = parser.add_subparsers(required=True, dest="name", metavar="COMMAND")
+    parser.add_argument("--version", action="store_true", help="show the version and exit")
+    commands = parser.add_subparsers(dest="name", metavar="COMMAND")
+    _add_stages(commands)
+    _add_looks(commands)
+    for command in commands.choices.values():
+        command.add_argument("--log", type=Path, help="also write the terminal's output to this file")
+    return parser
 
+
+def _add_stages(commands: Any) -> None:
+    """Add the commands that rules call."""
     shard = commands.add_parser("shard", help="write a data set as shards")
-    shard.add_argument("card", type=Path)
+    shard.add_argument("card", type=_card, help=CARD)
     shard.add_argument("--output", type=Path, required=True)
 
     pretrain = commands.add_parser("pretrain", help="pre-train a backbone")
@@ -62,11 +86,11 @@ def _parser() -> argparse.ArgumentParser:
 
     sample_views = commands.add_parser("sample-views", help="draw the views of an experiment")
     sample_views.add_argument("experiment")
-    sample_views.add_argument("--spec", type=_json, required=True, help="the experiment's own settings, as JSON")
+    sample_views.add_argument("--spec", type=_json, required=True, help="the settings of the experiment, as JSON")
     sample_views.add_argument("--manifest", type=Path, required=True)
     sample_views.add_argument("--output", type=Path, required=True, metavar="PNG")
 
-    adopt = commands.add_parser("adopt", help="take a backbone from weights that were trained elsewhere")
+    adopt = commands.add_parser("adopt", help="make a backbone of weights that were trained elsewhere")
     adopt.add_argument("experiment")
     adopt.add_argument("--manifest", type=Path, required=True)
     adopt.add_argument("--output", type=Path, required=True)
@@ -75,24 +99,24 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("experiment")
     evaluate.add_argument("evaluation")
     evaluate.add_argument("--backbone", type=Path, required=True)
-    evaluate.add_argument("--model", type=Path, nargs="?", help="the whole pre-trained model, where a protocol asks")
+    evaluate.add_argument("--model", type=Path, nargs="?", help="the whole pre-trained model, if the protocol needs it")
     evaluate.add_argument("--manifest", type=Path, required=True)
     evaluate.add_argument("--output", type=Path, required=True)
 
-    export = commands.add_parser("export", help="write a backbone as others load it, with a model card")
+    export = commands.add_parser("export", help="write a backbone for other programs, with a model card")
     export.add_argument("experiment")
-    export.add_argument("--spec", type=_json, required=True, help="the experiment's own section, as JSON")
+    export.add_argument("--spec", type=_json, required=True, help="the settings of the experiment, as JSON")
     export.add_argument("--backbone", type=Path, required=True)
-    export.add_argument("--card", type=Path, required=True, help="of the experiment's data set")
+    export.add_argument("--card", type=_card, required=True, help=CARD)
     export.add_argument("--results", type=Path, nargs="*", default=[], metavar="JSON")
     export.add_argument("--output", type=Path, required=True)
 
-    cost = commands.add_parser("cost", help="measure what a backbone costs")
+    cost = commands.add_parser("cost", help="measure the cost of a backbone")
     cost.add_argument("experiment")
     cost.add_argument("evaluation")
     cost.add_argument("--backbone", type=Path, required=True)
     cost.add_argument("--onnx", type=Path, required=True)
-    cost.add_argument("--pretrain", type=Path, help="the summary of the pre-training, where there was one")
+    cost.add_argument("--pretrain", type=Path, help="the summary of the pre-training, if there was one")
     cost.add_argument("--output", type=Path, required=True)
 
     curves = commands.add_parser("curves", help="draw the history of a pre-training")
@@ -109,90 +133,122 @@ def _parser() -> argparse.ArgumentParser:
     table = commands.add_parser("table", help="gather results into one table")
     table.add_argument("results", type=Path, nargs="*", metavar="JSON")
     table.add_argument("--output", type=Path, required=True)
-    table.add_argument("--grid", type=_json, help="what each experiment of a sweep sets, as JSON")
-    table.add_argument("--seeds", type=_json, help="which experiments differ in their seed alone, as JSON")
-    table.add_argument("--reported", type=_json, help="numbers from elsewhere to show beside, as JSON")
+    table.add_argument("--grid", type=_json, help="the values that each experiment of a sweep sets, as JSON")
+    table.add_argument("--seeds", type=_json, help="the experiments that differ only in their seed, as JSON")
+    table.add_argument("--reported", type=_json, help="published numbers to show beside the results, as JSON")
+
+    for stage in (pretrain, adopt, evaluate, cost):
+        stage.add_argument("--spec", type=_json, required=True, help="the settings of the stage, as JSON")
+        stage.add_argument("--code", required=True, help="digest of the code that the stage runs")
+    for stage in (shard, pretrain, evaluate, export):
+        stage.add_argument("--threads", type=int, default=1)
+    for stage in (shard, sample_views, pretrain, adopt, evaluate, export, cost, curves, draw, table):
+        stage.set_defaults(command=_stage)
+
+
+def _add_looks(commands: Any) -> None:
+    """Add the commands that users call."""
+    init = commands.add_parser("init", help="make a folder of your own: Snakefile, config.yaml, datasets/")
+    init.add_argument("folder", type=Path)
+    init.set_defaults(command=_init)
+
+    recipes = commands.add_parser("recipes", help="print the files of the recipes that come with the package")
+    recipes.add_argument("recipe", nargs="?", help="print only this one, for --configfile=$(ssl-core recipes NAME)")
+    recipes.set_defaults(command=_recipes)
 
     compare = commands.add_parser("compare", help="print reported numbers beside the measured ones")
-    compare.add_argument(
-        "--configfile", type=Path, nargs="+", default=[], metavar="YAML", help="files laid over config.yaml"
-    )
     compare.set_defaults(command=_compare)
 
-    explain = commands.add_parser("explain", help="show an experiment with everything it leaves unsaid, and its cost")
+    explain = commands.add_parser("explain", help="show all settings of an experiment, defaults included, and its cost")
     explain.add_argument(
         "--probe",
         action=argparse.BooleanOptionalAction,
-        help="time ten steps to say how long the run will take (default: if the data set is sharded)",
+        help="time ten steps to estimate the duration (default: if the data set is sharded)",
     )
     explain.set_defaults(command=_explain)
 
-    views = commands.add_parser("views", help="draw what the networks see, without training")
+    views = commands.add_parser("views", help="draw the views of the networks, without training")
     views.add_argument("--output", type=Path, default=Path("views.png"), metavar="PNG", help="default: views.png")
     views.set_defaults(command=_views)
 
     for look in (explain, views):
         look.add_argument("experiment", help="its name in config.yaml; also one that a sweep or seeds make")
+        look.add_argument("--threads", type=int, default=_cores(), help="processor threads (default: all cores)")
+    for look in (compare, explain, views):
         look.add_argument(
             "--configfile", type=Path, nargs="+", default=[], metavar="YAML", help="files laid over config.yaml"
         )
-        look.add_argument("--threads", type=int, help="processor threads (default: all cores)")
 
-    doctor = commands.add_parser("doctor", help="try what this machine can do, one line each")
+    doctor = commands.add_parser("doctor", help="test the capabilities of this machine, one line each")
     doctor.set_defaults(command=_doctor)
 
     schema = commands.add_parser("schema", help="print the schema of config.yaml")
     schema.set_defaults(command=_schema)
 
-    for stage in (pretrain, adopt, evaluate, cost):
-        stage.add_argument("--spec", type=_json, required=True, help="the stage's own section, as JSON")
-        stage.add_argument("--code", required=True, help="digest of the code that the stage runs")
-    for stage in (shard, pretrain, evaluate, export):
-        stage.add_argument("--threads", type=int, default=1)
-    stages = (shard, sample_views, pretrain, adopt, evaluate, export, cost, draw, curves, table)
-    for stage in stages:
-        stage.set_defaults(command=_stage)
-    for command in (*stages, compare, explain, views, doctor, schema):
-        command.add_argument("--log", type=Path, help="also keep what goes to the terminal in this file")
-    return parser
+
+def _stage(options: argparse.Namespace) -> None:
+    """Call the stage with its options, which have the names of its arguments."""
+    stage = importlib.import_module(f"ssl_core.stages.{options.name.replace('-', '_')}")
+    arguments = dict(vars(options))
+    for name in ("command", "name", "log", "version"):
+        del arguments[name]
+    stage.run(**arguments)
 
 
-def _stage(chosen: argparse.Namespace) -> None:
-    """Call the stage with its arguments, which it has under the same names as the command line."""
-    stage = importlib.import_module(f"ssl_core.stages.{chosen.name.replace('-', '_')}")
-    stage.run(**{name: value for name, value in vars(chosen).items() if name not in ("command", "name", "log")})
+def _init(options: argparse.Namespace) -> None:
+    from ssl_core.experiments import user_folder
+
+    for path in user_folder.create(options.folder):
+        print(f"wrote {path}")
+    print(f"next: cd {options.folder} && snakemake --cores all results/ressl_r18/knn.json")
 
 
-def _compare(chosen: argparse.Namespace) -> None:
-    from ssl_core.experiments.overlays import load
+def _recipes(options: argparse.Namespace) -> None:
+    from ssl_core.experiments import bundled
+
+    if options.recipe:
+        print(bundled.recipe_path(options.recipe))
+    else:
+        print(*sorted(bundled.RECIPES.glob("*.yaml")), sep="\n")
+
+
+def _compare(options: argparse.Namespace) -> None:
+    from ssl_core.experiments.overlays import load_configuration
     from ssl_core.look import compare
 
-    print(compare.run(load(chosen.configfile).settings, Path("results")))
+    print(compare.run(load_configuration(options.configfile).settings, Path("results")))
 
 
-def _schema(chosen: argparse.Namespace) -> None:
+def _schema(options: argparse.Namespace) -> None:
     from ssl_core.look import schema_generation
 
     print(json.dumps(schema_generation.generate(), indent=2))
 
 
-def _explain(chosen: argparse.Namespace) -> None:
+def _explain(options: argparse.Namespace) -> None:
     from ssl_core.look.explain import explain
 
-    explain(chosen.experiment, chosen.configfile, probe=chosen.probe, threads=chosen.threads or _cores())
+    explain(options.experiment, options.configfile, probe=options.probe, threads=options.threads)
 
 
-def _views(chosen: argparse.Namespace) -> None:
+def _views(options: argparse.Namespace) -> None:
     from ssl_core.look.preview import draw
 
-    print(draw(chosen.experiment, chosen.configfile, chosen.output, threads=chosen.threads or _cores()))
+    print(draw(options.experiment, options.configfile, options.output, threads=options.threads))
 
 
-def _doctor(chosen: argparse.Namespace) -> None:
+def _doctor(options: argparse.Namespace) -> None:
     from ssl_core.look.doctor import examine
 
     if not examine():
         raise SystemExit(1)
+
+
+def _card(text: str) -> Path:
+    """Return the file of a card that is given by its path or by the data set's name."""
+    from ssl_core.experiments import bundled
+
+    return Path(text) if text.endswith(".yaml") else bundled.card_path(text)
 
 
 def _cores() -> int:
@@ -209,7 +265,7 @@ def _json(text: str) -> Any:
 
 @contextmanager
 def _logged(path: Path | None) -> Iterator["_Log | None"]:
-    """Copy what is printed into a file; the terminal stays one, so that the progress line can overwrite itself."""
+    """Copy the printed lines into a file, while a progress line can still overwrite itself on the terminal."""
     if path is None:
         yield None
         return
@@ -228,39 +284,39 @@ def _logged(path: Path | None) -> Iterator["_Log | None"]:
 
 
 class _Log:
-    """A text file that loses what a full disk does not take: no reason to end a run."""
+    """A text file without errors: a full disk loses lines of the log, but never ends a run."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
 
     def write(self, text: str) -> None:
-        """Write at once, whatever the text."""
+        """Write at once; characters that UTF-8 does not have are escaped."""
         with suppress(OSError):
             self._file.write(text.encode("utf-8", "backslashreplace"))
 
 
 class _Copied:
-    """A stream whose finished lines also go to a file, without what a progress line overwrote."""
+    """A stream that copies finished lines to a log, without the text that a progress line overwrote."""
 
-    def __init__(self, stream: TextIO, file: _Log) -> None:
+    def __init__(self, stream: TextIO, log: _Log) -> None:
         self._stream = stream
-        self._file = file
+        self._log = log
         self._line = ""
 
     def write(self, text: str) -> int:
         """Write to both."""
         *lines, self._line = (self._line + text).split("\n")
-        self._file.write("".join(f"{_as_seen(line)}\n" for line in lines))
+        self._log.write("".join(f"{_visible(line)}\n" for line in lines))
         return self._stream.write(text)
 
     def finish(self) -> None:
-        """Keep a last line that no newline ended."""
-        self._file.write(_as_seen(self._line))
+        """Copy a last line without a newline."""
+        self._log.write(_visible(self._line))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
 
 
-def _as_seen(line: str) -> str:
-    """Return what is left of a line after its carriage returns."""
+def _visible(line: str) -> str:
+    """Return the part of a line that its carriage returns leave visible."""
     return line.rstrip("\r").rsplit("\r", 1)[-1]

@@ -3,12 +3,13 @@
 import json
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 
 from ssl_core import cli
-from ssl_core.stages import evaluate, pretrain
+from ssl_core.stages import evaluate, pretrain, shard
 
 PRETRAIN = ["pretrain", "x", "--spec", "{}", "--code", "c", "--manifest", "m", "--output", "o", "--checkpoint", "k"]
 
@@ -23,7 +24,7 @@ def raising(error: BaseException):
     return run
 
 
-def test_what_the_user_got_wrong_is_one_line_and_exit_code_2(
+def test_a_fault_of_the_users_is_one_line_and_exit_code_2(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     monkeypatch.setattr(pretrain, "run", raising(ValueError("data/x.tar:\n  is truncated")))
@@ -31,7 +32,7 @@ def test_what_the_user_got_wrong_is_one_line_and_exit_code_2(
     assert capsys.readouterr().err.endswith(f"error: data/x.tar: is truncated (log: {tmp_path}/logs/x.log)\n")
 
 
-def test_the_log_keeps_the_traceback_that_the_terminal_is_spared(
+def test_the_traceback_of_a_users_fault_is_only_in_the_log(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     monkeypatch.setattr(pretrain, "run", raising(ValueError("no")))
@@ -40,7 +41,7 @@ def test_the_log_keeps_the_traceback_that_the_terminal_is_spared(
     assert "Traceback" not in capsys.readouterr().err
 
 
-def test_the_log_keeps_a_progress_line_as_it_was_last_seen(
+def test_the_log_has_the_last_state_of_a_progress_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     monkeypatch.setattr(pretrain, "run", raising(KeyboardInterrupt()))
@@ -49,7 +50,7 @@ def test_the_log_keeps_a_progress_line_as_it_was_last_seen(
     assert "\rstep 1\rstep 2\n" in capsys.readouterr().err
 
 
-def test_the_log_keeps_the_last_word_of_a_stage(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_log_has_the_output_of_a_stage(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(pretrain, "run", lambda *names, **options: print("23 images (1 rejected)"))
     assert cli.main([*PRETRAIN, "--log", str(tmp_path / "x.log")]) == 0
     assert (tmp_path / "x.log").read_text() == "23 images (1 rejected)\n"
@@ -61,23 +62,23 @@ def test_an_interrupt_is_quiet(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     assert "Traceback" not in capsys.readouterr().err
 
 
-def test_a_fault_of_ours_shows_its_traceback(
+def test_a_fault_of_the_program_shows_its_traceback(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(pretrain, "run", raising(TypeError("ours")))
+    monkeypatch.setattr(pretrain, "run", raising(TypeError("unexpected")))
     assert cli.main(PRETRAIN) == 1
     assert "Traceback" in capsys.readouterr().err
 
 
-def test_a_stage_gets_what_its_rule_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    seen = {}
-    monkeypatch.setattr(evaluate, "run", lambda **options: seen.update(options))
+def test_a_stage_gets_the_arguments_of_its_rule(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    received = {}
+    monkeypatch.setattr(evaluate, "run", lambda **options: received.update(options))
     spec = {"protocol": "knn", "dataset": {"name": "demo"}}
     words = ["--code", "c", "--backbone", "b", "--manifest", "m", "--output", "o", "--threads", "3"]
     assert cli.main(["evaluate", "first", "knn", "--spec", json.dumps(spec), *words]) == 0
     paths = {name: Path(name[0]) for name in ("backbone", "manifest", "output")}
     names = {"experiment": "first", "evaluation": "knn"}
-    assert seen == {**names, "spec": spec, "code": "c", "threads": 3, "model": None, **paths}
+    assert received == {**names, "spec": spec, "code": "c", "threads": 3, "model": None, **paths}
 
 
 def test_a_table_of_no_results_is_written_with_its_page(tmp_path: Path) -> None:
@@ -85,19 +86,19 @@ def test_a_table_of_no_results_is_written_with_its_page(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"table.csv", "table.html"}
 
 
-def test_it_starts_without_torch_and_mlflow() -> None:
+def test_the_command_line_imports_neither_torch_nor_mlflow() -> None:
     code = "import sys; from ssl_core import cli; print({'torch', 'mlflow'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
 
 
-def test_explain_shows_what_an_experiment_leaves_unsaid(
+def test_explain_shows_defaults(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], root: Path
 ) -> None:
     monkeypatch.chdir(root)
     assert cli.main(["explain", "ressl_r18", "--no-probe"]) == 0
-    told = capsys.readouterr().out
-    assert "student_temperature: 0.1  " in told
-    assert "effective learning rate: 0.001 " in told
+    output = capsys.readouterr().out
+    assert "student_temperature: 0.1  " in output
+    assert "effective learning rate: 0.001 " in output
 
 
 def test_explain_names_the_nearest_experiment(
@@ -106,3 +107,31 @@ def test_explain_names_the_nearest_experiment(
     monkeypatch.chdir(root)
     assert cli.main(["explain", "ressl_r19"]) == 2
     assert capsys.readouterr().err == "error: there is no experiment 'ressl_r19'; did you mean 'ressl_r18'?\n"
+
+
+def test_without_a_command_it_prints_its_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([]) == 0
+    assert "usage: ssl-core" in capsys.readouterr().out
+
+
+def test_it_prints_its_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"ssl-core {metadata.version('ssl-core')}\n"
+
+
+def test_it_prints_the_files_of_recipes(capsys: pytest.CaptureFixture[str], root: Path) -> None:
+    assert cli.main(["recipes"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == len(list((root / "recipes").glob("*.yaml")))
+    assert cli.main(["recipes", "ressl_cifar10"]) == 0
+    assert capsys.readouterr().out == f"{root}/recipes/ressl_cifar10.yaml\n"
+
+
+def test_a_card_is_named_by_its_file_or_by_its_data_set(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, root: Path
+) -> None:
+    cards = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(shard, "run", lambda **options: cards.append(options["card"]))
+    for name in ("demo", "elsewhere/demo.yaml"):
+        assert cli.main(["shard", name, "--output", "shards/demo"]) == 0
+    assert cards == [root / "datasets" / "demo.yaml", Path("elsewhere/demo.yaml")]

@@ -18,8 +18,7 @@ from PIL import Image
 
 from ssl_core import cli
 from ssl_core.data.card import load_card
-from ssl_core.experiments import checks as schema
-from ssl_core.experiments import overlays as layers
+from ssl_core.experiments import bundled, checks, overlays
 from tests.markdown import PAGES, ROOT, TOOLS, Block, anchors, blocks, commands, files, links, script
 from tests.methods.harness import trainer
 
@@ -49,6 +48,7 @@ def project(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
     for name, text in files(page).items():
         (folder / name).write_text(text)
     monkeypatch.chdir(folder)
+    monkeypatch.setattr(bundled, "SCHEMA", folder / "workflow" / "schemas" / "config.schema.json")
     return folder
 
 
@@ -110,8 +110,8 @@ def check_snakemake(words: list[str]) -> None:
     from snakemake.cli import get_argument_parser
 
     chosen = get_argument_parser().parse_args(words)
-    settings = layers.load(chosen.configfile).settings
-    schema.check_targets(settings, chosen.targets)
+    settings = overlays.load_configuration(chosen.configfile).settings
+    checks.check_targets(settings, chosen.targets)
     for target in chosen.targets:
         if target.startswith("shards/"):
             load_card(Path("datasets", f"{Path(target).parent.name}.yaml"))
@@ -129,7 +129,7 @@ def check_ssl_core(words: list[str]) -> None:
         return
     chosen = cli._parser().parse_args(words)
     if hasattr(chosen, "configfile"):
-        found = layers.load(chosen.configfile)
+        found = overlays.load_configuration(chosen.configfile)
         if hasattr(chosen, "experiment"):
             found.experiment(chosen.experiment)
     if words[0] == "compare":
@@ -144,8 +144,8 @@ def in_yaml(page: Path) -> list[Block]:
 def test_yaml_is_valid_to_the_last_key(page: Path, project: Path) -> None:
     register_methods(page)
     cards = [path.stem for path in Path("datasets").glob("*.yaml")]
-    structure = json.loads(layers.SCHEMA.read_text())
-    below = layers.read_yaml(layers.CONFIG)
+    structure = json.loads(bundled.SCHEMA.read_text())
+    below = overlays.read_yaml(overlays.CONFIG)
     for block in in_yaml(page):
         content = yaml.safe_load(block.text)
         if "source" in content:
@@ -155,7 +155,7 @@ def test_yaml_is_valid_to_the_last_key(page: Path, project: Path) -> None:
         elif block.title:  # an overlay, checked with the page's commands
             assert any(block.title in command for command in commands(page)), block.title
         else:
-            schema.check(schema.without_nulls(schema.merge(below, content)), structure, cards)
+            checks.check(overlays.without_nulls(overlays.merge(below, content)), structure, cards)
 
 
 # Snakemake plans the commands

@@ -13,8 +13,7 @@ from PIL import Image
 
 from ssl_core import cli
 from ssl_core.config import Backbone, Training
-from ssl_core.experiments import checks as schema
-from ssl_core.experiments import overlays as layers
+from ssl_core.experiments import overlays
 from ssl_core.look import doctor, forecast
 from ssl_core.methods.base import resolve
 from ssl_core.networks.backbones import build_backbone
@@ -80,7 +79,7 @@ def told(project: Path) -> str:
 
 def test_the_settings_are_yaml_and_say_the_same_again(told: str) -> None:
     section = yaml.safe_load(told)
-    assert resolve(section) == resolve(schema.merge(CONFIG, OVERLAY)["experiments"]["first"])
+    assert resolve(section) == resolve(overlays.merge(CONFIG, OVERLAY)["experiments"]["first"])
     assert max(map(len, told.splitlines())) <= 100
 
 
@@ -102,7 +101,7 @@ def test_each_value_says_who_set_it(line: str, origin: str, told: str) -> None:
 
 def test_a_point_of_a_sweep_says_what_the_sweep_set(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(project)
-    found = layers.load([])
+    found = overlays.load_configuration([])
     assert found.origin("heat-0.02", ("method", "teacher_temperature")) == "sweep heat"
     assert found.origin("heat-0.02", ("method", "queue_size")) == "config.yaml"
     assert found.origin("heat-0.02", ("method", "warmup")) is None
@@ -135,7 +134,7 @@ def test_seeds_and_null_entries_work(project: Path, tmp_path: Path, monkeypatch:
     path = tmp_path / "seeds.yaml"
     repeated = {**CONFIG["experiments"]["first"], "seeds": [0, 7]}
     path.write_text(yaml.safe_dump({"experiments": {"first": None, "again": repeated}, "sweeps": {"heat": None}}))
-    found = layers.load([path])
+    found = overlays.load_configuration([path])
     assert found.experiment("again-seed7")["training"]["seed"] == 7
     assert found.origin("again-seed7", ("training", "seed")) == "seeds"
     with pytest.raises(ValueError, match="there is no experiment 'first'"):
@@ -158,7 +157,7 @@ def test_a_step_costs_its_passes(project: Path, monkeypatch: pytest.MonkeyPatch)
     from ssl_core.look.explain import find
 
     monkeypatch.chdir(project)
-    subject = find(layers.load([]).experiment("first"))
+    subject = find(overlays.load_configuration([]).experiment("first"))
     method = forecast.build(subject.resolved, 16, subject.views, num_images=20, batch_size=8)
     walked = forecast.walk(method, subject.views, subject.resolved.training)
     # A student's pass forward and, about twice that, backward, and a teacher's; heads come on top.

@@ -120,7 +120,7 @@ def test_a_folder_without_a_project(
     error_of: ErrorOf, documented: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    words = "config.yaml does not exist: run from the root of the project"
+    words = "config.yaml does not exist: run in the project's folder (`ssl-core init DIR` makes one)"
     assert words in error_of(["explain", "ressl_r18"])
     assert words in documented
 
@@ -130,8 +130,8 @@ def test_a_target_after_configfile(error_of: ErrorOf, documented: str, root: Pat
 
     with pytest.raises(ValueError, match="write targets before --configfile") as error:
         check_config_files(["config.yaml", "results/ressl_r18/knn.json"])
-    assert "is a target that --configfile took" in str(error.value)
-    assert "is a target that --configfile took" in documented
+    assert "follows --configfile, but is a target" in str(error.value)
+    assert "follows --configfile, but is a target" in documented
 
 
 def test_views_before_sharding(

@@ -17,7 +17,7 @@ from ssl_core.data.card import load_card
 from ssl_core.data.loader import Loader
 from ssl_core.data.shards import Manifest
 from ssl_core.evaluations import base
-from ssl_core.experiments import checks as schema
+from ssl_core.experiments import checks, overlays, sweeps
 from ssl_core.methods.base import method_class, resolve, views_of
 from ssl_core.networks.backbones import build_backbone, save_backbone, write_tensors
 from ssl_core.stages import shard
@@ -34,7 +34,7 @@ QUICK = {"moco", "npid", "ressl", "simsiam"}  # `make test` trains one combinati
 @cache
 def laid_over(path: Path) -> dict[str, Any]:
     """Return what `--configfile` makes of a recipe and `config.yaml`."""
-    return schema.without_nulls(schema.merge(DEFAULT, yaml.safe_load(path.read_text())))
+    return overlays.without_nulls(overlays.merge(DEFAULT, yaml.safe_load(path.read_text())))
 
 
 @pytest.fixture(scope="module", params=RECIPES, ids=lambda path: path.stem)
@@ -51,8 +51,8 @@ def published(request):
 def test_every_configuration_is_valid_down_to_the_last_key(path):
     structure = json.loads((ROOT / "workflow/schemas/config.schema.json").read_text())
     configuration = laid_over(path)
-    schema.check(configuration, structure, [card.stem for card in (ROOT / "datasets").glob("*.yaml")])
-    for experiment in schema.experiments(configuration).values():
+    checks.check(configuration, structure, [card.stem for card in (ROOT / "datasets").glob("*.yaml")])
+    for experiment in sweeps.experiments(configuration).values():
         resolved = resolve(experiment)
         card = load_card(ROOT / "datasets" / f"{resolved.dataset.name}.yaml")
         assert resolved.dataset.split in card.source.splits
@@ -63,7 +63,7 @@ def test_every_configuration_is_valid_down_to_the_last_key(path):
 
 def test_a_recipe_leaves_out_the_demonstration_and_inherits_none_of_its_settings(published):
     alone, merged = yaml.safe_load(published.read_text()), laid_over(published)
-    own = {section: schema.without_nulls(alone)[section] for section in ("experiments", "evaluations")}
+    own = {section: overlays.without_nulls(alone)[section] for section in ("experiments", "evaluations")}
     assert {section: merged[section] for section in own} == own
 
 
@@ -72,7 +72,7 @@ def test_a_recipe_reports_numbers_for_every_experiment(published):
     for name in configuration["experiments"]:
         reported = configuration["reported"][name]
         assert all(reported[key] for key in ("source", "epochs", "hours", "hardware")), name
-    seeds, experiments = schema.seeds(configuration["experiments"]), schema.experiments(configuration)
+    seeds, experiments = sweeps.seeds(configuration["experiments"]), sweeps.experiments(configuration)
     for name, reported in configuration["reported"].items():
         for run in seeds.get(name, [name]):
             assert resolve(experiments[run]).training.epochs == reported["epochs"], run
@@ -85,7 +85,7 @@ def test_the_commands_in_a_recipes_first_lines_name_targets_that_there_are(recip
     for command in commands:
         cores, count, overlay, *targets = command.split()
         assert (cores, count, overlay) == ("--cores", "all", f"--configfile=recipes/{recipe.name}")
-        schema.check_targets(configuration, [target for words in targets for target in braces(words)])
+        checks.check_targets(configuration, [target for words in targets for target in braces(words)])
 
 
 def braces(word: str) -> list[str]:
@@ -123,7 +123,7 @@ def combinations() -> dict[Any, tuple[str, Mapping[str, Any]]]:
     """Return the first experiment of each combination; files of weights are replaced by the test."""
     found = {}
     for path in [ROOT / "config.yaml", *RECIPES]:
-        for name, experiment in schema.experiments(laid_over(path)).items():
+        for name, experiment in sweeps.experiments(laid_over(path)).items():
             method = {key: value for key, value in experiment["method"].items() if key not in ("teacher", "initial")}
             key = switches([method, experiment.get("views") or {}, "initial" in experiment["method"]])
             found.setdefault(key, (f"{path.stem}:{name}", experiment))

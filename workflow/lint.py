@@ -1,20 +1,20 @@
-"""Run `snakemake --lint` and fail on its remarks but one: the environment is .venv, made from requirements.lock."""
+"""Run `snakemake --lint` and fail on its remarks, except the one on conda: .venv is the environment."""
 
 import re
 import subprocess
 import sys
 
-NOT_OURS = "Specify a conda environment or container for each rule."
+IGNORED = "Specify a conda environment or container for each rule."
 
 
 def main() -> int:
-    """Print what Snakemake says if there is more than that; return the exit code."""
+    """Print Snakemake's output if it has other remarks; return the exit code."""
     answer = subprocess.run(["snakemake", "--lint"], capture_output=True, text=True)
-    told = answer.stdout + answer.stderr
-    remarks = re.findall(r"^ {4}\* (.*?):?$", told, flags=re.MULTILINE)
-    others = [remark for remark in remarks if remark != NOT_OURS]
+    output = answer.stdout + answer.stderr
+    remarks = re.findall(r"^ {4}\* (.*?):?$", output, flags=re.MULTILINE)
+    others = [remark for remark in remarks if remark != IGNORED]
     if others or (answer.returncode and not remarks):
-        print(told, file=sys.stderr)
+        print(output, file=sys.stderr)
         return 1
     return 0
 

@@ -1,260 +1,136 @@
-"""What `config.yaml` may say, checked in one readable line, and which experiments its seeds and sweeps make.
+"""The faults of a configuration, each a `ValueError` of one line: the key, the fault, the nearest valid word.
 
 Torch-free, since each dry run calls it.
 """
 
-import itertools
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from ssl_core.config import nearest
+from ssl_core.experiments import sweeps
 from ssl_core.experiments.structure import check_structure
-from ssl_core.provenance import canonical, digest
-
-Config = Mapping[str, Any]
+from ssl_core.experiments.sweeps import Config
 
 FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-SEEDED = re.compile(r"-seed\d+$")  # what `seeds` puts behind an experiment's name
 # Names of other files and folders under results/.
 RESERVED = {"experiments": {"sweeps"}, "evaluations": {"pretrain", "export"}, "sweeps": set()}
-ENTRIES = ("experiments", "evaluations", "sweeps", "reported")
-# Keys that name a file of weights; it may be another experiment's result.
-FILES = ("weights", "method.initial", "method.teacher.weights", "method.teacher.projector")
-# What only a pre-training leaves.
+# Files that only a pre-training writes.
 PRETRAINED = ("model.safetensors", "pretrain.json", "history.csv", "views.png", "curves.png", "curves.svg")
 
 
 def check(config: Config, schema: Mapping[str, Any], cards: Iterable[str]) -> None:
-    """Raise a one-line `ValueError` for the first thing that no run could use: its path, the fault, the nearest word.
+    """Raise a `ValueError` for the first fault of a configuration.
 
-    `cards` are the names of the data sets there are (`datasets/<name>.yaml`).
+    `schema` is the JSON schema of config.yaml, and `cards` are the names of the data sets that have a card.
     """
-    _check_values(config, "at the top")
+    _check_values(config, "")
     check_structure(config, schema, ())
-    bases = config["experiments"]
     for section in ("experiments", "evaluations", "sweeps"):
         for name in config.get(section) or {}:
             _check_name(section, str(name))
-    for name, experiment in bases.items():
+    for name, experiment in config["experiments"].items():
         _check_kind(experiment, f"experiments.{name}")
-    for name, sweep in (config.get("sweeps") or {}).items():
-        base = sweep["base"]
-        if base not in bases:
-            raise ValueError(f"sweeps.{name}.base: there is no experiment '{base}'{nearest(base, bases)}")
-        if "seeds" in bases[base] and "training.seed" in sweep["grid"]:
-            raise ValueError(f"sweeps.{name}.grid.training.seed: experiments.{base}.seeds sets it; drop one")
-        for experiment in variants(name, config).values():
-            part = {"$ref": "#/$defs/experiment", "$defs": schema["$defs"]}
-            check_structure(experiment, part, ("sweeps", name, "grid"))
-            _check_kind(experiment, f"sweeps.{name}.grid")
-    cards = list(cards)
-    for place, dataset in _datasets(config).items():
-        if dataset not in cards:
-            raise ValueError(
-                f"{place}: there is no data set '{dataset}' (no datasets/{dataset}.yaml){nearest(dataset, cards)}"
-            )
+    for name in config.get("sweeps") or {}:
+        _check_sweep(name, config, schema)
+    _check_datasets(config, list(cards))
     _check_reported(config)
 
 
 def check_targets(config: Config, targets: Iterable[str]) -> None:
-    """Raise a one-line `ValueError` for a file under `results/` whose experiment, evaluation or sweep there is not."""
-    known = experiments(config)
-    sweeps = config.get("sweeps") or {}
-    evaluations = {*(config.get("evaluations") or {}), "pretrain"}
+    """Raise a `ValueError` for a file under `results/` whose experiment, evaluation or sweep does not exist."""
+    experiments = sweeps.experiments(config)
     for target in targets:
         parts = Path(target).parts
         if len(parts) < 3 or parts[0] != "results":
             continue
         name, file = parts[1], Path(parts[2])
         if name == "sweeps":
-            if file.stem not in sweeps:
-                raise ValueError(f"{target}: there is no sweep '{file.stem}'{nearest(file.stem, sweeps)}")
-        elif name not in known:
-            raise ValueError(f"{target}: {unknown(name, config)} (more than config.yaml: --configfile)")
-        elif len(parts) == 3 and file.suffix == ".json" and file.stem not in evaluations:
-            raise ValueError(f"{target}: there is no evaluation '{file.stem}'{nearest(file.stem, evaluations)}")
-        elif len(parts) == 3 and file.name in PRETRAINED and "weights" in known[name]:
-            raise ValueError(f"{target}: '{name}' takes its weights from a file, so nothing is pre-trained")
+            _check_sweep_target(target, file.stem, config)
+        elif name not in experiments:
+            message = sweeps.unknown_experiment(name, config)
+            raise ValueError(f"{target}: {message} (experiments of other files: --configfile)")
+        elif len(parts) == 3:
+            _check_experiment_target(target, file, experiments[name], config)
 
 
 def check_files(config: Config, targets: Iterable[str]) -> None:
-    """Raise a one-line `ValueError` for a file of weights that is not there, in the experiments that `targets` name.
+    """Raise a `ValueError` for a missing file of weights, in the experiments that `targets` name.
 
-    Where they name none, those written out count. A file that another experiment will write need not be there yet.
+    If they name none, all experiments outside sweeps are checked. A file that another experiment writes may be missing.
     """
-    known = experiments(config)
-    named = {parts[1] for parts in (Path(target).parts for target in targets) if len(parts) > 2}
-    for name in [name for name in known if name in named] or written(config):
-        for key, file in files(known[name]).items():
-            folder, _, last = file.rpartition("/")
-            made = folder.removeprefix("results/") in known and last in ("backbone.safetensors", "model.safetensors")
-            if not made and not Path(file).is_file():
-                raise ValueError(f"experiments.{name}.{key}: there is no file '{file}' (seen from the project's root)")
+    experiments = sweeps.experiments(config)
+    requested = {path.parts[1] for path in map(Path, targets) if len(path.parts) > 2}
+    selected = [name for name in experiments if name in requested] or list(sweeps.written_experiments(config))
+    for name in selected:
+        for key, file in sweeps.weight_files(experiments[name]).items():
+            if not _is_result(file, experiments) and not Path(file).is_file():
+                raise ValueError(f"experiments.{name}.{key}: there is no file '{file}' (looked in {Path.cwd()})")
 
 
-def files(experiment: Config) -> dict[str, str]:
-    """Return the files of weights that an experiment names, by the path of their key."""
-    found = {}
-    for key in FILES:
-        value: Any = experiment
-        for part in key.split("."):
-            value = value.get(part) if isinstance(value, Mapping) else None
-        if value is not None:
-            found[key] = str(value)
-    return found
+def _is_result(file: str, experiments: Mapping[str, Config]) -> bool:
+    """Return whether an experiment writes this file."""
+    folder, _, name = file.rpartition("/")
+    return folder.removeprefix("results/") in experiments and name in ("backbone.safetensors", "model.safetensors")
 
 
-def datasets(config: Config) -> list[str]:
-    """Return the names of all data sets that experiments and evaluations use, each once."""
-    return list(dict.fromkeys(_datasets(config).values()))
+def _check_sweep_target(target: str, name: str, config: Config) -> None:
+    names = config.get("sweeps") or {}
+    if name not in names:
+        raise ValueError(f"{target}: there is no sweep '{name}'{nearest(name, names)}")
 
 
-def written(config: Config) -> dict[str, Config]:
-    """Return the experiments that are written out, by name, one for each of their seeds."""
-    return {name: run for base, section in config["experiments"].items() for name, run in runs(base, section).items()}
-
-
-def experiments(config: Config) -> dict[str, Config]:
-    """Return all experiments by name, those of the sweeps after those written out.
-
-    Raises `ValueError` where seeds or a sweep make a name that is taken.
-    """
-    found = dict(config["experiments"])
-    made = [(f"experiments.{base}.seeds", runs(base, section)) for base, section in found.items() if "seeds" in section]
-    made += [(f"sweeps.{sweep}", expand(sweep, config)) for sweep in config.get("sweeps") or {}]
-    for place, more in made:
-        for name, experiment in more.items():
-            if name in found:
-                raise ValueError(f"{place}: it makes an experiment '{name}', which exists already; rename one")
-            found[name] = experiment
-    return {name: experiment for name, experiment in found.items() if "seeds" not in experiment}
-
-
-def runs(name: str, experiment: Config) -> dict[str, Config]:
-    """Return an experiment by its name, or, where it has `seeds`, one of each: `<name>-seed<seed>`."""
-    if "seeds" not in experiment:
-        return {name: experiment}
-    rest = {key: value for key, value in experiment.items() if key != "seeds"}
-    return {f"{name}-seed{seed}": _replaced(rest, ["training", "seed"], seed) for seed in experiment["seeds"]}
-
-
-def seeds(sections: Mapping[str, Config]) -> dict[str, dict[str, int]]:
-    """Return, for each of these sections that has seeds, the seed of each of its experiments by name."""
-    repeated = {name: section for name, section in sections.items() if "seeds" in section}
-    return {name: dict(zip(runs(name, part), part["seeds"], strict=True)) for name, part in repeated.items()}
-
-
-def reported(sections: Mapping[str, Config], config: Config) -> dict[str, Config]:
-    """Return what is reported of these sections and of their seeds' experiments, by name."""
-    names = {*sections, *(run for group in seeds(sections).values() for run in group)}
-    return {name: entry for name, entry in (config.get("reported") or {}).items() if name in names}
-
-
-def variants(sweep: str, config: Config) -> dict[str, Config]:
-    """Return a sweep's experiments by name as their base has them, seeds included."""
-    found = {}
-    for name, values in points(sweep, config).items():
-        experiment = config["experiments"][config["sweeps"][sweep]["base"]]
-        for path, value in values.items():
-            experiment = _replaced(experiment, path.split("."), value)
-        found[name] = experiment
-    return found
-
-
-def expand(sweep: str, config: Config) -> dict[str, Config]:
-    """Return a sweep's experiments by name, one for each of their seeds."""
-    return {name: run for base, section in variants(sweep, config).items() for name, run in runs(base, section).items()}
-
-
-def unknown(name: str, config: Config) -> str:
-    """Say that there is no such experiment, and what is there instead."""
-    groups = seeds(named(config))
-    if name in groups:
-        return f"experiment '{name}' has seeds: ask for {', '.join(groups[name])}"
-    return f"there is no experiment '{name}'{nearest(name, experiments(config))}"
-
-
-def points(sweep: str, config: Config) -> dict[str, dict[str, Any]]:
-    """Return what each experiment of a sweep sets; its name is `<sweep>-<value>-<value>` in the order of the grid."""
-    grid: Config = config["sweeps"][sweep]["grid"]
-    found: dict[str, dict[str, Any]] = {}
-    for values in itertools.product(*grid.values()):
-        name = "-".join([sweep, *map(_label, values)])
-        if name in found:
-            raise ValueError(f"sweeps.{sweep}.grid: two of its values give the experiment '{name}'; drop one")
-        found[name] = dict(zip(grid, values, strict=True))
-    return found
-
-
-def merge(config: Config, overlay: Config) -> dict[str, Any]:
-    """Lay one configuration over another, section by section, as Snakemake does for `--configfile`."""
-    merged = dict(config)
-    for key, value in overlay.items():
-        below = merged.get(key)
-        if isinstance(value, Mapping):
-            merged[key] = merge(below if isinstance(below, Mapping) else {}, value)
-        else:
-            merged[key] = value
-    return merged
-
-
-def without_nulls(config: Config) -> dict[str, Any]:
-    """Leave out the entries that an overlay sets to null, and what is reported of them."""
-    left, gone = {key: value for key, value in config.items() if value is not None}, {}
-    for key in ENTRIES:
-        section = left.get(key)
-        gone[key] = [name for name, entry in section.items() if entry is None] if isinstance(section, Mapping) else []
-        if gone[key]:
-            left[key] = {name: entry for name, entry in left[key].items() if entry is not None}
-    if isinstance(left.get("reported"), Mapping) and any(gone.values()):
-        kept, made = (
-            left.get("experiments") or {},
-            tuple(f"{name}-" for name in (*gone["experiments"], *gone["sweeps"])),
-        )
-        left["reported"] = {
-            name: _without_results(entry, gone["evaluations"])
-            for name, entry in left["reported"].items()
-            if SEEDED.sub("", str(name)) in kept or not (name in gone["experiments"] or str(name).startswith(made))
-        }
-    return left
+def _check_experiment_target(target: str, file: Path, experiment: Config, config: Config) -> None:
+    evaluations = {*(config.get("evaluations") or {}), "pretrain"}
+    if file.suffix == ".json" and file.stem not in evaluations:
+        raise ValueError(f"{target}: there is no evaluation '{file.stem}'{nearest(file.stem, evaluations)}")
+    if file.name in PRETRAINED and "weights" in experiment:
+        name = Path(target).parts[1]
+        raise ValueError(f"{target}: '{name}' takes its weights from a file, so nothing is pre-trained")
 
 
 def _check_values(value: Any, place: str) -> None:
-    """Refuse what YAML can say and JSON cannot: keys that are no text, dates, bytes, numbers that are not finite."""
+    """Refuse YAML values that JSON does not have: keys that are no text, dates, bytes, infinite numbers."""
     if isinstance(value, Mapping):
         for key, inner in value.items():
             if not isinstance(key, str):
-                raise ValueError(f"{place}: the key {key!r} is no text: write it in quotes")
-            _check_values(inner, key if place == "at the top" else f"{place}.{key}")
+                raise ValueError(f"{place or 'at the top'}: the key {key!r} is no text: write it in quotes")
+            _check_values(inner, f"{place}.{key}" if place else key)
     elif isinstance(value, list):
         for number, inner in enumerate(value):
             _check_values(inner, f"{place}.{number}")
-    elif not isinstance(value, str | int | float | None) or (isinstance(value, float) and not math.isfinite(value)):
-        raise ValueError(f"{place}: {value!r} is no text, finite number, true, false or null; dates stand in quotes")
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{place}: {value!r} is no finite number")
+    elif not isinstance(value, str | int | float | None):
+        raise ValueError(f"{place}: {value!r} is no text, number, true, false or null: write dates in quotes")
 
 
 def _check_name(section: str, name: str) -> None:
-    """Refuse names that make no portable file name or that another file has."""
+    """Refuse names that are no portable file name or the name of another file."""
     if not FILE_NAME.fullmatch(name):
         raise ValueError(
-            f"{section}.{name}: names become files; begin with a letter or digit, then also '.', '_' and '-' may stand"
+            f"{section}.{name}: use letters, digits, '.', '_' or '-', starting with a letter or digit"
+            " (the name becomes a file name)"
         )
     if name in RESERVED[section]:
         raise ValueError(f"{section}.{name}: this name is taken by another file of the results; choose another")
 
 
 def _check_kind(experiment: Config, place: str) -> None:
-    """Refuse what does not go together: an experiment has either a method or the weights of another training."""
-    if "weights" not in experiment:
-        if "method" not in experiment:
-            raise ValueError(f"{place}: the key 'method' is missing (or 'weights', for a network trained elsewhere)")
-        for key in ("normalisation", "image_size"):
-            if key in experiment:
-                raise ValueError(f"{place}.{key}: it belongs to 'weights'; pre-training takes the data set's own")
+    """Refuse keys that exclude each other: an experiment has either a method or the weights of another training."""
+    if "weights" in experiment:
+        _check_adopted(experiment, place)
         return
+    if "method" not in experiment:
+        raise ValueError(f"{place}: the key 'method' is missing (or 'weights', for a network trained elsewhere)")
+    for key in ("normalisation", "image_size"):
+        if key in experiment:
+            raise ValueError(f"{place}.{key}: only an experiment with 'weights' has it; pre-training uses the card's")
+
+
+def _check_adopted(experiment: Config, place: str) -> None:
     for key in ("method", "training", "views", "seeds"):
         if key in experiment:
             raise ValueError(f"{place}.{key}: 'weights' names a network that is trained already; drop one")
@@ -262,47 +138,34 @@ def _check_kind(experiment: Config, place: str) -> None:
         raise ValueError(f"{place}.dataset: nothing is trained on it; drop split and subset, evaluations have theirs")
 
 
+def _check_sweep(name: str, config: Config, schema: Mapping[str, Any]) -> None:
+    """Refuse a sweep whose base does not exist or one of whose experiments is invalid."""
+    sweep, bases = config["sweeps"][name], config["experiments"]
+    base = sweep["base"]
+    if base not in bases:
+        raise ValueError(f"sweeps.{name}.base: there is no experiment '{base}'{nearest(base, bases)}")
+    if "seeds" in bases[base] and "training.seed" in sweep["grid"]:
+        raise ValueError(f"sweeps.{name}.grid.training.seed: experiments.{base}.seeds sets it; drop one")
+    experiment_schema = {"$ref": "#/$defs/experiment", "$defs": schema["$defs"]}
+    for experiment in sweeps.variants(name, config).values():
+        check_structure(experiment, experiment_schema, ("sweeps", name, "grid"))
+        _check_kind(experiment, f"sweeps.{name}.grid")
+
+
+def _check_datasets(config: Config, cards: list[str]) -> None:
+    for place, dataset in sweeps.datasets(config).items():
+        if dataset not in cards:
+            suggestion = nearest(dataset, cards)
+            raise ValueError(f"{place}: there is no data set '{dataset}' (no datasets/{dataset}.yaml){suggestion}")
+
+
 def _check_reported(config: Config) -> None:
-    known = {*named(config), *experiments(config)}
+    names = {*sweeps.before_seeds(config), *sweeps.experiments(config)}
     evaluations = config.get("evaluations") or {}
     for name, entry in (config.get("reported") or {}).items():
-        if name not in known:
-            raise ValueError(f"reported.{name}: there is no experiment '{name}'{nearest(name, known)}")
+        if name not in names:
+            raise ValueError(f"reported.{name}: there is no experiment '{name}'{nearest(name, names)}")
         for evaluation in entry["results"]:
             if evaluation not in evaluations:
                 place = f"reported.{name}.results.{evaluation}"
                 raise ValueError(f"{place}: there is no such evaluation{nearest(evaluation, evaluations)}")
-
-
-def _without_results(entry: Any, evaluations: Sequence[str]) -> Any:
-    """Leave out what is reported of evaluations that were removed."""
-    if not isinstance(entry, Mapping) or not isinstance(entry.get("results"), Mapping):
-        return entry
-    return {**entry, "results": {key: value for key, value in entry["results"].items() if key not in evaluations}}
-
-
-def named(config: Config) -> dict[str, Config]:
-    """Return the experiments as written and as sweeps vary them, before seeds multiply them."""
-    varied = {name: part for sweep in config.get("sweeps") or {} for name, part in variants(sweep, config).items()}
-    return {**config["experiments"], **varied}
-
-
-def _datasets(config: Config) -> dict[str, str]:
-    """Return the data set that stands at each place."""
-    sections = {f"experiments.{name}": section for name, section in experiments(config).items()}
-    sections |= {f"evaluations.{name}": section for name, section in (config.get("evaluations") or {}).items()}
-    used = {place: section["dataset"]["name"] for place, section in sections.items() if "dataset" in section}
-    return {f"{place}.dataset.name": name for place, name in used.items()}
-
-
-def _replaced(section: Config, path: Sequence[str], value: Any) -> Config:
-    """Copy a section with one value, however deep, replaced."""
-    key, *rest = path
-    below = section.get(key)
-    return {**section, key: _replaced(below if isinstance(below, Mapping) else {}, rest, value) if rest else value}
-
-
-def _label(value: Any) -> str:
-    """Write a value as a part of a file name, the same every time; what does not fit is digested."""
-    text = value if isinstance(value, str) else canonical(value)
-    return text if re.fullmatch(r"[A-Za-z0-9._-]+", text) else digest(text)[:8]

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from ssl_core.config import Strict
-from ssl_core.experiments import checks
+from ssl_core.experiments.sweeps import Config, experiments, sweep_experiments, written_experiments
 
 Labels = Literal["none", "one", "several"]  # per image
 SplitLabels = Mapping[str, Labels]  # the splits of a data set, in their order
@@ -62,7 +62,7 @@ def contracts(schema: Mapping[str, Any]) -> dict[str, Contract]:
 
 
 def check_needs(
-    config: checks.Config, schema: Mapping[str, Any], labels: Mapping[str, SplitLabels], arguments: Iterable[str]
+    config: Config, schema: Mapping[str, Any], labels: Mapping[str, SplitLabels], arguments: Iterable[str]
 ) -> None:
     """Raise a one-line `ValueError` for the first evaluation whose needs cannot be met.
 
@@ -142,7 +142,7 @@ def projector_layers(method: Mapping[str, Any]) -> int | None:
     return HEADS.get(method["head"], 2) if "head" in method else None
 
 
-def _check_projector(experiment: checks.Config, schema: Mapping[str, Any]) -> None:
+def _check_projector(experiment: Config, schema: Mapping[str, Any]) -> None:
     """Refuse an experiment without a projector of two layers; a method that does not declare them is not refused."""
     remedy = "choose a variant that needs the backbone alone, or leave this evaluation out"
     method = experiment.get("method")
@@ -159,12 +159,12 @@ def _check_projector(experiment: checks.Config, schema: Mapping[str, Any]) -> No
         )
 
 
-def _pairs(config: checks.Config, arguments: list[str]) -> Iterator[tuple[str, checks.Config, str]]:
+def _pairs(config: Config, arguments: list[str]) -> Iterator[tuple[str, Config, str]]:
     """Iterate over (name, experiment, evaluation) that the targets need; without targets, over those of `rule all`."""
     if "--target-jobs" in arguments:  # a job of a run that was checked at its start
         return
     evaluations = list(config.get("evaluations") or {})
-    every = checks.experiments(config)
+    every = experiments(config)
     targets = [Path(argument).parts for argument in arguments if argument.startswith(("results/", "shards/"))]
     named: dict[tuple[str, str], None] = {}
     for parts in targets:
@@ -175,13 +175,13 @@ def _pairs(config: checks.Config, arguments: list[str]) -> Iterator[tuple[str, c
         named.update({(parts[1], name): None for name in wanted if name in evaluations})
     gathered = {("results", "table.csv"), ("results", "table.html")}
     sweeps = [parts[2].rsplit(".", 1)[0] for parts in targets if len(parts) == 3 and parts[1] == "sweeps"]
-    experiments: Iterable[str] = ()
+    whole: Iterable[str] = ()  # experiments of which all evaluations are needed
     if not targets or gathered.intersection(targets):
-        experiments = checks.written(config)
+        whole = written_experiments(config)
     if "all_evaluations" in arguments:
-        experiments = every
+        whole = every
     for sweep in sweeps:
-        experiments = [*experiments, *checks.expand(sweep, config)]
-    named.update({(name, evaluation): None for name in experiments for evaluation in evaluations})
+        whole = [*whole, *sweep_experiments(sweep, config)]
+    named.update({(name, evaluation): None for name in whole for evaluation in evaluations})
     for name, evaluation in named:
         yield name, every[name], evaluation

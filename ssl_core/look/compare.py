@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ssl_core.experiments import checks as schema
+from ssl_core.experiments import sweeps
 from ssl_core.report.results import Summary, headline, load, summarise, value
 
 HEADER = ("experiment", "evaluation", "reported", "measured", "difference", "protocol", "source")
@@ -19,7 +19,7 @@ def run(config: Mapping[str, Any], folder: Path) -> str:
     reported = config.get("reported") or {}
     if not reported:
         raise ValueError("nothing is reported: the section `reported` of a configuration holds numbers from elsewhere")
-    runs = schema.seeds(schema.named(config))
+    runs = sweeps.seeds(sweeps.before_seeds(config))
     lines: list[tuple[str, ...]] = [HEADER]
     for name, entry in reported.items():
         for evaluation, claim in entry["results"].items():

@@ -172,12 +172,14 @@ def _shared_memory() -> Iterator[Finding]:
 
 def _project() -> Iterator[Finding]:
     from ssl_core.data.shards import Manifest, verify
-    from ssl_core.experiments.overlays import CONFIG, load
+    from ssl_core.experiments.overlays import CONFIG, load_configuration
 
     if not CONFIG.exists():
-        yield Finding("warning", "project", "no config.yaml here: run from the root of the project")
+        yield Finding(
+            "warning", "project", "no config.yaml here: run in the project's folder (`ssl-core init DIR` makes one)"
+        )
         return
-    layers = load([])
+    layers = load_configuration([])
     yield Finding("ok", "config.yaml", f"valid, {len(layers.settings['experiments'])} experiments")
     manifests = sorted(Path("shards").glob("*/manifest.json"))
     if not manifests:

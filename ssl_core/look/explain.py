@@ -19,9 +19,9 @@ from ssl_core.data.card import Card, load_card
 from ssl_core.data.loader import draw_subset
 from ssl_core.data.shards import Manifest, verify
 from ssl_core.data.views import POLICIES, Augmentation, View, Views
-from ssl_core.experiments import checks as schema
+from ssl_core.experiments import bundled, checks
 from ssl_core.experiments.needs import check_needs
-from ssl_core.experiments.overlays import SCHEMA, Layers, Where, leaves, load
+from ssl_core.experiments.overlays import Configuration, Keys, leaves, load_configuration
 from ssl_core.files import read_json
 from ssl_core.look import forecast
 from ssl_core.methods import base
@@ -48,9 +48,9 @@ def explain(name: str, overlays: Sequence[Path], *, probe: bool | None, threads:
 
     Raises the `ValueError`s that pre-training would, without running it.
     """
-    layers = load(overlays)
+    layers = load_configuration(overlays)
     spec = layers.experiment(name)
-    schema.check_files(layers.settings, [f"results/{name}/backbone.safetensors"])
+    checks.check_files(layers.settings, [f"results/{name}/backbone.safetensors"])
     _check_evaluations(name, spec, layers)
     print(f"# {name}: {', '.join(map(str, layers.files))}")
     if "weights" in spec:
@@ -87,7 +87,7 @@ def explain(name: str, overlays: Sequence[Path], *, probe: bool | None, threads:
 def find(spec: Mapping[str, Any]) -> Subject:
     """Resolve an experiment and find its card and, if there are, its intact shards."""
     resolved = base.resolve(spec)
-    card = load_card(Path("datasets", f"{resolved.dataset.name}.yaml"))
+    card = load_card(bundled.card_path(resolved.dataset.name))
     if resolved.dataset.split not in card.splits:
         raise ValueError(f"{card.name} has no split {resolved.dataset.split!r}: it has {', '.join(card.splits)}")
     path = Path("shards", card.name, "manifest.json")
@@ -97,12 +97,12 @@ def find(spec: Mapping[str, Any]) -> Subject:
     return Subject(resolved, card, manifest, base.views_of(resolved, card.image_size, avoid=card.avoid))
 
 
-def _check_evaluations(name: str, spec: Mapping[str, Any], layers: Layers) -> None:
+def _check_evaluations(name: str, spec: Mapping[str, Any], layers: Configuration) -> None:
     """Raise a `ValueError` for the first evaluation that cannot get what it needs from this experiment or its data."""
     evaluations = (layers.settings.get("evaluations") or {}).values()
     datasets = {spec["dataset"]["name"], *(part["dataset"]["name"] for part in evaluations if "dataset" in part)}
-    labels = {dataset: load_card(Path("datasets", f"{dataset}.yaml")).labels for dataset in datasets}
-    check_needs(layers.settings, read_json(SCHEMA), labels, [f"results/{name}/export/README.md"])
+    labels = {dataset: load_card(bundled.card_path(dataset)).labels for dataset in datasets}
+    check_needs(layers.settings, read_json(bundled.SCHEMA), labels, [f"results/{name}/export/README.md"])
 
 
 def shard_command(dataset: str) -> str:
@@ -110,10 +110,10 @@ def shard_command(dataset: str) -> str:
     return f"snakemake --cores all shards/{dataset}/manifest.json"
 
 
-def _adopted(name: str, spec: Mapping[str, Any], layers: Layers) -> None:
+def _adopted(name: str, spec: Mapping[str, Any], layers: Configuration) -> None:
     """Print an experiment whose weights come from a file: there is nothing to train."""
     print(*_settings(spec, name, layers, lambda where: "default"), sep="\n")
-    card = load_card(Path("datasets", f"{parse(Dataset, spec['dataset'], 'dataset').name}.yaml"))
+    card = load_card(bundled.card_path(parse(Dataset, spec["dataset"], "dataset").name))
     config = parse(Backbone, spec["backbone"], "backbone")
     backbone = build_backbone(config, card.image_size)
     flop = forecast.forward_flop(backbone, card.image_size)
@@ -130,7 +130,7 @@ def _preset(resolved: Experiment) -> Any:
     chosen = getattr(resolved.method, "preset", next(iter(presets)))
     paper = f"paper default (preset {chosen})"
 
-    def origin(where: Where) -> str:
+    def origin(where: Keys) -> str:
         if where[0] == "method":
             return paper
         return paper if where[0] == "training" and where[1] in presets[chosen].training else "default"
@@ -138,9 +138,9 @@ def _preset(resolved: Experiment) -> Any:
     return origin
 
 
-def _settings(sections: Mapping[str, Any], name: str, layers: Layers, unsaid: Any) -> Iterator[str]:
+def _settings(sections: Mapping[str, Any], name: str, layers: Configuration, unsaid: Any) -> Iterator[str]:
     """Write the sections as YAML, each value with its origin behind it."""
-    seen: Where = ()
+    seen: Keys = ()
     for where, value in leaves(sections):
         *parents, key = where
         shared = next((k for k, (old, new) in enumerate(zip(seen, where)) if old != new), len(seen))

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ssl_core.drawing.views import draw_first_views
-from ssl_core.experiments.overlays import load
+from ssl_core.experiments.overlays import load_configuration
 from ssl_core.look.explain import find, shard_command
 
 
@@ -13,7 +13,7 @@ def draw(name: str, overlays: Sequence[Path], picture: Path, *, threads: int) ->
 
     Raises `ValueError`, with the command that mends it, if the data set is not sharded.
     """
-    subject = find(load(overlays).experiment(name))
+    subject = find(load_configuration(overlays).experiment(name))
     resolved, manifest, views = subject.resolved, subject.manifest, subject.views
     if manifest is None:
         dataset = subject.card.name

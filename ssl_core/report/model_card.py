@@ -12,7 +12,7 @@ import yaml
 
 from ssl_core.config import Backbone
 from ssl_core.data.card import Card
-from ssl_core.experiments.checks import files
+from ssl_core.experiments.sweeps import weight_files
 from ssl_core.methods.base import load, resolve
 from ssl_core.networks.backbones import Network
 from ssl_core.networks.families import architecture, describe_stem, rebuilding_code
@@ -66,7 +66,7 @@ def _pretraining(spec: Mapping[str, Any], card: Card) -> list[str]:
     resolved = resolve(spec)
     title = (load(resolved.method.name).__doc__ or resolved.method.name).splitlines()[0].rstrip(".")
     settings = yaml.safe_dump(resolved.model_dump(mode="json", serialize_as_any=True), sort_keys=False)
-    for file in files(spec).values():  # without the folders of this machine
+    for file in weight_files(spec).values():  # without the folders of this machine
         settings = settings.replace(file, Path(file).name)
     subset = resolved.dataset.subset
     images = f"{subset.images} images, drawn with seed {subset.seed}, of the" if subset else "The"

@@ -25,7 +25,7 @@ from ssl_core.data.loader import Loader
 from ssl_core.data.shards import Manifest, verify
 from ssl_core.data.views import POLICIES, View, Views
 from ssl_core.drawing.views import draw_first_views
-from ssl_core.experiments import checks as schema
+from ssl_core.experiments import sweeps
 from ssl_core.files import write_json, write_text
 from ssl_core.methods.base import method_class, resolve, views_of
 from ssl_core.networks.backbones import build_backbone, check_image_size, save_backbone, write_tensors
@@ -148,7 +148,7 @@ def _work(job: Job) -> None:
 
 def _data_digest(job: Job) -> str:
     """Digest what is learnt from: the data set, and the files of weights that the experiment names."""
-    files = [Path(file) for file in schema.files(job.spec).values()]
+    files = [Path(file) for file in sweeps.weight_files(job.spec).values()]
     for missing in (file for file in files if not file.is_file()):
         raise ValueError(f"{missing} does not exist")
     first, *more = [provenance.file_digest(file) for file in (job.manifest, *files)]

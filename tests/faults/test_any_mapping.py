@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from ssl_core import mistakes
 from ssl_core.data.card import load_card
 from ssl_core.data.shards import Manifest
-from ssl_core.experiments import checks as schema
+from ssl_core.experiments import checks, sweeps
 from ssl_core.provenance import canonical
 from ssl_core.training.checkpoint import Identity
 
@@ -180,9 +180,9 @@ def test_any_bytes_are_no_manifest(content: bytes, tmp_path_factory: pytest.Temp
 @example(content={**CONFIG, "sweeps": {"a": {"base": "one", "grid": {"method": [float("nan")]}}}})
 def test_any_configuration_is_checked_or_refused_in_one_line(content: Any) -> None:
     def read() -> Any:
-        schema.check(content, STRUCTURE, ["demo", "other"])
-        schema.check_targets(content, ["results/one/knn.json"])
-        return schema.experiments(content)
+        checks.check(content, STRUCTURE, ["demo", "other"])
+        checks.check_targets(content, ["results/one/knn.json"])
+        return sweeps.experiments(content)
 
     experiments = one_line(read)
     for name, section in (experiments or {}).items():

@@ -1,4 +1,4 @@
-"""A copy of the project to run Snakemake in, with a stand-in for `ssl-core` that writes a stage's outputs at once."""
+"""A copy of the project to run Snakemake in, with a stub of `ssl-core` that only writes the outputs of a stage."""
 
 import json
 import os
@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import yaml
 
-# What the rules need from a stage is its outputs; the same arguments give the same content.
-STAND_IN = """#!/bin/sh
+# Writes the outputs of each stage; the same arguments give the same content.
+STUB = """#!/bin/sh
 printf '%s\\n' "$*" >> calls.txt
 stage=$1
 while [ $# -gt 0 ]; do [ "$1" = --output ] && output=$2; shift; done
@@ -66,7 +66,7 @@ class Project:
 
     @property
     def config(self) -> dict[str, Any]:
-        """The configuration as it is on disk."""
+        """The content of config.yaml."""
         return yaml.safe_load((self.folder / "config.yaml").read_text())
 
     def configure(self, config: dict[str, Any]) -> None:
@@ -74,7 +74,7 @@ class Project:
         (self.folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
 
     def snakemake(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        """Run Snakemake on the copy and its own package."""
+        """Run Snakemake on the copy, with the package of the copy."""
         path = os.pathsep.join([str(self.folder / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]])
         environment = {**os.environ, "PATH": path, "PYTHONPATH": str(self.folder)}
         return subprocess.run(
@@ -87,7 +87,7 @@ class Project:
         )
 
     def pending(self, *arguments: str) -> set[str]:
-        """Say which files would be made anew, by the first output of each job; empty for "Nothing to be done"."""
+        """Return the first output of each job that would run; empty for "Nothing to be done"."""
         run = self.snakemake("-n", *arguments)
         assert run.returncode == 0, run.stdout + run.stderr
         outputs = re.findall(r"^ {4}output: ([^,\n]+)", run.stdout + run.stderr, flags=re.MULTILINE)
@@ -100,7 +100,7 @@ class Project:
 
 
 def make_project(root: Path, folder: Path) -> Project:
-    """Copy the project without its stages' work, with a second method beside ReSSL and a data set of its own."""
+    """Copy the project, with a stub for its stages, a second method beside ReSSL and a small data set."""
     shutil.copy(root / "Snakefile", folder)
     for name in ("workflow", "ssl_core"):
         shutil.copytree(root / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -112,7 +112,7 @@ def make_project(root: Path, folder: Path) -> Project:
     (folder / "datasets").mkdir()
     (folder / "datasets" / "tiny.yaml").write_text(yaml.safe_dump(CARD))
     (folder / "bin").mkdir()
-    (folder / "bin" / "ssl-core").write_text(STAND_IN)
+    (folder / "bin" / "ssl-core").write_text(STUB)
     (folder / "bin" / "ssl-core").chmod(0o755)
     project = Project(folder)
     project.configure(CONFIG)
@@ -121,13 +121,13 @@ def make_project(root: Path, folder: Path) -> Project:
 
 @pytest.fixture(scope="session")
 def template(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Project:
-    """The project with nothing run."""
+    """The project before any run."""
     return make_project(root, tmp_path_factory.mktemp("project"))
 
 
 @pytest.fixture(scope="session")
 def finished(template: Project, tmp_path_factory: pytest.TempPathFactory) -> Project:
-    """The same after everything has run once."""
+    """The project after a complete run."""
     folder = tmp_path_factory.mktemp("finished") / "project"
     shutil.copytree(template.folder, folder)
     project = Project(folder)
@@ -137,25 +137,25 @@ def finished(template: Project, tmp_path_factory: pytest.TempPathFactory) -> Pro
 
 
 def copy_of(project: Project, folder: Path) -> Project:
-    """Copy a project, times included."""
+    """Copy a project with the modification times of its files."""
     shutil.copytree(project.folder, folder)
     return Project(folder)
 
 
 @pytest.fixture
 def fresh(template: Project, tmp_path: Path) -> Project:
-    """A project in which nothing has run, to change at will."""
+    """A copy of the project before any run."""
     return copy_of(template, tmp_path / "project")
 
 
 @pytest.fixture
 def done(finished: Project, tmp_path: Path) -> Project:
-    """A project in which everything has run, to change at will."""
+    """A copy of the project after a complete run."""
     return copy_of(finished, tmp_path / "project")
 
 
 def start(folder: Path, *arguments: str) -> "subprocess.Popen[str]":
-    """Start Snakemake on a folder with real stages, in a process group of its own; stand-ins in bin/ come first."""
+    """Start Snakemake in a folder, in a new process group; programs in bin/ of the folder come first."""
     path = os.pathsep.join([str(folder / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]])
     return subprocess.Popen(
         ["snakemake", "--cores", "1", "--nocolor", *arguments],
@@ -169,7 +169,7 @@ def start(folder: Path, *arguments: str) -> "subprocess.Popen[str]":
 
 
 def finish(folder: Path, *arguments: str) -> str:
-    """Run it to its end and return what it said."""
+    """Run Snakemake in a folder to a successful end and return its output."""
     process = start(folder, *arguments)
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output

@@ -1,4 +1,4 @@
-"""Whatever ends a run, the plain command continues it, and the weights are those of a run that nothing disturbed."""
+"""The same command continues an interrupted run, to the weights of an undisturbed run."""
 
 import os
 import random
@@ -20,7 +20,7 @@ CONFIG = {
             "dataset": {"name": "demo", "subset": {"images": 128}},
             "backbone": {"name": "mobilenet_v3_small", "stem": "small"},
             "method": {"name": "ressl", "queue_size": 64, "projector_hidden": 32, "embedding_dim": 16, "warmup": 0.5},
-            # A checkpoint at every look, which is every fourth step.
+            # A checkpoint every time that is checked, each fourth step.
             "training": {
                 "epochs": 8,
                 "batch_size": 32,
@@ -68,7 +68,7 @@ def test_an_interrupted_run_continues_to_the_same_bytes(number, sharded, undistu
     interrupt(process, number, folder / "checkpoints" / "tiny.pt", saves=random.Random(number).randint(1, 5))
     assert process.returncode != 0
     assert not (folder / TARGET).exists()
-    if number == signal.SIGKILL:  # which leaves Snakemake's lock behind
+    if number == signal.SIGKILL:  # leaves Snakemake's lock
         finish(folder, "--unlock")
     output = finish(folder, TARGET)
     assert "continuing at step" in output
@@ -85,6 +85,6 @@ def interrupt(process: subprocess.Popen[str], number: int, checkpoint: Path, *, 
         assert time.monotonic() < deadline
         if checkpoint.exists():
             seen.add(checkpoint.stat().st_ino)
-        time.sleep(0.005)  # between looks; the condition, not the time, ends the loop
+        time.sleep(0.005)  # the condition, not the time, ends the loop
     os.killpg(process.pid, number)
     process.communicate(timeout=60)

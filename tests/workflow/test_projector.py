@@ -1,16 +1,16 @@
-"""Which evaluations are given the whole pre-trained model."""
+"""Which evaluations get the whole pre-trained model."""
 
 import re
 
 from .conftest import Project
 
 
-def test_only_what_asks_for_the_projector_is_given_the_model(fresh: Project) -> None:
+def test_only_protocols_that_use_the_projector_get_the_model(fresh: Project) -> None:
     config = fresh.config
     config["evaluations"]["few"] = {"protocol": "semi_supervised", "variant": "sslight_1"}
     config["evaluations"]["ressl"] = {"protocol": "semi_supervised"}
     fresh.configure(config)
     run = fresh.snakemake("-n", "-p", *(f"results/first/{name}.json" for name in ("few", "ressl", "knn")))
     assert run.returncode == 0, run.stdout + run.stderr
-    found = dict(re.findall(r"ssl-core evaluate first (\w+) .*? --model (\S*) ?--manifest", run.stdout + run.stderr))
-    assert found == {"few": "results/first/model.safetensors", "ressl": "", "knn": ""}
+    models = dict(re.findall(r"ssl-core evaluate first (\w+) .*? --model (\S*) ?--manifest", run.stdout + run.stderr))
+    assert models == {"few": "results/first/model.safetensors", "ressl": "", "knn": ""}

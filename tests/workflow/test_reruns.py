@@ -1,4 +1,4 @@
-"""A change runs again what it touches, and nothing else."""
+"""A change runs exactly the jobs again whose results it can change."""
 
 import re
 from pathlib import Path
@@ -19,7 +19,7 @@ def edit(path: Path, old: str, new: str) -> None:
     path.write_text(text.replace(old, new, 1))
 
 
-def test_again_there_is_nothing_to_do(done: Project) -> None:
+def test_a_second_run_does_nothing(done: Project) -> None:
     assert done.pending() == set()
 
 
@@ -44,8 +44,8 @@ def test_an_option_of_an_evaluation_runs_that_evaluation_again(done: Project) ->
     assert done.pending() == {"results/first/knn.json", "results/second/knn.json"} | TABLE
 
 
-def test_what_computes_nothing_new_runs_nothing(done: Project) -> None:
-    for path in done.folder.rglob("*.py"):  # a comment, new times as after a checkout, and words in a docstring
+def test_changes_without_effect_on_results_run_nothing(done: Project) -> None:
+    for path in done.folder.rglob("*.py"):  # a comment, a docstring and, as after a checkout, new modification times
         text = path.read_text()
         path.write_text("# A remark.\n" + text.replace('"""', '"""New words. ', 1))
     for path in [*done.folder.glob("workflow/**/*.smk"), done.folder / "Snakefile"]:
@@ -134,3 +134,11 @@ def test_a_card_shards_its_data_set_again(done: Project) -> None:
     path = done.folder / "datasets" / "tiny.yaml"
     path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | {"image_size": 32}))
     assert done.pending() == {"shards/tiny/manifest.json"} | FIRST | SECOND | TABLE
+
+
+def test_the_place_of_a_card_runs_nothing(done: Project) -> None:
+    """The package's card is used until the folder has one; the same content is the same data set."""
+    (done.folder / "datasets").rename(done.folder / "package_cards")
+    bundled = done.folder / "ssl_core" / "experiments" / "bundled.py"
+    edit(bundled, 'CARDS = ROOT / "datasets"', 'CARDS = ROOT / "package_cards"')
+    assert done.pending() == set()

@@ -1,4 +1,4 @@
-"""What the workflow refuses, and in which words; how jobs are started; sweeps; torch stays out of a dry run."""
+"""Refused configurations and their messages, the arguments of jobs, their resources, sweeps, imports of a dry run."""
 
 import re
 import subprocess
@@ -8,7 +8,7 @@ from .conftest import Project
 
 
 def refusal(project: Project, *arguments: str) -> str:
-    """Return the one line with which Snakemake ends."""
+    """Return the one line of a refused configuration."""
     run = project.snakemake("-n", *arguments)
     assert run.returncode != 0, run.stdout
     lines = [line for line in run.stderr.splitlines() if line.startswith("error: ")]
@@ -34,8 +34,8 @@ def test_a_fault_in_a_card_ends_in_one_line(fresh: Project) -> None:
 
 
 def test_a_misspelt_target_ends_in_one_line(fresh: Project) -> None:
-    words = "error: results/frist/linear.json: there is no experiment 'frist'; did you mean 'first'?"
-    assert refusal(fresh, "results/frist/linear.json").startswith(words)
+    message = "error: results/frist/linear.json: there is no experiment 'frist'; did you mean 'first'?"
+    assert refusal(fresh, "results/frist/linear.json").startswith(message)
 
 
 def test_an_overlay_adds_its_experiments(fresh: Project) -> None:
@@ -57,8 +57,8 @@ def test_a_missing_file_of_weights_ends_in_one_line(fresh: Project) -> None:
     config["experiments"]["taken"] = {**first, "weights": "gone.safetensors"}
     del config["experiments"]["taken"]["method"]
     fresh.configure(config)
-    words = "error: experiments.taken.weights: there is no file 'gone.safetensors' (seen from the project's root)"
-    assert refusal(fresh) == words
+    message = f"error: experiments.taken.weights: there is no file 'gone.safetensors' (looked in {fresh.folder})"
+    assert refusal(fresh) == message
 
 
 def test_a_sweep_makes_its_experiments_and_one_table(fresh: Project) -> None:
@@ -68,11 +68,11 @@ def test_a_sweep_makes_its_experiments_and_one_table(fresh: Project) -> None:
     assert "results/sweeps/heat.csv" in pending
 
 
-def test_sweeps_run_only_when_asked_for(finished: Project) -> None:
+def test_sweeps_run_only_as_targets(finished: Project) -> None:
     assert not any("heat" in call for call in finished.calls())
 
 
-def test_commands_carry_the_stages_own_section(finished: Project) -> None:
+def test_commands_have_the_settings_of_their_stage(finished: Project) -> None:
     (call,) = [call for call in finished.calls() if call.startswith("pretrain first")]
     spec = '{"backbone":{"name":"resnet18","stem":"tiny"},"dataset":{"name":"tiny"},'
     assert f'--spec {spec}"method":{{"name":"ressl","queue_size":16}}}}' in call
@@ -80,7 +80,7 @@ def test_commands_carry_the_stages_own_section(finished: Project) -> None:
     assert "--threads 2" in call
 
 
-def test_an_evaluation_takes_all_labelled_images_of_the_experiments_data_set(fresh: Project) -> None:
+def test_an_evaluation_uses_all_labelled_images_of_the_experiments_data_set(fresh: Project) -> None:
     config = fresh.config
     config["experiments"]["first"]["dataset"] = {"name": "tiny", "split": "unlabelled", "subset": {"images": 4}}
     fresh.configure(config)
@@ -106,7 +106,7 @@ def test_jobs_together_never_take_more_cores_than_there_are(fresh: Project) -> N
     run = fresh.snakemake("--cores", "2")
     assert run.returncode == 0, run.stderr
     rounds = run.stderr.split("Execute ")[1:]
-    assert "rule shard:" in rounds[0]  # alone: the job that Snakemake 9.12 books nothing for
+    assert "rule shard:" in rounds[0]  # alone: the job for which Snakemake 9.12 reserves nothing
     for started in rounds:
         assert sum(int(threads) for threads in re.findall(r"^    threads: (\d+)", started, re.M)) <= 2, started
 
@@ -137,14 +137,14 @@ def test_a_cost_needs_the_export_and_the_export_all_other_evaluations(fresh: Pro
     assert run.returncode == 0, run.stderr
     (export,) = [call for call in fresh.calls() if call.startswith("export first")]
     assert "--results results/first/linear.json results/first/knn.json --output results/first/export" in export
-    assert "--card datasets/tiny.yaml" in export
+    assert "--card tiny" in export
     (cost,) = [call for call in fresh.calls() if call.startswith("cost first price")]
     assert "--onnx results/first/export/backbone.onnx --pretrain results/first/pretrain.json" in cost
     assert '--spec {"dataset":{"name":"tiny"},"protocol":"cost"}' in cost
     assert fresh.pending("results/first/export/README.md", "results/first/price.json") == set()
 
 
-def test_pictures_come_with_their_evaluation_and_only_what_was_trained_has_curves(fresh: Project) -> None:
+def test_adopted_weights_have_pictures_but_no_curves(fresh: Project) -> None:
     config = fresh.config
     first = config["experiments"]["first"]
     config["experiments"]["taken"] = {key: first[key] for key in ("dataset", "backbone")} | {"weights": "w.safetensors"}

@@ -1,4 +1,5 @@
-# The checked configuration, and what the rules ask of it. Torch-free, so that a dry run is quick.
+# The checked configuration, and the functions that rules take inputs and parameters from. Torch-free, so that a dry run
+# is quick.
 import json
 import os
 import re
@@ -7,9 +8,10 @@ import sys
 from pathlib import Path
 
 import yaml
+from snakemake.persistence import Persistence
 from snakemake.scheduling.job_scheduler import JobScheduler
 
-from ssl_core.experiments import checks, needs, overlays
+from ssl_core.experiments import bundled, checks, needs, overlays, sweeps
 from ssl_core.data.card import load_card
 from ssl_core.experiments.code import evaluation_code, export_code, pretraining_code, stage_code, views_code
 from ssl_core.provenance import canonical
@@ -18,9 +20,9 @@ from ssl_core.provenance import canonical
 os.environ.update(PATH=os.pathsep.join([*os.get_exec_path(), str(Path(sys.executable).parent)]))
 
 
-# Snakemake before 9.17 books no cores and no GPU for a job that is the only one ready, yet hands its share back at the
-# end: after the first sharding a machine would seem to have twice what it has (docs/decisions, 8).
-def book_lone_job(self, jobs, select=JobScheduler.job_selector):
+# Snakemake before 9.17 reserves no cores and no GPU for a job that is the only one ready, yet releases them at its end:
+# after the first sharding it would start twice as many jobs as fit (docs/decisions, 8).
+def reserve_lone_job(self, jobs, select=JobScheduler.job_selector):
     selected = select(self, jobs)
     if len(jobs) == 1:
         with self._lock:
@@ -29,37 +31,47 @@ def book_lone_job(self, jobs, select=JobScheduler.job_selector):
 
 
 if JobScheduler.job_selector.__name__ == "job_selector":
-    JobScheduler.job_selector = book_lone_job
+    JobScheduler.job_selector = reserve_lone_job
+
+
+# Snakemake imports pandas, half a second, to ask whether a parameter is a table; that needs a rule that imported it.
+def serialize_parameter(self, value, with_pandas=Persistence._serialize_param_pandas):
+    return with_pandas(self, value) if "pandas" in sys.modules else self._serialize_param_builtin(value)
+
+
+if Persistence._serialize_param_pandas.__name__ != "serialize_parameter":
+    Persistence._serialize_param_pandas = serialize_parameter
 
 
 def checked(config):
-    """Return all experiments of a valid configuration, sweeps included; an invalid one ends here with one line."""
+    """Return all experiments of a valid configuration, those of sweeps included; exit with one line if it is invalid."""
     try:
         overlays.check_config_files(workflow.configfiles)
-        checks.check(config, SCHEMA, [path.stem for path in Path("datasets").glob("*.yaml")])
+        checks.check(config, SCHEMA, bundled.card_names())
         checks.check_targets(config, sys.argv[1:])
         checks.check_files(config, sys.argv[1:])
-        labels = {name: load_card(Path(f"datasets/{name}.yaml")).labels for name in checks.datasets(config)}
+        names = dict.fromkeys(sweeps.datasets(config).values())
+        labels = {name: load_card(bundled.card_path(name)).labels for name in names}
         needs.check_needs(config, SCHEMA, labels, sys.argv[1:])
-        return checks.experiments(config)
+        return sweeps.experiments(config)
     except ValueError as error:
         sys.exit(f"error: {' '.join(str(error).split())}")
 
 
 def pretrain_spec(wildcards):
-    """Return the experiment's own section."""
+    """Return the experiment's settings."""
     return EXPERIMENTS[wildcards.experiment]
 
 
 def evaluate_spec(wildcards):
-    """Return the evaluation's own section; without a data set of its own it takes the labelled images of the experiment's."""
+    """Return the evaluation's settings; the default data set is the experiment's, with all its images."""
     dataset = {"name": pretrain_spec(wildcards)["dataset"]["name"]}
     return {"dataset": dataset, **EVALUATIONS[wildcards.evaluation]}
 
 
 def files_of(wildcards):
-    """Return the files of weights that the experiment names: a change of one runs it again."""
-    return list(checks.files(pretrain_spec(wildcards)).values())
+    """Return the files of weights that the experiment starts from; when one changes, it runs again."""
+    return list(sweeps.weight_files(pretrain_spec(wildcards)).values())
 
 
 def model_of(wildcards):
@@ -70,18 +82,18 @@ def model_of(wildcards):
     return [f"results/{wildcards.experiment}/model.safetensors"]
 
 
-def card_of(spec):
-    """Return the card of the data set that a stage's section names."""
-    return f"datasets/{spec['dataset']['name']}.yaml"
+def card_content(dataset):
+    """Return the content of a data set's card: a change of it counts, a change of its place or date does not."""
+    return yaml.safe_load(bundled.card_path(dataset).read_text())
 
 
 def manifest_of(spec):
-    """Return the manifest of the data set that a stage's section names."""
+    """Return the manifest of the data set that the settings of a stage name."""
     return f"shards/{spec['dataset']['name']}/manifest.json"
 
 
 def results_of(experiments):
-    """Return the results of all evaluations of these experiments, or their weights where nothing evaluates them."""
+    """Return the results of all evaluations of these experiments, or their weights if there are no evaluations."""
     if not EVALUATIONS:
         return [f"results/{experiment}/backbone.safetensors" for experiment in experiments]
     return [f"results/{experiment}/{evaluation}.json" for experiment in experiments for evaluation in EVALUATIONS]
@@ -105,15 +117,15 @@ def evaluations_of(rule):
     return [name for name, section in EVALUATIONS.items() if CONTRACTS[section["protocol"]].rule == rule]
 
 
-SCHEMA = json.loads(Path(workflow.basedir, "workflow/schemas/config.schema.json").read_text())
+SCHEMA = json.loads(bundled.SCHEMA.read_text())
 CONTRACTS = needs.contracts(SCHEMA)
-CONFIG = checks.without_nulls(config)
+CONFIG = overlays.without_nulls(config)
 EXPERIMENTS = checked(CONFIG)
 ADOPTED = [experiment for experiment, section in EXPERIMENTS.items() if "weights" in section]
-WRITTEN = checks.written(CONFIG)  # all but the sweeps', which run when asked for
+WRITTEN = sweeps.written_experiments(CONFIG)  # without those of sweeps, which run only as targets
 EVALUATIONS = CONFIG.get("evaluations") or {}
 SWEEPS = CONFIG.get("sweeps") or {}
-# A machine without one (its driver brings the tool) trains on its processor, where threads say how many jobs fit.
+# GPUs per job. Without one (its driver brings the tool) jobs run on the processor, and their threads limit their number.
 GPU = int(shutil.which("nvidia-smi") is not None)
 
 

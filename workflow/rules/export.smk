@@ -1,4 +1,4 @@
-# The card of the data set is a parameter, as in rule shard: its content counts, not when a checkout wrote it.
+# The card of the data set is a parameter, as in rule shard.
 rule export:
     input:
         backbone="results/{experiment}/backbone.safetensors",
@@ -17,8 +17,8 @@ rule export:
     params:
         spec=lambda wildcards: canonical(pretrain_spec(wildcards)),
         code=lambda wildcards: export_code(pretrain_spec(wildcards)),
-        dataset=lambda wildcards: card_of(pretrain_spec(wildcards)),
-        content=lambda wildcards: canonical(yaml.safe_load(Path(card_of(pretrain_spec(wildcards))).read_text())),
+        dataset=lambda wildcards: pretrain_spec(wildcards)["dataset"]["name"],
+        content=lambda wildcards: canonical(card_content(pretrain_spec(wildcards)["dataset"]["name"])),
         folder=lambda wildcards, output: str(Path(output.card).parent),
     shell:
         "ssl-core export {wildcards.experiment} --spec {params.spec:q} --backbone {input.backbone}"

@@ -1,4 +1,4 @@
-# checkpoints/<experiment>.pt is no output on purpose: Snakemake deletes outputs of a job that was interrupted.
+# checkpoints/<experiment>.pt is not declared as an output: Snakemake deletes the outputs of an interrupted job.
 rule pretrain:
     input:
         manifest=lambda wildcards: manifest_of(pretrain_spec(wildcards)),
@@ -25,7 +25,7 @@ rule pretrain:
         " --checkpoint checkpoints/{wildcards.experiment}.pt --threads {threads} --log {log}"
 
 
-# In place of a pre-training: weights that were trained elsewhere become a backbone like all others.
+# In place of pre-training: makes a backbone of weights that were trained elsewhere.
 rule adopt:
     input:
         manifest=lambda wildcards: manifest_of(pretrain_spec(wildcards)),

@@ -12,8 +12,8 @@ rule table:
     log:
         "logs/table.log",
     params:
-        seeds=canonical(checks.seeds(CONFIG["experiments"])),
-        reported=canonical(checks.reported(CONFIG["experiments"], CONFIG)),
+        seeds=canonical(sweeps.seeds(CONFIG["experiments"])),
+        reported=canonical(sweeps.reported(CONFIG["experiments"], CONFIG)),
         code=lambda wildcards: stage_code("table"),
     shell:
         "ssl-core table {input} --seeds {params.seeds:q} --reported {params.reported:q}"
@@ -22,7 +22,7 @@ rule table:
 
 rule sweep:
     input:
-        lambda wildcards: results_of(checks.expand(wildcards.sweep, CONFIG)) if EVALUATIONS else [],
+        lambda wildcards: results_of(sweeps.sweep_experiments(wildcards.sweep, CONFIG)) if EVALUATIONS else [],
     output:
         csv="results/sweeps/{sweep}.csv",
         html=report(
@@ -34,9 +34,9 @@ rule sweep:
     log:
         "logs/sweeps/{sweep}.log",
     params:
-        grid=lambda wildcards: canonical(checks.points(wildcards.sweep, CONFIG)),
-        seeds=lambda wildcards: canonical(checks.seeds(checks.variants(wildcards.sweep, CONFIG))),
-        reported=lambda wildcards: canonical(checks.reported(checks.variants(wildcards.sweep, CONFIG), CONFIG)),
+        grid=lambda wildcards: canonical(sweeps.points(wildcards.sweep, CONFIG)),
+        seeds=lambda wildcards: canonical(sweeps.seeds(sweeps.variants(wildcards.sweep, CONFIG))),
+        reported=lambda wildcards: canonical(sweeps.reported(sweeps.variants(wildcards.sweep, CONFIG), CONFIG)),
         code=lambda wildcards: stage_code("table"),
     shell:
         "ssl-core table {input} --grid {params.grid:q} --seeds {params.seeds:q} --reported {params.reported:q}"

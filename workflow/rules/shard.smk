@@ -1,4 +1,4 @@
-# The card is a parameter, not an input: its content counts, not when a checkout wrote it.
+# The card is a parameter, not an input: its content decides whether to run, not its place nor the date of a checkout.
 rule shard:
     output:
         manifest="shards/{dataset}/manifest.json",
@@ -6,11 +6,8 @@ rule shard:
         "logs/shard/{dataset}.log",
     threads: 16
     params:
-        card="datasets/{dataset}.yaml",
-        content=lambda wildcards: canonical(yaml.safe_load(Path(f"datasets/{wildcards.dataset}.yaml").read_text())),
-        code=lambda wildcards: stage_code(
-            "shard", yaml.safe_load(Path(f"datasets/{wildcards.dataset}.yaml").read_text())
-        ),
+        content=lambda wildcards: canonical(card_content(wildcards.dataset)),
+        code=lambda wildcards: stage_code("shard", card_content(wildcards.dataset)),
         folder=lambda wildcards, output: str(Path(output.manifest).parent),
     shell:
-        "ssl-core shard {params.card} --output {params.folder} --threads {threads} --log {log}"
+        "ssl-core shard {wildcards.dataset} --output {params.folder} --threads {threads} --log {log}"

@@ -1,0 +1,208 @@
+"""Faults of a configuration are found at every depth and reported in one line."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from ssl_core.experiments import checks, overlays
+from ssl_core.look import schema_generation
+
+from .conftest import CARDS, VALID, changed
+
+
+def test_the_schema_is_fresh(schema: dict[str, Any]) -> None:
+    assert schema_generation.generate() == schema, "run `make schema`"
+
+
+def test_a_valid_configuration_passes(schema: dict[str, Any]) -> None:
+    checks.check(VALID, schema, CARDS)
+
+
+def test_the_demonstration_and_all_recipes_pass(root: Path, schema: dict[str, Any]) -> None:
+    cards = [path.stem for path in (root / "datasets").glob("*.yaml")]
+    demonstration = yaml.safe_load((root / "config.yaml").read_text())
+    checks.check(demonstration, schema, cards)
+    for recipe in (root / "recipes").glob("*.yaml"):
+        merged = overlays.merge(demonstration, yaml.safe_load(recipe.read_text()))
+        checks.check(overlays.without_nulls(merged), schema, cards)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("experimnts", {}, "experimnts: unknown key; did you mean 'experiments'?"),
+        ("experiments/small/trainig", {}, "experiments.small.trainig: unknown key; did you mean 'training'?"),
+        (
+            "experiments/small/training/epoch",
+            3,
+            "experiments.small.training.epoch: unknown key; did you mean 'epochs'?",
+        ),
+        (
+            "experiments/small/backbone/steem",
+            "tiny",
+            "experiments.small.backbone.steem: unknown key; did you mean 'stem'?",
+        ),
+        (
+            "experiments/small/method/queue_sise",
+            3,
+            "experiments.small.method.queue_sise: unknown key; did you mean 'queue_size'?",
+        ),
+        (
+            "experiments/small/method/student_augmentation/gray_scale",
+            0.1,
+            "experiments.small.method.student_augmentation.gray_scale: unknown key; did you mean 'grayscale'?",
+        ),
+        (
+            "experiments/small/views/teacher/aera",
+            [0.1, 1],
+            "experiments.small.views.teacher.aera: unknown key; did you mean 'area'?",
+        ),
+        (
+            "experiments/small/dataset/subset/image",
+            3,
+            "experiments.small.dataset.subset.image: unknown key; did you mean 'images'?",
+        ),
+        ("evaluations/knn/temprature", 3, "evaluations.knn.temprature: unknown key; did you mean 'temperature'?"),
+        ("evaluations/knn/protocol", "knnn", "evaluations.knn.protocol: unknown value 'knnn'; did you mean 'knn'?"),
+        (
+            "experiments/small/method/name",
+            "resl",
+            "experiments.small.method.name: unknown value 'resl'; did you mean 'ressl'?",
+        ),
+        (
+            "experiments/small/training/learning_rate",
+            "1e-3",
+            "experiments.small.training.learning_rate: expected a number, found '1e-3' (YAML wants a point",
+        ),
+        ("experiments/small/dataset", "demo", "experiments.small.dataset: expected a mapping, found 'demo'"),
+        ("experiments/small/method", {}, "experiments.small.method: the key 'name' is missing"),
+        ("experiments/small/training/epochs", 0, "experiments.small.training.epochs: 0 is less than"),
+        ("experiments/a b", VALID["experiments"]["small"], "experiments.a b: use letters, digits, '.', '_' or '-'"),
+        ("experiments/sweeps", VALID["experiments"]["small"], "experiments.sweeps: this name is taken"),
+        ("evaluations/pretrain", {"protocol": "knn"}, "evaluations.pretrain: this name is taken"),
+        ("experiments", {}, "experiments: "),
+        (
+            "experiments/small/dataset/name",
+            "demmo",
+            "experiments.small.dataset.name: there is no data set 'demmo' (no datasets/demmo.yaml); did you mean 'dem",
+        ),
+        (
+            "evaluations/knn/dataset/name",
+            "cifar",
+            "evaluations.knn.dataset.name: there is no data set 'cifar' (no datasets/cifar.yaml); did you mean 'cif",
+        ),
+        ("sweeps/heat/base", "smal", "sweeps.heat.base: there is no experiment 'smal'; did you mean 'small'?"),
+        (
+            "sweeps/heat/grid",
+            {"method.teacher_temprature": [1.0]},
+            "sweeps.heat.grid.method.teacher_temprature: unknown key; did you mean 'teacher_temperature'?",
+        ),
+        ("sweeps/heat/grid", {"metod.x": [1]}, "sweeps.heat.grid.metod: unknown key; did you mean 'method'?"),
+        ("sweeps/heat/grid", {"training.seed": [1, 1]}, "sweeps.heat.grid: two points have the name"),
+        ("experiments/small/seeds", [0, 0], "experiments.small.seeds: [0, 0] has non-unique elements"),
+        ("experiments/small/seeds", [], "experiments.small.seeds: [] "),
+        ("experiments/small/seeds", 3, "experiments.small.seeds: expected a list, found 3"),
+        ("experiments/small/seeds", [-1], "experiments.small.seeds.0: -1 is less than the minimum of 0"),
+        ("experiments/small/seed", [1], "experiments.small.seed: unknown key; did you mean 'seeds'?"),
+        (
+            "experiments/small/weights",
+            "x.safetensors",
+            "experiments.small.method: 'weights' names a network that is tr",
+        ),
+        (
+            "experiments/small/normalisation",
+            "imagenet",
+            "experiments.small.normalisation: only an experiment with 'weights' has it",
+        ),
+        ("experiments/taken/seeds", [0], "experiments.taken.seeds: 'weights' names a network that is trained already"),
+        ("experiments/taken/training", {}, "experiments.taken.training: 'weights' names a network that is trained al"),
+        (
+            "experiments/taken/dataset/subset",
+            {"images": 3},
+            "experiments.taken.dataset: nothing is trained on it; drop split and subset",
+        ),
+        ("experiments/taken/normalisation", "imagnet", "experiments.taken.normalisation: "),
+        (
+            "experiments/taken/normalisation",
+            {"mean": [0, 0, 0], "stt": [1, 1, 1]},
+            "experiments.taken.normalisation.stt: unknown key; did you mean 'std'?",
+        ),
+        ("experiments/taken/weigths", "x", "experiments.taken.weigths: unknown key; did you mean 'weights'?"),
+        (
+            "experiments/neither",
+            {"dataset": {"name": "demo"}, "backbone": {"name": "resnet18"}},
+            "experiments.neither: the key 'method' is missing (or 'weights', for a network trained elsewhere)",
+        ),
+        (
+            "sweeps/heat/grid",
+            {"weights": ["a.safetensors"]},
+            "sweeps.heat.grid.method: 'weights' names a network that is trained already",
+        ),
+        ("sweeps/many/grid", {"training.seed": [1]}, "sweeps.many.grid.training.seed: experiments.many.seeds sets it"),
+        ("reported/smal", {"source": "x", "results": {}}, "reported.smal: there is no experiment 'smal'; did you mean"),
+        (
+            "reported/small",
+            {"source": "x", "results": {"kn": 1}},
+            "reported.small.results.kn: there is no such evaluation; did you mean 'knn'?",
+        ),
+        ("reported/small", {"results": {"knn": 1}}, "reported.small: the key 'source' is missing"),
+        ("reported/small", {"source": "x", "knn": 1}, "reported.small.knn: unknown key"),
+        ("reported/small", {"source": "x", "results": {"knn": 101}}, "reported.small.results.knn: 101 is greater than"),
+        ("reported/small", {"source": "x", "results": {"knn": "a"}}, "reported.small.results.knn: expected a number"),
+    ],
+)
+def test_a_fault_is_reported_in_one_line(schema: dict[str, Any], path: str, value: Any, message: str) -> None:
+    with pytest.raises(ValueError) as caught:  # noqa: PT011 - the message is compared below
+        checks.check(changed(path, value), schema, CARDS)
+    assert str(caught.value).startswith(message)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_configuration_needs_experiments(schema: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"at the top: the key 'experiments' is missing"):
+        checks.check({"evaluations": {"knn": {"protocol": "knn"}}}, schema, CARDS)
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("results/smal/knn.json", "results/smal/knn.json: there is no experiment 'smal'; did you mean 'small'?"),
+        ("results/small/kn.json", "results/small/kn.json: there is no evaluation 'kn'; did you mean 'knn'?"),
+        ("results/sweeps/heet.csv", "results/sweeps/heet.csv: there is no sweep 'heet'; did you mean 'heat'?"),
+        ("results/many/knn.json", "results/many/knn.json: experiment 'many' has seeds: use many-seed3, many-seed0"),
+        (
+            "results/taken/pretrain.json",
+            "results/taken/pretrain.json: 'taken' takes its weights from a file, so nothing",
+        ),
+        ("results/smal/export/backbone.onnx", "results/smal/export/backbone.onnx: there is no experiment 'smal'"),
+    ],
+)
+def test_a_target_that_no_rule_makes_is_refused(target: str, message: str) -> None:
+    with pytest.raises(ValueError) as caught:  # noqa: PT011
+        checks.check_targets(VALID, [target])
+    assert str(caught.value).startswith(message)
+
+
+def test_valid_targets_and_options_pass() -> None:
+    targets = ["results/small/pretrain.json", "results/heat-0.02/knn.json", "results/many-2-seed0/knn.json", "--cores"]
+    checks.check_targets(VALID, [*targets, "results/taken/knn.json", "results/small/export/backbone.onnx"])
+
+
+def test_a_missing_file_of_weights_is_refused_if_a_target_needs_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"experiments\.taken\.weights: there is no file 'there\.safetensors' \(looked in"
+    ):
+        checks.check_files(VALID, ["--cores", "2"])
+    checks.check_files(VALID, ["results/small/knn.json"])
+    (tmp_path / "there.safetensors").touch()
+    checks.check_files(VALID, [])
+    checks.check_files(
+        changed("experiments/taken/weights", "results/small/backbone.safetensors"), []
+    )  # that experiment writes it
+    with pytest.raises(ValueError, match=r"there is no file 'results/smal/backbone\.safetensors'"):
+        checks.check_files(changed("experiments/taken/weights", "results/smal/backbone.safetensors"), [])
