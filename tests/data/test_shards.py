@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
+from ssl_core.data import sharding
 from ssl_core.data.shards import Manifest, read_shard, tar_header, verify
 from ssl_core.stages import shard
 
@@ -24,7 +25,7 @@ IMAGES = 23
 
 @pytest.fixture(autouse=True)
 def few_images_a_shard(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shard, "IMAGES_PER_SHARD", 5)
+    monkeypatch.setattr(sharding, "IMAGES_PER_SHARD", 5)
 
 
 def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
@@ -89,7 +90,7 @@ def test_indices_are_those_of_dalis_own_tool(photos: Path) -> None:
 
 @pytest.mark.parametrize("threads", [3, 24])  # 24: more than shards, so that a worker has several
 def test_the_number_of_workers_changes_nothing(photos: Path, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shard, "AHEAD", 4)
+    monkeypatch.setattr(sharding, "AHEAD", 4)
     sharded(photos, "one", threads=1)
     sharded(photos, "more", threads=threads)
     assert content(photos.parent / "one") == content(photos.parent / "more")

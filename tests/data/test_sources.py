@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from ssl_core.data.card import Card
-from ssl_core.data.sources import Record, _library_samples, open_source
+from ssl_core.data.sources.dispatch import Record, _library_samples, open_source
 
 PLACES = ("train/cat/1.png", "train/cat/2.png", "train/ant/deep/3.png", "test/dog/4.png")
 

@@ -16,7 +16,7 @@ from ssl_core.data import multilabels, shards
 from ssl_core.data.card import load_card
 from ssl_core.data.multilabels import ABSENT, DIFFICULT, PRESENT
 from ssl_core.data.shards import Manifest
-from ssl_core.data.sources import open_source
+from ssl_core.data.sources.dispatch import open_source
 from ssl_core.evaluations import knn
 from ssl_core.evaluations.low_shot import Config, average_precision, mean_average_precision, read_targets, run
 from ssl_core.evaluations.parts.features import center_view, read_split

@@ -34,10 +34,10 @@ from ssl_core.data.card import (
     Torchvision,
     WebDataset,
 )
-from ssl_core.data.digits import Digits
-from ssl_core.data.images import EXTENSIONS, is_image
-from ssl_core.data.listing import File, Files
-from ssl_core.data.trees import ABSENT, Archive, Folder, stamp
+from ssl_core.data.image_files import EXTENSIONS, is_image
+from ssl_core.data.sources.digits import Digits
+from ssl_core.data.sources.file_list import File, Files
+from ssl_core.data.sources.file_tree import ABSENT, Archive, Folder, stamp
 
 MAX_CLASSES = 1_000_000  # class ids beyond are a mistake: the manifest counts each class
 HASHED = 64  # images of a library's data set that are looked at to tell whether it changed, about
@@ -123,7 +123,7 @@ def open_source(card: Card, *, scratch: Path) -> Iterator[Opened]:
         elif isinstance(source, Table):
             opened = _number(card, {name: _table(source, split, scratch) for name, split in source.splits.items()})
         else:
-            from ssl_core.data.annotated import open_annotated  # it gives this file's records
+            from ssl_core.data.sources.annotations import open_annotated  # it gives this file's records
 
             opened = open_annotated(source, card, scratch, stack)
         for name, samples in opened.splits.items():

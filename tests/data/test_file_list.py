@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from ssl_core.data import listing
-from ssl_core.data.listing import File, Files, sorted_files
+from ssl_core.data.sources import file_list as listing
+from ssl_core.data.sources.file_list import File, Files, sorted_files
 
 NAMES = ["b/2.png", "a\n.png", "", "é.png", os.fsdecode(b"\xff.png"), "\ud800.png", "a" * 5000, "b/10.png"]
 LISTED = [File(name, number, 2**40 + number, number) for number, name in enumerate(NAMES)]

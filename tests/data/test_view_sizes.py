@@ -3,7 +3,7 @@ import pytest
 import torch
 from torchvision.transforms import RandomResizedCrop
 
-from ssl_core.data.view_sampling import crop_areas, local_size, sampled_local_size
+from ssl_core.data.view_sizes import crop_areas, local_size, sampled_local_size
 
 
 @pytest.mark.parametrize(

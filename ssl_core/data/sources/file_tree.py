@@ -20,9 +20,9 @@ from typing import Any, BinaryIO
 
 from tqdm import tqdm
 
-from ssl_core.data.images import is_image
-from ssl_core.data.listing import File, Files, sorted_files
+from ssl_core.data.image_files import is_image
 from ssl_core.data.shards import BLOCK, file_sha256
+from ssl_core.data.sources.file_list import File, Files, sorted_files
 
 OPENERS = {b"\x1f\x8b": gzip.open, b"BZ": bz2.open, b"\xfd7": lzma.open}  # by a file's first two bytes
 BROKEN = (tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError)  # what readers raise on damaged archives

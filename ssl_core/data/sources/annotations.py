@@ -16,8 +16,8 @@ from xml.etree import ElementTree
 from ssl_core.config import nearest
 from ssl_core.data.card import Card, Coco, CocoSplit, Voc, VocSplit
 from ssl_core.data.multilabels import ABSENT, DIFFICULT, PRESENT
-from ssl_core.data.sources import Opened, Record, Samples
-from ssl_core.data.trees import Archive, Folder, stamp
+from ssl_core.data.sources.dispatch import Opened, Record, Samples
+from ssl_core.data.sources.file_tree import Archive, Folder, stamp
 
 
 class Shown(NamedTuple):
