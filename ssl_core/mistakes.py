@@ -63,3 +63,11 @@ def _of_files(error: OSError) -> str | None:
     if error.errno in ODD_PATHS:
         return f"{where}{error.strerror}: choose another path or move what is in the way"
     return None
+
+
+def shorten(value: object, limit: int = 200) -> str:
+    """Return a value for an error message: one line of at most `limit` characters."""
+    text = " ".join(str(value).split())
+    if len(text) <= limit:
+        return text
+    return text[: limit - 1] + "…"

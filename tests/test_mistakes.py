@@ -170,8 +170,8 @@ SOURCES: list[tuple[str, Callable[[Path], Any], dict[str, Any], str]] = [
     ("the split's folder is missing", lambda folder: picture(folder / "trian" / "cat" / "1.png"), {}, "has no folder"),
     ("class folders are missing", lambda folder: picture(folder / "train" / "1.png"), {}, "is in no class folder"),
     ("there are no images", lambda folder: (folder / "train" / "cat").mkdir(parents=True), {}, "has no images"),
-    ("an image is cut short", broken_picture, {}, "Mend or remove it, or say on_error: skip"),
-    ("a folder is called a tar", lambda folder: None, {"type": "image_tar"}, "is a folder: say type: image_folder"),
+    ("an image is cut short", broken_picture, {}, "Repair or remove it, or set on_error: skip"),
+    ("a folder is called a tar", lambda folder: None, {"type": "image_tar"}, "is a folder: set type: image_folder"),
     ("a key is misspelt", lambda folder: None, {"pth": "x"}, "did you mean 'path'?"),
 ]
 
@@ -201,7 +201,7 @@ def test_an_output_that_is_in_the_way(told: Told, documented: str, tmp_path: Pat
     assert words in told(["shard", str(card), "--output", str(tmp_path / "file" / "mine")])
     assert words in documented
     (tmp_path / "theirs.tar").write_bytes(b"")
-    words = "holds tars that were not written here: choose another folder or empty it"
+    words = "has tars that sharding did not write: choose another folder or empty it"
     assert words in told(["shard", str(card), "--output", str(tmp_path)])
     assert words in documented
 

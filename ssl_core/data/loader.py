@@ -21,7 +21,7 @@ from torch import Tensor
 from ssl_core.config import Dataset, Subset
 from ssl_core.data import pipeline
 from ssl_core.data.pipeline import Plan
-from ssl_core.data.shards import Manifest, verify
+from ssl_core.data.shards import Manifest, index_text, read_index, sample_index, verify
 from ssl_core.data.views import Views
 from ssl_core.mistakes import speaks_of_memory
 
@@ -224,16 +224,13 @@ def draw_subset(num_images: int, subset: Subset, name: str) -> np.ndarray:
 def _filter_indices(
     tars: list[Path], indices: list[Path], chosen: set[int], folder: Path
 ) -> tuple[list[Path], list[Path]]:
-    """Write indices that only name the chosen samples; tars without any are left out."""
+    """Write indices of the chosen samples only into `folder`; tars without any are left out."""
     kept_tars, kept_indices = [], []
     for tar, index in zip(tars, indices, strict=True):
-        header, *samples = index.read_text(encoding="ascii").splitlines()
-        # A line reads `jpg <offset> <size> 00000042.jpg meta.i64 ...`.
-        kept = [sample for sample in samples if int(sample.split(" ", 4)[3][:8]) in chosen]
+        kept = [" ".join(fields) for fields in read_index(tar) if sample_index(fields) in chosen]
         if kept:
-            version = header.split()[0]
             filtered = folder / index.name
-            filtered.write_text("\n".join([f"{version} {len(kept)}", *kept, ""]), encoding="ascii")
+            filtered.write_text(index_text(kept), encoding="ascii")
             kept_tars.append(tar)
             kept_indices.append(filtered)
     return kept_tars, kept_indices

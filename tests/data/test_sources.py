@@ -14,7 +14,9 @@ import pytest
 from PIL import Image
 
 from ssl_core.data.card import Card
-from ssl_core.data.sources.dispatch import Record, _library_samples, open_source
+from ssl_core.data.records import Record
+from ssl_core.data.sources.dispatch import open_source
+from ssl_core.data.sources.library import library_split
 
 PLACES = ("train/cat/1.png", "train/cat/2.png", "train/ant/deep/3.png", "test/dog/4.png")
 
@@ -135,7 +137,7 @@ def test_annotations_label_the_images_of_a_folder(tmp_path: Path) -> None:
     _, found = records(card("image_folder", splits, path=str(tmp_path)), tmp_path)
     assert labels(found["val"]) == [("v0.png", 1), ("v1.png", 0)]
     (tmp_path / "val" / "notes.txt").write_text("v1.png\tn1\n")
-    assert "says nothing about" in error(card("image_folder", splits, path=str(tmp_path)), tmp_path)
+    assert "notes.txt has no line for" in error(card("image_folder", splits, path=str(tmp_path)), tmp_path)
     (tmp_path / "val" / "notes.txt").unlink()
     found = error(card("image_folder", splits, path=str(tmp_path)), tmp_path)
     assert found == "annotations.file val/notes.txt cannot be read: No such file or directory"
@@ -193,7 +195,7 @@ def broken_archives(root: Path) -> dict[str, Path]:
 def test_a_damaged_archive_is_named_in_one_line(tmp_path: Path) -> None:
     for path in broken_archives(tmp_path).values():
         found = error(card("image_tar", {"train": {}}, path=str(path)), tmp_path)
-        assert found.startswith(f"{path} is damaged or no tar"), path
+        assert found.startswith(f"{path} is damaged or not a tar"), path
         assert found.endswith("get the archive again")
     assert not list(tmp_path.glob(".spill*"))
 
@@ -211,8 +213,8 @@ def test_what_is_wrong_with_a_folder_is_told(tmp_path: Path) -> None:
     for kind, path, split, reason in (
         ("image_folder", tmp_path / "nowhere", "", "nowhere does not exist: put the data there"),
         ("image_tar", tmp_path / "nowhere.tar", "", "nowhere.tar does not exist: put the data there"),
-        ("image_folder", archive, "", "say type: image_tar"),
-        ("image_tar", root, "", "say type: image_folder"),
+        ("image_folder", archive, "", "set type: image_tar"),
+        ("image_tar", root, "", "set type: image_folder"),
         ("image_folder", root, "tran", "has no folder 'tran'; it has: empty, other, train"),
         ("image_tar", archive, "train", "has no images below 'train'; folders in it: cat"),
         ("image_folder", root, "empty", "empty has no images"),
@@ -237,9 +239,7 @@ def test_webdataset_tars_by_braces_and_by_glob(tmp_path: Path) -> None:
 def test_webdataset_keys_of_several_images_need_to_say_which(tmp_path: Path) -> None:
     tar(tmp_path / "t.tar", {"a.jpg": png(1), "a.seg.png": png(2), "a.cls": b"3"})
     splits = {"train": {"tars": str(tmp_path / "t.tar")}}
-    assert "a has several images: say with image which extension is meant" in error(
-        card("webdataset", splits), tmp_path
-    )
+    assert "a has several images: set image to the extension of one" in error(card("webdataset", splits), tmp_path)
     for image, value in (("jpg", 1), ("seg.png", 2)):
         _, found = records(card("webdataset", splits, image=image), tmp_path)
         assert found["train"] == [Record(f"t.tar/a.{image}", png(value), 3)]
@@ -298,7 +298,7 @@ def test_what_is_wrong_with_a_table_is_told(tmp_path: Path) -> None:
     assert "a row has no 'lable'" in error(card("table", splits, label="lable"), tmp_path)
     (tmp_path / "t.parquet").write_bytes(b"nothing")
     found = error(card("table", {"train": {"file": str(tmp_path / "t.parquet")}}), tmp_path)
-    assert "is no CSV or Parquet file" in found
+    assert "is not a CSV or Parquet file" in found
 
 
 # Libraries
@@ -328,11 +328,11 @@ def test_a_broken_image_of_a_library_does_not_stop_the_listing() -> None:
             raise OSError("image file is truncated")
         return png(index), index
 
-    samples = _library_samples("pets", 3, get)
+    samples = library_split("pets", 3, get)
     assert samples.size == 3
     with pytest.raises(OSError, match="truncated"):
         samples.read(1)
-    assert samples.identity == _library_samples("pets", 3, get).identity
+    assert samples.identity == library_split("pets", 3, get).identity
 
 
 def test_what_is_wrong_with_a_torchvision_card_is_told(tmp_path: Path) -> None:

@@ -199,8 +199,8 @@ def test_images_that_would_blow_up_or_run_something_are_refused(
     ("label", "words"),
     [
         (b"\xff\xfe", "is no text"),
-        (b"--5", "class names in one place ('--5') and numbers in another"),
-        (b"9" * 5000, "class names in one place ('9999"),
+        (b"--5", "some labels are class names ('--5') and others are numbers"),
+        (b"9" * 5000, "some labels are class names ('9999"),
         (b"999999999999", "the label 999999999999 is outside 0..999999"),
         (b"-3", "the label -3 is outside"),
     ],
