@@ -65,7 +65,7 @@ def _of_files(error: OSError) -> str | None:
     return None
 
 
-def shorten(value: object, limit: int = 200) -> str:
+def excerpt(value: object, limit: int = 200) -> str:
     """Return a value for an error message: one line of at most `limit` characters."""
     text = " ".join(str(value).split())
     if len(text) <= limit:

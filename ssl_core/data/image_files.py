@@ -11,7 +11,7 @@ import posixpath
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from ssl_core.mistakes import shorten
+from ssl_core.mistakes import excerpt
 
 # A file counts as an image by its name; its format is read from its content.
 EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".gif", ".bmp", ".dib", ".ppm", ".pgm", ".pbm", ".pnm")
@@ -39,7 +39,7 @@ def prepare(content: bytes | Image.Image) -> tuple[str, bytes, Image.Image]:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise ValueError(f"it has more than {Image.MAX_IMAGE_PIXELS} pixels: shrink it") from None
     except Exception as error:  # a broken file can raise anything: OSError, SyntaxError, struct.error, zlib.error, ...
-        raise ValueError(f"it cannot be decoded: {shorten(error) or type(error).__name__}") from None
+        raise ValueError(f"it cannot be decoded: {excerpt(error) or type(error).__name__}") from None
 
 
 def encode(image: Image.Image) -> tuple[bytes, Image.Image]:

@@ -33,7 +33,7 @@ from ssl_core.data.records import OpenSource, Record, SourceSplit
 from ssl_core.data.shards import MAX_IMAGES, Manifest, Rejected, Shard, Split, new_shard, renumber
 from ssl_core.data.sources.dispatch import open_source
 from ssl_core.files import room_for, write_json, write_text
-from ssl_core.mistakes import shorten
+from ssl_core.mistakes import excerpt
 from ssl_core.progress import progress_bar
 from ssl_core.provenance import file_digest
 
@@ -256,7 +256,7 @@ def _bad(split: SourceSplit, index: int, error: Exception) -> Bad:
     bad = Bad(index, split.name(index), reason)
     if _job.card.on_error == "fail":
         remedy = f"Repair or remove it, or set on_error: skip in {_job.card.name}'s card"
-        raise ValueError(f"{shorten(bad.name)}: {shorten(reason)}. {remedy}")
+        raise ValueError(f"{excerpt(bad.name)}: {excerpt(reason)}. {remedy}")
     return bad
 
 
@@ -385,7 +385,7 @@ def _split(card: Card, name: str, parts: list[Packed], num_classes: int) -> Spli
         labels.update(part.labels)
     rejected = sorted(bad for part in parts for bad in part.bad)
     if not labels:
-        first = f"{shorten(rejected[0].name)}: {shorten(rejected[0].reason)}"
+        first = f"{excerpt(rejected[0].name)}: {excerpt(rejected[0].reason)}"
         raise ValueError(f"{card.name}: no usable image in split {name!r}; first failure: {first}")
     is_labelled = min(labels) >= 0
     shards = tuple(part.shard for part in parts if part.shard.images)

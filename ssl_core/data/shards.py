@@ -21,7 +21,7 @@ from pydantic import Field, PrivateAttr, ValidationError, model_validator
 
 from ssl_core.config import Strict
 from ssl_core.files import atomic, read_json
-from ssl_core.mistakes import shorten
+from ssl_core.mistakes import excerpt
 from ssl_core.provenance import canonical, digest, file_digest
 
 BLOCK = 512  # a tar's unit, in bytes
@@ -89,7 +89,7 @@ class Manifest(Strict):
             manifest = cls.model_validate(content, strict=False)
         except ValidationError as error:
             problem = error.errors(include_url=False)[0]
-            key = shorten(".".join(map(str, problem["loc"])))
+            key = excerpt(".".join(map(str, problem["loc"])))
             raise ValueError(f"{path} is not a manifest ({key}: {problem['msg']}): shard the data set again") from None
         if sha256 is not None and sha256 != digest(canonical(content)):
             raise ValueError(f"{path} was changed after it was written: remove {path.parent} and shard again")

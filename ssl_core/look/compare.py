@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ssl_core.experiments import checks as schema
-from ssl_core.report.results import Summary, headline, load, summarise, value
+from ssl_core.report.results import Summary, headline, read_result, summarise, value
 
 HEADER = ("experiment", "evaluation", "reported", "measured", "difference", "protocol", "source")
 RIGHT = range(2, 5)  # columns of numbers
@@ -30,7 +30,7 @@ def run(config: Mapping[str, Any], folder: Path) -> str:
 
 def _line(name: str, evaluation: str, claim: float, source: str, folder: Path, runs: Sequence[str]) -> tuple[str, ...]:
     paths = [folder / run / f"{evaluation}.json" for run in runs]
-    results = [load(path) for path in paths if path.is_file()]
+    results = [read_result(path) for path in paths if path.is_file()]
     summary = summarise(value(result, "", headline(result)) for result in results)
     if summary is None:
         return (name, evaluation, f"{claim:.1f}", "not run", "", "", source)

@@ -18,7 +18,7 @@ from ssl_core.data.card import Card, Coco, CocoSplit, Voc, VocSplit
 from ssl_core.data.multilabels import ABSENT, DIFFICULT, PRESENT
 from ssl_core.data.records import OpenSource, Record, SourceSplit
 from ssl_core.data.sources.file_tree import Archive, Folder, stamp
-from ssl_core.mistakes import shorten
+from ssl_core.mistakes import excerpt
 
 States = dict[str, int]  # class name -> PRESENT or DIFFICULT; other classes are ABSENT
 
@@ -57,7 +57,7 @@ def _number_classes(card: Card, tree: Folder | Archive, splits: dict[str, Annota
     for name in names:
         if name not in classes:
             hint = nearest(name, classes)
-            raise ValueError(f"{card.name}: the class {shorten(repr(name))} is not among the card's classes{hint}")
+            raise ValueError(f"{card.name}: the class {excerpt(repr(name))} is not among the card's classes{hint}")
     return OpenSource(classes, {name: _split(tree, annotated, classes) for name, annotated in splits.items()})
 
 
@@ -115,7 +115,7 @@ def _list_coco(tree: Folder | Archive, split: CocoSplit) -> AnnotatedSplit:
         for entry in content["annotations"]:
             states[entry["image_id"]][categories[entry["category_id"]]] = PRESENT
     except (json.JSONDecodeError, KeyError, TypeError) as error:
-        reason = shorten(repr(error))
+        reason = excerpt(repr(error))
         raise ValueError(
             f"{split.annotations} is not a file of COCO instances ({reason}): check `annotations` in the card"
         ) from None

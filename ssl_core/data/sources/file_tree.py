@@ -23,7 +23,7 @@ from tqdm import tqdm
 from ssl_core.data.image_files import is_image
 from ssl_core.data.shards import BLOCK
 from ssl_core.data.sources.file_list import File, Files, sorted_files
-from ssl_core.mistakes import shorten
+from ssl_core.mistakes import excerpt
 from ssl_core.provenance import file_digest
 
 OPENERS = {b"\x1f\x8b": gzip.open, b"BZ": bz2.open, b"\xfd7": lzma.open}  # by a file's first two bytes
@@ -57,7 +57,7 @@ class Folder:
         top = self.root / folder
         if not top.is_dir():
             inside = sorted(entry.name for entry in self.root.iterdir() if entry.is_dir())
-            names = shorten(", ".join(inside[:8])) or "no folders"
+            names = excerpt(", ".join(inside[:8])) or "no folders"
             raise ValueError(f"{self.root} has no folder {folder!r}; it has: {names}")
         stamps = hashlib.sha256()
 
@@ -78,7 +78,7 @@ class Folder:
     def read(self, name: str) -> bytes:
         """Return a file's bytes; raise `ValueError` for a name outside the folder."""
         if posixpath.normpath(name).startswith(("/", "..")):
-            raise ValueError(f"{shorten(repr(name))} lies outside {self.root}")
+            raise ValueError(f"{excerpt(repr(name))} lies outside {self.root}")
         with open(os.path.join(self.root, name), "rb", buffering=0) as file:  # twice as fast as pathlib for small files
             return file.readall()
 
@@ -163,7 +163,7 @@ class Archive:
         images = Files((file for file in relative if is_image(file.name)), self._scratch)
         if not images:
             folders = sorted({posixpath.dirname(file.name) for file in self.members})
-            names = shorten(", ".join(folders[:8])) or "none"
+            names = excerpt(", ".join(folders[:8])) or "none"
             raise ValueError(f"{self.path} has no images below {folder!r}; folders in it: {names}")
         return images
 
@@ -176,7 +176,7 @@ class Archive:
         position = bisect_left(self.members, name, key=attrgetter("name"))
         file = self.members[position] if position < len(self.members) else None
         if file is None or file.name != name:
-            raise ValueError(f"{self.path} has no file {shorten(repr(name))}")
+            raise ValueError(f"{self.path} has no file {excerpt(repr(name))}")
         return self.fetch(file)
 
 
@@ -190,7 +190,7 @@ def _readable(path: Path, scratch: Path) -> Iterator[None]:
             raise
         if isinstance(error, OSError) and error.errno is not None:  # a full disk, no permission
             raise ValueError(f"{path} cannot be read or unpacked into {scratch}: {error.strerror}") from None
-        raise ValueError(f"{path} is damaged or not a tar ({shorten(error)}): get the archive again") from None
+        raise ValueError(f"{path} is damaged or not a tar ({excerpt(error)}): get the archive again") from None
 
 
 def _decompress(path: Path, spill: Path, opener: Callable[[BinaryIO], Any]) -> None:

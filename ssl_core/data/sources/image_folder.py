@@ -9,7 +9,7 @@ from ssl_core.data.image_files import EXTENSIONS
 from ssl_core.data.records import OpenSource, printable
 from ssl_core.data.sources.file_tree import Archive, Folder
 from ssl_core.data.sources.labelled_files import LabelledFiles, Targets, number_classes
-from ssl_core.mistakes import shorten
+from ssl_core.mistakes import excerpt
 
 
 def open_image_folder(source: ImageFolder, card: Card, scratch: Path, stack: ExitStack) -> OpenSource:
@@ -33,7 +33,7 @@ def _list_split(tree: Folder | Archive, split: FolderSplit, path: Path) -> Label
     for file in files:
         if annotations is not None:
             if file.name not in classes:
-                image = shorten(f"{place}/{file.name}")
+                image = excerpt(f"{place}/{file.name}")
                 raise ValueError(f"{annotations.file} has no line for {image}: add one or remove the image")
             targets.add(classes[file.name])
         elif split.labels == "folder":
@@ -46,7 +46,7 @@ def _list_split(tree: Folder | Archive, split: FolderSplit, path: Path) -> Label
 def _class_folder(name: str, place: str) -> str:
     folder, _, rest = name.partition("/")
     if not rest:
-        image = shorten(f"{place}/{name}")
+        image = excerpt(f"{place}/{name}")
         raise ValueError(f"{image} is in no class folder: move it into one, or set labels: none for the split")
     return printable(folder)
 

@@ -13,7 +13,7 @@ from ssl_core.config import nearest
 from ssl_core.data.card import Card
 from ssl_core.data.records import OpenSource, Record, SourceSplit, printable
 from ssl_core.data.sources.file_list import File, Files
-from ssl_core.mistakes import shorten
+from ssl_core.mistakes import excerpt
 
 MAX_CLASSES = 1_000_000  # higher class ids are taken for a mistake: the manifest counts the images of each class
 
@@ -69,14 +69,14 @@ def number_classes(card: Card, splits: Mapping[str, LabelledFiles]) -> OpenSourc
     names = sorted(target for target in targets if isinstance(target, str))
     numbers = sorted(target for target in targets if isinstance(target, int))
     if names and numbers:
-        name = shorten(repr(names[0]))
+        name = excerpt(repr(names[0]))
         raise ValueError(f"{card.name}: some labels are class names ({name}) and others are numbers: use one kind")
     classes = card.classes or tuple(names) or None
     ids = {name: label for label, name in enumerate(classes or ())}
     for name in names:
         if name not in ids:
             hint = nearest(name, ids)
-            raise ValueError(f"{card.name}: the class {shorten(repr(name))} is not among the card's classes{hint}")
+            raise ValueError(f"{card.name}: the class {excerpt(repr(name))} is not among the card's classes{hint}")
     _check_ids(numbers, len(classes) if classes else MAX_CLASSES, card.name)
     return OpenSource(classes, {name: _split(listed, ids, classes) for name, listed in splits.items()})
 

@@ -13,7 +13,7 @@ from ssl_core.data.records import OpenSource
 from ssl_core.data.sources.file_list import File, Files
 from ssl_core.data.sources.file_tree import ABSENT, stamp
 from ssl_core.data.sources.labelled_files import LabelledFiles, Targets, number_classes, parse_target
-from ssl_core.mistakes import shorten
+from ssl_core.mistakes import excerpt
 
 Cells = dict[str, Any]  # a row by the names of its columns
 
@@ -64,7 +64,7 @@ def _rows(path: Path) -> Iterator[Cells]:
     try:
         yield from _parquet_rows(path) if path.suffix == ".parquet" else _csv_rows(path)
     except (csv.Error, UnicodeDecodeError, ValueError) as error:  # pyarrow's errors are ValueErrors
-        raise ValueError(f"{path} is not a CSV or Parquet file: {shorten(error)}") from None
+        raise ValueError(f"{path} is not a CSV or Parquet file: {excerpt(error)}") from None
 
 
 def _parquet_rows(path: Path) -> Iterator[Cells]:
@@ -81,5 +81,5 @@ def _csv_rows(path: Path) -> Iterator[Cells]:
 
 def _cell(row: Cells, column: str, path: Path) -> Any:
     if row[column] in (None, ""):
-        raise ValueError(f"{path}: a row has no {column!r}: {shorten(json.dumps(row, default=str))}")
+        raise ValueError(f"{path}: a row has no {column!r}: {excerpt(json.dumps(row, default=str))}")
     return row[column]

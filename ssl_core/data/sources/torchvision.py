@@ -12,7 +12,7 @@ from ssl_core.config import nearest
 from ssl_core.data.card import Card, Torchvision
 from ssl_core.data.records import OpenSource
 from ssl_core.data.sources.library import library_split
-from ssl_core.mistakes import shorten
+from ssl_core.mistakes import excerpt
 
 
 def open_torchvision(source: Torchvision, card: Card) -> OpenSource:
@@ -49,7 +49,7 @@ def _build(source: Torchvision, arguments: dict[str, Any]) -> Any:
     try:
         return kind(**options)
     except (TypeError, ValueError, RuntimeError, OSError, ImportError) as error:
-        reason = f"{shorten(error)} (arguments: {', '.join(sorted(options))})"
+        reason = f"{excerpt(error)} (arguments: {', '.join(sorted(options))})"
         raise ValueError(f"torchvision.datasets.{source.dataset}: {reason}") from None
 
 
@@ -60,5 +60,5 @@ def _get(dataset: Any, name: str, index: int) -> tuple[bytes | Image.Image, int]
     try:
         return image, operator.index(target)
     except TypeError:
-        value = shorten(repr(target))
+        value = excerpt(repr(target))
         raise ValueError(f"torchvision.datasets.{name} returns {value} instead of a class id") from None

@@ -11,7 +11,7 @@ from ssl_core.data.records import OpenSource
 from ssl_core.data.sources.file_list import File, Files
 from ssl_core.data.sources.file_tree import Archive
 from ssl_core.data.sources.labelled_files import LabelledFiles, Target, Targets, number_classes, parse_target
-from ssl_core.mistakes import shorten
+from ssl_core.mistakes import excerpt
 
 
 def open_webdataset(source: WebDataset, card: Card, scratch: Path, stack: ExitStack) -> OpenSource:
@@ -59,7 +59,7 @@ def _samples(tar: Archive, source: WebDataset) -> Iterator[tuple[File, Target]]:
         if not is_image(name) or source.image not in (None, extension):
             continue
         if key in keys:
-            raise ValueError(f"{tar.path}: {shorten(key)} has several images: set image to the extension of one")
+            raise ValueError(f"{tar.path}: {excerpt(key)} has several images: set image to the extension of one")
         keys.add(key)
         yield file, _read_target(tar, key, members, source.label)
 
@@ -77,9 +77,9 @@ def _read_target(tar: Archive, key: str, members: dict[str, File], label: str | 
     file = members.get(f"{key}.{label}")
     if file is None:
         hint = "set label to the labels' extension, or label: null for images without labels"
-        raise ValueError(f"{tar.path}: {shorten(key)} has no .{label}: {hint}")
+        raise ValueError(f"{tar.path}: {excerpt(key)} has no .{label}: {hint}")
     try:
         return parse_target(tar.fetch(file).decode().strip())
     except UnicodeDecodeError:
-        name = shorten(f"{key}.{label}")
+        name = excerpt(f"{key}.{label}")
         raise ValueError(f"{tar.path}: {name} is not text: expected a class id or a class name") from None
