@@ -108,9 +108,9 @@ def _parser() -> argparse.ArgumentParser:
 
     explain = commands.add_parser("explain", help="show an experiment with everything it leaves unsaid, and its cost")
     explain.add_argument(
-        "--probe",
+        "--time",
         action=argparse.BooleanOptionalAction,
-        help="time ten steps to say how long the run will take (default: if the data set is sharded)",
+        help="measure ten steps to estimate the time of the run (default: if the data set is sharded)",
     )
     explain.set_defaults(command=_explain)
 
@@ -166,7 +166,7 @@ def _schema(chosen: argparse.Namespace) -> None:
 def _explain(chosen: argparse.Namespace) -> None:
     from ssl_core.look.explain import explain
 
-    explain(chosen.experiment, chosen.configfile, probe=chosen.probe, threads=chosen.threads or _cores())
+    explain(chosen.experiment, chosen.configfile, timed=chosen.time, threads=chosen.threads or _cores())
 
 
 def _views(chosen: argparse.Namespace) -> None:

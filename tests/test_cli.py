@@ -94,7 +94,7 @@ def test_explain_shows_what_an_experiment_leaves_unsaid(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], root: Path
 ) -> None:
     monkeypatch.chdir(root)
-    assert cli.main(["explain", "ressl_r18", "--no-probe"]) == 0
+    assert cli.main(["explain", "ressl_r18", "--no-time"]) == 0
     told = capsys.readouterr().out
     assert "student_temperature: 0.1  " in told
     assert "effective learning rate: 0.001 " in told

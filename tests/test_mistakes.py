@@ -77,7 +77,7 @@ def test_a_wrong_experiment(changes: dict[str, Any], words: str, told: Told, doc
         section[key] = {**GOOD.get(key, {}), **change} if isinstance(change, dict) else change
     path = tmp_path / "mine.yaml"
     path.write_text(yaml.safe_dump({"experiments": {"mine": section}}))
-    assert words in told(["explain", "mine", "--no-probe", "--configfile", str(path)])
+    assert words in told(["explain", "mine", "--no-time", "--configfile", str(path)])
     assert words in documented
 
 
@@ -94,7 +94,7 @@ FILES = [
 def test_a_wrong_file(text: str, words: str, told: Told, documented: str, tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text(text)
-    assert words in told(["explain", "ressl_r18", "--no-probe", "--configfile", str(path)])
+    assert words in told(["explain", "ressl_r18", "--no-time", "--configfile", str(path)])
     assert words in documented
 
 

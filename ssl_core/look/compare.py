@@ -1,4 +1,4 @@
-"""What was reported elsewhere beside what was measured here, as text for a terminal."""
+"""Reported numbers beside measured ones, as text for a terminal."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,13 +12,13 @@ RIGHT = range(2, 5)  # columns of numbers
 
 
 def run(config: Mapping[str, Any], folder: Path) -> str:
-    """Return a line for each reported number; what `folder` has no result of is "not run".
+    """Return one line per reported number; "not run" if `folder` has no result for it.
 
-    Raises `ValueError` where nothing is reported, and for a file that is no evaluation.
+    Raises `ValueError` if the configuration reports nothing, and for a file that is not an evaluation.
     """
     reported = config.get("reported") or {}
     if not reported:
-        raise ValueError("nothing is reported: the section `reported` of a configuration holds numbers from elsewhere")
+        raise ValueError("nothing to compare: add published numbers in the section `reported` of the configuration")
     runs = schema.seeds(schema.named(config))
     lines: list[tuple[str, ...]] = [HEADER]
     for name, entry in reported.items():
@@ -48,8 +48,7 @@ def _measured(summary: Summary, seeds: int) -> str:
 
 
 def _aligned(line: Sequence[str], widths: Sequence[int]) -> str:
-    cells = [
-        cell.rjust(width) if column in RIGHT else cell.ljust(width)
-        for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-    ]
+    cells = []
+    for column, (cell, width) in enumerate(zip(line, widths, strict=True)):
+        cells.append(cell.rjust(width) if column in RIGHT else cell.ljust(width))
     return "  ".join(cells).rstrip()
