@@ -1,4 +1,4 @@
-"""Lists of files on disk: the same as in memory, for any name."""
+"""Lists of files on disk equal lists in memory, for any name."""
 
 import os
 import random

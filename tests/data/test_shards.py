@@ -1,4 +1,4 @@
-"""Shards: what stands in them is what DALI reads, whole, in a fixed order, the same however they were made."""
+"""Shards: DALI reads every image, in a fixed order; the bytes do not depend on workers and interruptions."""
 
 import importlib
 import io
@@ -96,7 +96,7 @@ def test_the_number_of_workers_changes_nothing(photos: Path, threads: int, monke
     assert content(photos.parent / "one") == content(photos.parent / "more")
 
 
-def test_tars_are_ustar_and_say_nothing_of_when_and_by_whom(photos: Path) -> None:
+def test_tars_are_ustar_without_times_and_owners(photos: Path) -> None:
     for path in sharded(photos).tars("train"):
         with tarfile.open(path) as tar:
             for member in tar:
@@ -406,7 +406,7 @@ def test_the_same_bad_image_is_named_for_any_number_of_workers(photos: Path) -> 
     assert len(messages) == 1
 
 
-def test_a_source_without_one_usable_image_is_refused(tmp_path: Path) -> None:
+def test_a_source_without_a_usable_image_is_refused(tmp_path: Path) -> None:
     source = odd(tmp_path, {"a.jpg": b"", "b.jpg": b""})
     with pytest.raises(
         ValueError,
@@ -440,12 +440,12 @@ def test_a_shard_that_is_missing_or_cut_is_named(photos: Path) -> None:
         verify(manifest, "train")
 
 
-def test_an_unknown_split_lists_those_there_are(photos: Path) -> None:
+def test_an_unknown_split_lists_the_splits(photos: Path) -> None:
     with pytest.raises(ValueError, match=r"photos has no split 'test': it has train"):
         sharded(photos).split("test")
 
 
-def test_what_is_no_manifest_is_named(tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_manifest_is_named(tmp_path: Path) -> None:
     path = tmp_path / "manifest.json"
     with pytest.raises(ValueError, match=r"manifest\.json does not exist"):
         Manifest.load(path)
@@ -457,7 +457,7 @@ def test_what_is_no_manifest_is_named(tmp_path: Path) -> None:
         Manifest.load(path)
 
 
-def test_the_manifest_holds_nothing_of_this_machine(photos: Path) -> None:
+def test_the_manifest_has_no_path_of_this_machine(photos: Path) -> None:
     text = (sharded(photos).folder / "manifest.json").read_text()
     assert str(photos.parent) not in text
 
