@@ -161,9 +161,9 @@ def _add_looks(commands: Any) -> None:
 
     explain = commands.add_parser("explain", help="show all settings of an experiment, defaults included, and its cost")
     explain.add_argument(
-        "--probe",
+        "--time",
         action=argparse.BooleanOptionalAction,
-        help="time ten steps to estimate the duration (default: if the data set is sharded)",
+        help="measure ten steps to estimate the time of the run (default: if the data set is sharded)",
     )
     explain.set_defaults(command=_explain)
 
@@ -228,7 +228,7 @@ def _schema(options: argparse.Namespace) -> None:
 def _explain(options: argparse.Namespace) -> None:
     from ssl_core.look.explain import explain
 
-    explain(options.experiment, options.configfile, probe=options.probe, threads=options.threads)
+    explain(options.experiment, options.configfile, timed=options.time, threads=options.threads)
 
 
 def _views(options: argparse.Namespace) -> None:

@@ -63,3 +63,11 @@ def _explain_file_error(error: OSError) -> str | None:
     if error.errno in ODD_PATHS:
         return f"{where}{error.strerror}: choose another path or move the file that blocks it"
     return None
+
+
+def excerpt(value: object, limit: int = 200) -> str:
+    """Return a value for an error message: one line of at most `limit` characters."""
+    text = " ".join(str(value).split())
+    if len(text) <= limit:
+        return text
+    return text[: limit - 1] + "…"

@@ -1,4 +1,4 @@
-"""What `explain`, `views` and `doctor` say, in a project of its own with a tiny data set."""
+"""`explain`, `views` and `doctor`, in a temporary project with a tiny data set."""
 
 import contextlib
 import io
@@ -18,7 +18,7 @@ from ssl_core.look import doctor, forecast
 from ssl_core.methods.base import resolve
 from ssl_core.networks.backbones import build_backbone
 
-Tell = Callable[..., str]
+RunCommand = Callable[..., str]
 
 CONFIG: dict[str, Any] = {
     "experiments": {
@@ -57,8 +57,8 @@ def project(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def tell(project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Tell:
-    """Return what runs a command in the project and gives what it prints."""
+def run_command(project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> RunCommand:
+    """Return a function that runs a command in the project and returns its output."""
     monkeypatch.chdir(project)
 
     def run(*arguments: str) -> str:
@@ -69,18 +69,18 @@ def tell(project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
 
 
 @pytest.fixture(scope="module")
-def told(project: Path) -> str:
-    """What `explain` says of the first experiment with the overlay."""
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as told:
+def explained(project: Path) -> str:
+    """The output of `explain` for the first experiment with the overlay."""
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as output:
         patch.chdir(project)
-        assert cli.main(["explain", "first", "--no-probe", "--configfile", "mine.yaml"]) == 0
-    return told.getvalue()
+        assert cli.main(["explain", "first", "--no-time", "--configfile", "mine.yaml"]) == 0
+    return output.getvalue()
 
 
-def test_the_settings_are_yaml_and_say_the_same_again(told: str) -> None:
-    section = yaml.safe_load(told)
+def test_the_settings_are_yaml_that_resolves_to_the_same_experiment(explained: str) -> None:
+    section = yaml.safe_load(explained)
     assert resolve(section) == resolve(overlays.merge(CONFIG, OVERLAY)["experiments"]["first"])
-    assert max(map(len, told.splitlines())) <= 100
+    assert max(map(len, explained.splitlines())) <= 100
 
 
 @pytest.mark.parametrize(
@@ -94,39 +94,41 @@ def test_the_settings_are_yaml_and_say_the_same_again(told: str) -> None:
         ("gradient_clip: null", "default"),
     ],
 )
-def test_each_value_says_who_set_it(line: str, origin: str, told: str) -> None:
-    (found,) = [row for row in told.splitlines() if row.strip().startswith(line + " ")]
-    assert found.endswith(f"  # {origin}")
+def test_each_value_has_its_origin(line: str, origin: str, explained: str) -> None:
+    (row,) = [row for row in explained.splitlines() if row.strip().startswith(line + " ")]
+    assert row.endswith(f"  # {origin}")
 
 
-def test_a_point_of_a_sweep_says_what_the_sweep_set(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_point_of_a_sweep_names_the_sweep_as_origin(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(project)
-    found = overlays.load_configuration([])
-    assert found.origin("heat-0.02", ("method", "teacher_temperature")) == "sweep heat"
-    assert found.origin("heat-0.02", ("method", "queue_size")) == "config.yaml"
-    assert found.origin("heat-0.02", ("method", "warmup")) is None
+    loaded = overlays.load_configuration([])
+    assert loaded.origin("heat-0.02", ("method", "teacher_temperature")) == "sweep heat"
+    assert loaded.origin("heat-0.02", ("method", "queue_size")) == "config.yaml"
+    assert loaded.origin("heat-0.02", ("method", "warmup")) is None
 
 
-def test_it_counts_images_steps_and_batches(told: str) -> None:
-    assert "20 images: 2 steps an epoch, 6 in all (an epoch leaves 4 images out" in told
-    assert "effective learning rate: 0.001875 = 0.06 x 8 / 256, sgd" in told
-    assert "seen by teacher" in told
-    assert "tiny's card switches off flip" in told
+def test_it_counts_images_steps_and_batches(explained: str) -> None:
+    assert "20 images: 2 steps per epoch, 6 in all (each epoch leaves out 4 other images)" in explained
+    assert "effective learning rate: 0.001875 = 0.06 x 8 / 256, sgd" in explained
+    assert "seen by teacher" in explained
+    assert "tiny's card switches off flip" in explained
 
 
-def test_the_probe_says_how_long_it_takes(tell: Tell) -> None:
-    told = tell("explain", "first", "--threads", "1")
-    assert "for 4 steps, without evaluations" in told
-    assert "10 steps of 8 images took" in told
-    assert "in float32" in told
+def test_ten_steps_are_timed_if_there_are_shards(run_command: RunCommand) -> None:
+    output = run_command("explain", "first", "--threads", "1")
+    assert "for 4 steps, without evaluations" in output
+    assert "10 steps of 8 images took" in output
+    assert "in float32" in output
 
 
-def test_without_shards_it_says_how_to_make_them(project: Path, tell: Tell, tmp_path: Path) -> None:
+def test_without_shards_it_prints_the_command_that_makes_them(
+    project: Path, run_command: RunCommand, tmp_path: Path
+) -> None:
     path = tmp_path / "other.yaml"
     path.write_text(yaml.safe_dump({"experiments": {"first": {"dataset": {"name": "unsharded"}}}}))
-    told = tell("explain", "first", "--probe", "--threads", "1", "--configfile", str(path))
-    assert "before `snakemake --cores all shards/unsharded/manifest.json`" in told.replace("\n#      ", "")
-    assert "noise in the place of data" in told.replace("\n#      ", "")
+    output = run_command("explain", "first", "--time", "--threads", "1", "--configfile", str(path))
+    assert "before `snakemake --cores all shards/unsharded/manifest.json`" in output.replace("\n#      ", "")
+    assert "random images, since there are no shards" in output.replace("\n#      ", "")
 
 
 def test_seeds_and_null_entries_work(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,16 +136,16 @@ def test_seeds_and_null_entries_work(project: Path, tmp_path: Path, monkeypatch:
     path = tmp_path / "seeds.yaml"
     repeated = {**CONFIG["experiments"]["first"], "seeds": [0, 7]}
     path.write_text(yaml.safe_dump({"experiments": {"first": None, "again": repeated}, "sweeps": {"heat": None}}))
-    found = overlays.load_configuration([path])
-    assert found.experiment("again-seed7")["training"]["seed"] == 7
-    assert found.origin("again-seed7", ("training", "seed")) == "seeds"
+    loaded = overlays.load_configuration([path])
+    assert loaded.experiment("again-seed7")["training"]["seed"] == 7
+    assert loaded.origin("again-seed7", ("training", "seed")) == "seeds"
     with pytest.raises(ValueError, match="there is no experiment 'first'"):
-        found.experiment("first")
+        loaded.experiment("first")
 
 
-def test_views_draws_what_training_would(tell: Tell, tmp_path: Path) -> None:
-    told = tell("views", "first", "--threads", "1", "--output", str(tmp_path / "views.png"))
-    assert "a column an image of tiny/train, a row a view" in told
+def test_views_draws_the_first_views_of_training(run_command: RunCommand, tmp_path: Path) -> None:
+    output = run_command("views", "first", "--threads", "1", "--output", str(tmp_path / "views.png"))
+    assert "one column per image of tiny/train, one row per view" in output
     with Image.open(tmp_path / "views.png") as picture:
         assert picture.width > picture.height  # eight columns, two rows
 
@@ -153,31 +155,31 @@ def test_flops_are_those_of_the_papers() -> None:
     assert forecast.forward_flop(network, 224) == pytest.approx(2 * 1.814e9, rel=0.01)  # 1.8 G multiply-adds
 
 
-def test_a_step_costs_its_passes(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from ssl_core.look.explain import find
+def test_a_step_costs_its_forward_and_backward_passes(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ssl_core.look.subject import find_subject
 
     monkeypatch.chdir(project)
-    subject = find(overlays.load_configuration([]).experiment("first"))
+    subject = find_subject(overlays.load_configuration([]).experiment("first"))
     method = forecast.build(subject.resolved, 16, subject.views, num_images=20, batch_size=8)
     walked = forecast.walk(method, subject.views, subject.resolved.training)
     # A student's pass forward and, about twice that, backward, and a teacher's; heads come on top.
     assert 3.7 < walked.step / walked.backbone < 4.5
-    held = forecast.memory(method, subject.views, subject.resolved.training, walked, 20)
-    assert held["gradients and optimizer"] == 2 * 4 * forecast.count(method, trained=True)
+    memory = forecast.memory(method, subject.views, subject.resolved.training, walked, 20)
+    assert memory["gradients and optimizer"] == 2 * 4 * forecast.count(method, trained=True)
     adamw = forecast.memory(method, subject.views, Training(optimizer="adamw", batch_size=16), walked, 20)
     assert adamw["gradients and optimizer"] == 3 * 4 * forecast.count(method, trained=True)
-    assert adamw["activations"] == 2 * held["activations"]
+    assert adamw["activations"] == 2 * memory["activations"]
 
 
-def test_the_doctor_says_what_works_and_what_does_not(
+def test_the_doctor_reports_what_works_and_what_fails(
     project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(project)
     assert doctor.examine()
-    told = capsys.readouterr().out.splitlines()
-    assert [line.split()[1] for line in told[:2]] == ["Python", "torch"]
-    assert all(line.split()[0] in ("ok", "warning") for line in told[:-1])
-    assert any("tiny: train 20 images, all shards of the right size" in line for line in told)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in lines[:2]] == ["Python", "torch"]
+    assert all(line.split()[0] in ("ok", "warning") for line in lines[:-1])
+    assert any("tiny: train 20 images, all shards of the right size" in line for line in lines)
     monkeypatch.setattr("sys.executable", "/bin/false")  # DALI is tried in a process of its own
     assert not doctor.examine()
     assert any(line.startswith("fails    DALI") for line in capsys.readouterr().out.splitlines())

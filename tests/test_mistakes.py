@@ -79,7 +79,7 @@ def test_a_wrong_experiment(
         section[key] = {**GOOD.get(key, {}), **change} if isinstance(change, dict) else change
     path = tmp_path / "mine.yaml"
     path.write_text(yaml.safe_dump({"experiments": {"mine": section}}))
-    assert words in error_of(["explain", "mine", "--no-probe", "--configfile", str(path)])
+    assert words in error_of(["explain", "mine", "--no-time", "--configfile", str(path)])
     assert words in documented
 
 
@@ -96,7 +96,7 @@ FILES = [
 def test_a_wrong_file(text: str, words: str, error_of: ErrorOf, documented: str, tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text(text)
-    assert words in error_of(["explain", "ressl_r18", "--no-probe", "--configfile", str(path)])
+    assert words in error_of(["explain", "ressl_r18", "--no-time", "--configfile", str(path)])
     assert words in documented
 
 
@@ -174,8 +174,8 @@ SOURCES: list[tuple[str, Callable[[Path], Any], dict[str, Any], str]] = [
     ("the split's folder is missing", lambda folder: picture(folder / "trian" / "cat" / "1.png"), {}, "has no folder"),
     ("class folders are missing", lambda folder: picture(folder / "train" / "1.png"), {}, "is in no class folder"),
     ("there are no images", lambda folder: (folder / "train" / "cat").mkdir(parents=True), {}, "has no images"),
-    ("an image is cut short", broken_picture, {}, "Mend or remove it, or say on_error: skip"),
-    ("a folder is called a tar", lambda folder: None, {"type": "image_tar"}, "is a folder: say type: image_folder"),
+    ("an image is cut short", broken_picture, {}, "Repair or remove it, or set on_error: skip"),
+    ("a folder is called a tar", lambda folder: None, {"type": "image_tar"}, "is a folder: set type: image_folder"),
     ("a key is misspelt", lambda folder: None, {"pth": "x"}, "did you mean 'path'?"),
 ]
 
@@ -207,7 +207,7 @@ def test_an_output_in_use(error_of: ErrorOf, documented: str, tmp_path: Path) ->
     assert words in error_of(["shard", str(card), "--output", str(tmp_path / "file" / "mine")])
     assert words in documented
     (tmp_path / "theirs.tar").write_bytes(b"")
-    words = "holds tars that were not written here: choose another folder or empty it"
+    words = "has tars that sharding did not write: choose another folder or empty it"
     assert words in error_of(["shard", str(card), "--output", str(tmp_path)])
     assert words in documented
 

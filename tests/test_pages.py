@@ -1,4 +1,4 @@
-"""What people open, in a real browser without a network: the table, Snakemake's report and MLflow's pages.
+"""The table, Snakemake's report and MLflow's pages in a real browser without a network.
 
 Needs Debian's package chromium (or Chrome) on the path; skipped without it.
 """
@@ -17,7 +17,7 @@ import yaml
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]
-# The demonstration's data and network, for as long as pages need something to show.
+# The demonstration's data and network, trained just long enough for the pages.
 METHOD = {"name": "ressl", "queue_size": 64, "projector_hidden": 64, "embedding_dim": 32}
 CONFIG = {
     "experiments": {
@@ -34,21 +34,21 @@ CONFIG = {
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    """Chromium, which reaches this machine only."""
-    found = shutil.which("chromium") or shutil.which("google-chrome")
-    if found is None:
+    """Chromium without access to other machines."""
+    executable = shutil.which("chromium") or shutil.which("google-chrome")
+    if executable is None:
         pytest.skip("no chromium on the path: apt install chromium")
     options = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
     options.append("--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1")
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=found, args=options)
+        browser = playwright.chromium.launch(executable_path=executable, args=options)
         yield browser
         browser.close()
 
 
 @pytest.fixture
 def page(browser: Browser) -> Iterator[Page]:
-    """A page that must not ask for anything elsewhere nor raise."""
+    """A page; failed requests and script errors fail the test."""
     page = browser.new_page(viewport={"width": 1280, "height": 900})
     faults: list[str] = []
     page.on("pageerror", lambda error: faults.append(str(error)))
@@ -60,7 +60,7 @@ def page(browser: Browser) -> Iterator[Page]:
 
 @pytest.fixture(scope="module")
 def project(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which the workflow has run, tracked, with its report."""
+    """A folder in which the workflow has run with tracking, with its report."""
     folder = tmp_path_factory.mktemp("pages") / "project"
     folder.mkdir()
     shutil.copy(root / "Snakefile", folder)
@@ -79,7 +79,7 @@ def project(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def fits(page: Page) -> bool:
-    """Tell whether nothing is cut off at the right."""
+    """Return whether nothing is cut off at the right."""
     return page.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
 
 
@@ -125,8 +125,8 @@ def test_mlflow_shows_the_experiment_as_one_row_with_its_numbers(browser: Browse
     )
     try:
         for _ in range(120):
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", port)) == 0:
+            with socket.socket() as client:
+                if client.connect_ex(("127.0.0.1", port)) == 0:
                     break
             page.wait_for_timeout(500)
         page.goto(address)

@@ -1,4 +1,4 @@
-"""MLflow gets everything, whatever happens to the training; the training gets nothing, whatever happens to MLflow."""
+"""All messages reach MLflow, even from a killed stage, and no failure of MLflow affects the training."""
 
 import json
 import os
@@ -37,11 +37,11 @@ with tracking.start(stage, "tiny", digest="d" * 64, parameters={"stage": stage},
     if end == "more":
         run.metrics({"loss": 4.0}, step=6)
 """
-ENDS = {"linear": "finish", "knn": "exception", "pretrain": "sigterm", "probe": "interrupt"}
+ENDS = {"linear": "finish", "knn": "exception", "pretrain": "sigterm", "tune": "interrupt"}
 
 
 def launch(folder: Path, stage: str, end: str, run_id: str = "") -> "subprocess.Popen[str]":
-    """Start a stage; its standard error closes when its recorder has ended, too."""
+    """Start a stage; its standard error closes only when its recorder has ended."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("MLFLOW_", "SSL_TRACKING"))}
     command = [sys.executable, "-c", STAGE, stage, end, run_id]
     return subprocess.Popen(command, cwd=folder, env=environment, stderr=subprocess.PIPE, text=True)
@@ -62,7 +62,7 @@ def stages(folder: Path) -> dict[str, tuple[str, str]]:
 
 @pytest.fixture(scope="module")
 def four(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four processes at once against a database that does not exist yet, each with its own end."""
+    """Four concurrent stages, with different ends, on a database that does not exist yet."""
     folder = tmp_path_factory.mktemp("tracking")
     processes = [launch(folder, stage, end) for stage, end in ENDS.items()]
     for process in processes:
@@ -73,7 +73,7 @@ def four(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_four_processes_make_one_experiment_one_parent_four_children(four: Path) -> None:
     assert select(four, "select count(*) from experiments where name = 'ssl-core'") == [(1,)]
-    assert sorted(stages(four)) == ["experiment", "knn", "linear", "pretrain", "probe"]
+    assert sorted(stages(four)) == ["experiment", "knn", "linear", "pretrain", "tune"]
     assert select(four, "select count(*) from runs") == [(5,)]
     parents = select(four, "select distinct value from tags where key = 'mlflow.parentRunId'")
     assert parents == [(stages(four)["experiment"][0],)]
@@ -81,7 +81,7 @@ def test_four_processes_make_one_experiment_one_parent_four_children(four: Path)
 
 def test_the_end_of_a_stage_is_the_status_of_its_run(four: Path) -> None:
     statuses = {stage: status for stage, (_, status) in stages(four).items() if stage in ENDS}
-    assert statuses == {"linear": "FINISHED", "knn": "FAILED", "pretrain": "KILLED", "probe": "KILLED"}
+    assert statuses == {"linear": "FINISHED", "knn": "FAILED", "pretrain": "KILLED", "tune": "KILLED"}
 
 
 def test_metrics_arrive_even_from_a_process_that_was_killed(four: Path) -> None:
@@ -90,15 +90,15 @@ def test_metrics_arrive_even_from_a_process_that_was_killed(four: Path) -> None:
         assert sorted(select(four, query)) == [(step, 10.0 - step) for step in range(1, 6)]
 
 
-def test_headline_stands_on_the_parent_and_in_the_leaderboard(four: Path) -> None:
+def test_headline_numbers_are_on_the_parent_and_in_the_leaderboard(four: Path) -> None:
     query = "select key, value from metrics where run_uuid = '{}'"
-    found = select(four, query.format(stages(four)["experiment"][0]))
-    assert set(found) == {("linear/top1", 89.9), ("linear/top5", 99.0)}
+    metrics = select(four, query.format(stages(four)["experiment"][0]))
+    assert set(metrics) == {("linear/top1", 89.9), ("linear/top5", 99.0)}
     (view,) = select(four, "select value from experiment_tags where key = 'mlflow.sharedViewState.leaderboard'")[0]
     assert json.loads(view)["selectedColumns"] == ["metrics.`linear/top1`"]
 
 
-def test_an_artifact_of_the_experiment_stands_on_the_parent(four: Path) -> None:
+def test_an_artifact_of_the_experiment_is_on_the_parent(four: Path) -> None:
     (path,) = four.glob("mlruns/*/*/artifacts/card.md")
     assert path.parts[-3] == stages(four)["experiment"][0]
 
@@ -118,7 +118,7 @@ def test_a_resumed_stage_continues_its_run_without_repeating_steps(four: Path) -
 
 @pytest.fixture
 def hanging_port() -> Iterator[int]:
-    """A server that takes connections and never answers."""
+    """A server that accepts connections and never answers."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         yield server.getsockname()[1]
 
@@ -130,7 +130,7 @@ def closed_port() -> int:
 
 
 @pytest.mark.parametrize("port", ["closed_port", "hanging_port"])
-def test_a_server_that_is_away_costs_one_warning(
+def test_an_unreachable_server_costs_one_warning(
     port: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.delenv("SSL_TRACKING", raising=False)
@@ -146,20 +146,20 @@ def test_a_server_that_is_away_costs_one_warning(
     assert capfd.readouterr().err.count("warning") == 1
 
 
-def test_a_recorder_that_stands_still_never_blocks_a_step(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_stopped_recorder_never_blocks_a_step(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("SSL_TRACKING", raising=False)
     monkeypatch.chdir(tmp_path)
     run = tracking.start("pretrain", "tiny", digest="d", parameters={})
     assert run._recorder is not None
     run._recorder.send_signal(signal.SIGSTOP)
     begin = time.monotonic()
-    for step in range(5_000):  # far more than a pipe holds
+    for step in range(5_000):  # far more than the capacity of a pipe
         run.metrics({"loss": 1.0, "learning_rate": 0.1}, step=step)
     assert time.monotonic() - begin < 2
     run._recorder.kill()
     run._recorder.wait()
     with run:
-        run.metrics({"loss": 1.0}, step=0)  # nor does one that is gone raise
+        run.metrics({"loss": 1.0}, step=0)  # a recorder that has ended raises nothing
 
 
 def test_tracking_can_be_switched_off(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from ssl_core.config import Strict
-from ssl_core.data.view_sampling import local_size
+from ssl_core.data.view_sizes import local_size
 from ssl_core.data.views import Augmentation, View, Views
 
 

@@ -1,6 +1,6 @@
-"""A card: one YAML file that says where a data set comes from and what is true of it. Torch-free.
+"""A card: one YAML file that describes a data set and its source. Torch-free.
 
-A card holds no code. What a source may say is a typed section below; how it is read stands in `sources.py`.
+A card contains no code. Each kind of source is a typed section below; `sources/` has the code that reads it.
 """
 
 import os
@@ -13,41 +13,46 @@ from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt, Valida
 
 from ssl_core.config import Strict, nearest
 from ssl_core.files import YamlLoader
+from ssl_core.mistakes import excerpt
 
 VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
 
 
 class Section(Strict):
-    """A strict section that names the nearest valid key when it meets one it does not know."""
+    """A strict section: an unknown key is an error that names the nearest valid key."""
 
     @model_validator(mode="before")
     @classmethod
-    def _know_every_key(cls, content: Any) -> Any:
-        unknown = [str(key) for key in content if key not in cls.model_fields] if isinstance(content, dict) else []
-        if unknown:
-            raise ValueError(f"unknown key {unknown[0]!r}{nearest(unknown[0], cls.model_fields)}")
+    def _refuse_unknown_keys(cls, content: Any) -> Any:
+        if not isinstance(content, dict):
+            return content
+        for key in map(str, content):
+            if key not in cls.model_fields:
+                raise ValueError(f"unknown key {excerpt(repr(key))}{nearest(key, cls.model_fields)}")
         return content
 
 
 def expand(text: Any) -> Any:
-    """Replace `${NAME}`, `${NAME:-default}` and a leading `~`; an unset one without a default is a `ValueError`."""
+    """Replace `${NAME}`, `${NAME:-default}` and a leading `~`; raise `ValueError` for an unset name without default."""
 
-    def value(match: re.Match[str]) -> str:
-        found = os.environ.get(match[1]) or match[2]
-        if found is None:
+    def replacement(match: re.Match[str]) -> str:
+        value = os.environ.get(match[1]) or match[2]
+        if value is None:
             raise ValueError(f"the environment variable {match[1]} is not set: export {match[1]}=... or edit the path")
-        return found
+        return value
 
-    return os.path.expanduser(VARIABLE.sub(value, text)) if isinstance(text, str) else text
+    if not isinstance(text, str):
+        return text
+    return os.path.expanduser(VARIABLE.sub(replacement, text))
 
 
-Location = Annotated[str, BeforeValidator(expand)]  # relative ones are relative to the repository root
-SplitName = Annotated[str, Field(pattern=r"^[a-z0-9_]+$")]  # it becomes a file name that DALI must read
+Location = Annotated[str, BeforeValidator(expand)]  # relative to the repository root
+SplitName = Annotated[str, Field(pattern=r"^[a-z0-9_]+$")]  # part of a file name that DALI reads
 Channels = tuple[float, float, float]
 
 
 class Annotations(Section):
-    """A text file inside the source, one image a line, that says which class an image is of (Tiny-ImageNet's val)."""
+    """A text file inside the source with the class of one image per line (as in Tiny-ImageNet's val)."""
 
     file: str
     separator: str = "\t"
@@ -56,7 +61,7 @@ class Annotations(Section):
 
 
 class FolderSplit(Section):
-    """A folder inside the source; the folder below it is an image's class, unless the other keys say otherwise."""
+    """A folder inside the source. By default an image's class is the name of its subfolder."""
 
     folder: str = ""
     labels: Literal["folder", "none"] = "folder"
@@ -64,7 +69,7 @@ class FolderSplit(Section):
 
 
 class ImageFolder(Section):
-    """Images in a folder (`image_folder`) or in a .tar, .tar.gz, .tar.bz2 or .tar.xz of one (`image_tar`)."""
+    """Images in a folder (`image_folder`) or in a .tar, .tar.gz, .tar.bz2 or .tar.xz of it (`image_tar`)."""
 
     type: Literal["image_folder", "image_tar"]
     path: Location
@@ -73,36 +78,36 @@ class ImageFolder(Section):
 
 
 class TorchvisionSplit(Section):
-    """The arguments that make torchvision's data set give this split."""
+    """Arguments of torchvision's class that select the split."""
 
     arguments: dict[str, Any] = Field(default_factory=dict)
 
 
 class Torchvision(Section):
-    """Any data set of torchvision that gives pictures and class ids."""
+    """A data set of torchvision that returns images and class ids."""
 
     type: Literal["torchvision"]
     dataset: str
     root: Location | None = None
-    arguments: dict[str, Any] = Field(default_factory=dict)  # for all splits, for example `download: true`
+    arguments: dict[str, Any] = Field(default_factory=dict)  # of all splits, for example `download: true`
     splits: dict[SplitName, TorchvisionSplit] = Field(min_length=1)
 
 
 class DigitsSplit(Section):
-    """How many digits the split takes from a seeded permutation; the splits take theirs one after the other."""
+    """The number of digits of the split; the splits divide one seeded permutation."""
 
     images: PositiveInt
 
 
 class SklearnDigits(Section):
-    """The coloured digits: scikit-learn's bundled digits, moved and coloured at random."""
+    """The coloured digits: scikit-learn's bundled digits, with random colours and motion."""
 
     type: Literal["sklearn_digits"]
     seed: NonNegativeInt = 0
     size: PositiveInt = 16  # pixels
-    rotation: float = Field(10.0, ge=0, le=180)  # degrees, either way
-    zoom: float = Field(0.1, ge=0, lt=1)  # a share of the size, either way
-    shift: float = Field(1.25, ge=0)  # pixels, either way, in both directions
+    rotation: float = Field(10.0, ge=0, le=180)  # at most, in degrees
+    zoom: float = Field(0.1, ge=0, lt=1)  # at most, as a share of the size
+    shift: float = Field(1.25, ge=0)  # at most, in pixels, in both directions
     splits: dict[SplitName, DigitsSplit] = Field(min_length=1)
 
 
@@ -113,16 +118,16 @@ class WebDatasetSplit(Section):
 
 
 class WebDataset(Section):
-    """WebDataset tars: members of one key stand together, the image and the label told apart by their extensions."""
+    """WebDataset tars: the members of a sample share a key; extensions distinguish image and label."""
 
     type: Literal["webdataset"]
-    image: str | None = None  # the image's extension, where a key has several images
+    image: str | None = None  # the image's extension, needed if a key has several images
     label: str | None = "cls"  # the label's extension: a class id or a class name as text; null: unlabelled
     splits: dict[SplitName, WebDatasetSplit] = Field(min_length=1)
 
 
 class TableSplit(Section):
-    """A CSV or Parquet file; `where` keeps the rows whose columns have these values."""
+    """A CSV or Parquet file; `where` selects rows by the values of columns."""
 
     file: Location
     where: dict[str, str | int | bool] = Field(default_factory=dict)
@@ -132,7 +137,7 @@ class Table(Section):
     """Rows of image paths and, unless `label` is null, class names or class ids."""
 
     type: Literal["table"]
-    folder: Location | None = None  # what the paths are relative to; the table's own folder if not given
+    folder: Location | None = None  # the base of the paths; default: the folder of the table
     image: str = "path"  # names of columns
     label: str | None = "label"
     splits: dict[SplitName, TableSplit] = Field(min_length=1)
@@ -145,7 +150,7 @@ class VocSplit(Section):
 
 
 class Voc(Section):
-    """A year of PASCAL VOC: a folder or a tar of `JPEGImages`, `Annotations`, `ImageSets`; several labels an image."""
+    """A year of PASCAL VOC: a folder or a tar of `JPEGImages`, `Annotations`, `ImageSets`; multi-label."""
 
     type: Literal["voc"]
     path: Location
@@ -160,7 +165,7 @@ class CocoSplit(Section):
 
 
 class Coco(Section):
-    """Images with annotations of COCO's format, a folder or a tar: several labels an image."""
+    """Images with annotations in COCO's format, in a folder or a tar; multi-label."""
 
     type: Literal["coco"]
     path: Location
@@ -171,22 +176,24 @@ Source = Annotated[
     ImageFolder | Torchvision | SklearnDigits | WebDataset | Table | Voc | Coco, Field(discriminator="type")
 ]
 
+SOURCE_TYPES = ("image_folder", "image_tar", "torchvision", "sklearn_digits", "webdataset", "table", "voc", "coco")
+
 Change = Literal[
     "flip", "brightness", "contrast", "saturation", "hue", "jitter", "grayscale", "blur", "solarize", "randaugment"
 ]
 
 
 class Card(Section):
-    """A data set: its source and splits, its classes and statistics, and who made it."""
+    """A data set: its source and splits, classes, statistics and authors."""
 
     name: SplitName
     source: Source
-    image_size: PositiveInt  # pixels; what crops are scaled to unless an experiment says otherwise
-    classes: tuple[str, ...] | None = None  # label ids follow this order; found and sorted if not given
-    mean: Channels | None = None  # of pixels in 0..1; measured on the first split if not given
+    image_size: PositiveInt  # pixels; the default size of views
+    classes: tuple[str, ...] | None = None  # in the order of the label ids; default: sorted names of the source
+    mean: Channels | None = None  # of pixels in 0..1; default: measured on the first split
     std: Channels | None = None
-    avoid: tuple[Change, ...] = ()  # augmentations that change what the label says
-    on_error: Literal["fail", "skip"] = "fail"  # what an image that cannot be used does
+    avoid: tuple[Change, ...] = ()  # augmentations that change the label
+    on_error: Literal["fail", "skip"] = "fail"  # for images that cannot be used
     homepage: str | None = None
     licence: str | None = None
     citation: str | None = None
@@ -204,11 +211,11 @@ class Card(Section):
     @model_validator(mode="after")
     def _agree(self) -> "Card":
         if (self.mean is None) != (self.std is None):
-            raise ValueError("mean and std go together: give both, or neither to have them measured")
+            raise ValueError("mean and std go together: set both, or neither to have them measured")
         if self.std is not None and min(self.std) <= 0:
             raise ValueError(f"std {self.std} must be above zero")
         if self.classes is not None and len(set(self.classes)) != len(self.classes):
-            raise ValueError("classes names one class twice")
+            raise ValueError("classes has the same name twice: name each class once")
         return self
 
 
@@ -223,14 +230,14 @@ def _labels_of(source: Source, split: Any) -> Literal["none", "one", "several"]:
 
 
 def load_card(path: Path) -> Card:
-    """Read and check a card; raise a one-line `ValueError` with the file, the key and what would be valid."""
+    """Read and check a card; raise a one-line `ValueError` with the file, the key and the valid values."""
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), YamlLoader)  # a safe loader
     except FileNotFoundError:
-        known = ", ".join(sorted(other.stem for other in path.parent.glob("*.yaml"))) or "none"
-        raise ValueError(f"{path} does not exist. Data sets in {path.parent}: {known}") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: no UTF-8, no date, too long a number
-        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+        names = sorted(other.stem for other in path.parent.glob("*.yaml"))
+        raise ValueError(f"{path} does not exist. Data sets in {path.parent}: {', '.join(names) or 'none'}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: bad UTF-8, date or number
+        raise ValueError(f"{path} is not valid YAML: {excerpt(error, 400)}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} must be a mapping with the keys name, source and image_size")
     try:
@@ -238,15 +245,15 @@ def load_card(path: Path) -> Card:
     except ValidationError as error:
         raise ValueError(f"{path}: {_explain(error)}") from None
     if card.name != path.stem:
-        raise ValueError(f"{path}: name is {card.name!r}, but the file's name says {path.stem!r}: make them agree")
+        raise ValueError(f"{path}: name is {card.name!r}, but the file is {path.stem!r}: make them agree")
     return card
 
 
 def _explain(error: ValidationError) -> str:
-    """Tell the first problem in one line, with the path of the key."""
+    """Return the first problem in one line, with the path of the key."""
     problem = error.errors(include_url=False)[0]
-    tags = {"image_folder", "image_tar", "torchvision", "sklearn_digits", "webdataset", "table", "voc", "coco"}
     where = [str(part) for part in problem["loc"]]
-    where = where[:1] + where[2:] if where[:1] == ["source"] and where[1:2] and where[1] in tags else where
+    if where[0:1] == ["source"] and where[1:2] and where[1] in SOURCE_TYPES:  # pydantic's tag of the union
+        del where[1]
     message = problem["msg"].removeprefix("Value error, ")
     return f"{'.'.join(where)}: {message}" if where else message

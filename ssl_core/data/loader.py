@@ -1,4 +1,4 @@
-"""Batches of views from shards: exact epochs, ranks that share the data, a state from which a run continues exactly."""
+"""Batches of views from shards: exact epochs, data divided among ranks, and a state for exact resumption."""
 
 import functools
 import hashlib
@@ -22,20 +22,20 @@ from ssl_core.config import Dataset, Subset
 from ssl_core.data import pipeline
 from ssl_core.data.batch import Batch
 from ssl_core.data.pipeline import Plan
-from ssl_core.data.shards import Manifest, verify
+from ssl_core.data.shards import Manifest, index_text, read_index, sample_index, verify
 from ssl_core.data.views import Views
-from ssl_core.mistakes import is_out_of_memory
+from ssl_core.mistakes import excerpt, is_out_of_memory
 
-HASHED_BYTES = 2**29  # shards up to here (half a second) are hashed before they are read
-SHUFFLE_BUFFER = 300_000  # images: up to here an epoch is a uniform permutation (about 0.9 KB of memory an image)
+HASHED_BYTES = 2**29  # splits of at most this size (half a second) are hashed before reading
+SHUFFLE_BUFFER = 300_000  # images; an epoch of at most so many is a uniform permutation (0.9 KB of memory per image)
 
 
 class Loader:
     """Endless batches of a data set's views.
 
-    With `shuffle` every epoch is a new permutation and ends with its last full batch, and each rank sees its own part.
-    Without, each image comes exactly once, in the shards' order, and the last batch may be smaller.
-    Raises `ValueError` for missing or cut shards, a subset or a batch larger than the data, and unreadable images.
+    With `shuffle` every epoch is a new permutation without its incomplete last batch, divided among the ranks.
+    Without it an epoch has each image exactly once, in the shards' order, and the last batch may be smaller.
+    Raises `ValueError` for missing or truncated shards, a subset or batch larger than the data, and unreadable images.
     """
 
     def __init__(
@@ -55,12 +55,12 @@ class Loader:
         std: Sequence[float] | None = None,
         only: Sequence[int] | None = None,
     ) -> None:
-        """Plan the reading; `batch_size` is per rank, `mean` and `std` (of pixels in 0..1) replace the manifest's.
+        """Prepare the loader; `batch_size` is per rank, `mean` and `std` (of pixels in 0..1) replace the manifest's.
 
-        `only` names images of the split by their index, in the place of the dataset's subset.
+        `only` selects images of the split by their index, instead of the dataset's subset.
         """
         split = manifest.split(dataset.split)
-        # DALI's decoder may crash on a damaged image instead of failing, so damage is looked for where that is quick.
+        # DALI's decoder may crash on a damaged image, so shards are hashed first if that is quick.
         verify(manifest, dataset.split, deep=split.bytes <= HASHED_BYTES)
         tars, indices = manifest.tars(dataset.split), manifest.indices(dataset.split)
         self.num_images = split.images
@@ -78,19 +78,19 @@ class Loader:
             folder = tempfile.mkdtemp(prefix="ssl-core-subset-")
             self._remove_folder = weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
             tars, indices = _filter_indices(tars, indices, set(chosen.tolist()), Path(folder))
-        start, end = (self.num_images * part // world_size for part in (rank, rank + 1))  # as DALI cuts the data
-        most = math.ceil(self.num_images / world_size)  # ranks trade their parts from epoch to epoch when shuffling
+        start, end = (self.num_images * part // world_size for part in (rank, rank + 1))  # as DALI divides the data
+        most = math.ceil(self.num_images / world_size)  # with shuffling, ranks exchange their parts every epoch
         images = self.num_images // world_size if shuffle else end - start
         if shuffle and batch_size > images:
             raise ValueError(
-                f"a batch of {batch_size} images (a process) is larger than {dataset.name}/{dataset.split} with "
-                f"{images} images (a process): give a batch_size of {images * world_size} or less"
+                f"a batch of {batch_size} images per process is larger than {dataset.name}/{dataset.split} with "
+                f"{images} images per process: give a batch_size of {images * world_size} or less"
             )
         self.batch_size, self.shuffle, self.views = batch_size, shuffle, views
         self.steps_per_epoch = images // batch_size if shuffle else math.ceil(images / batch_size)
         self.step = 0
-        self._last_batch = images - (self.steps_per_epoch - 1) * batch_size  # only without shuffling can it be small
-        self._runs_per_epoch = math.ceil(most / batch_size)  # of the pipeline, which pads all ranks to the largest part
+        self._last_batch = images - (self.steps_per_epoch - 1) * batch_size  # smaller only without shuffling
+        self._runs_per_epoch = math.ceil(most / batch_size)  # the pipeline pads all ranks to the largest part
         self._threads = threads
         self._plan = Plan(
             tars=tuple(map(str, tars)),
@@ -107,18 +107,18 @@ class Loader:
         self._content = [shard.sha256 for shard in split.shards] + [str(dataset.subset)]
         self._content += [] if only is None else [str(sorted(only))]
         self._pipeline: Pipeline | None = None
-        self._checkpoint: bytes | None = None  # where the pipeline starts once it is built
+        self._checkpoint: bytes | None = None  # the state in which the pipeline is built
 
     @property
     def normalisation(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Mean and standard deviation by channel, of pixels in 0..1, that make up a view's numbers."""
+        """Mean and standard deviation per channel, of pixels in 0..1, that normalise the views."""
         return self._plan.mean, self._plan.std
 
     def next(self) -> Batch:
-        """Return the next batch; epochs follow each other without end."""
+        """Return the next batch, of the next epoch after the last batch of an epoch."""
         position = self.step % self.steps_per_epoch
         if position == 0 and self.step > 0:
-            self._skip(self._runs_per_epoch - self.steps_per_epoch)  # the incomplete batch at the end of an epoch
+            self._skip(self._runs_per_epoch - self.steps_per_epoch)  # drop the incomplete batch at the end of the epoch
         outputs = self._run()
         self.step += 1
         meta, *tensors = (torch.from_dlpack(output.as_tensor()) for output in outputs)
@@ -133,24 +133,25 @@ class Loader:
         return Batch(views, meta[:, 0], indices)
 
     def epoch(self) -> Iterator[Batch]:
-        """Iterate over exactly one whole epoch; one that was begun and left is ended first, unseen."""
+        """Iterate over exactly one epoch; the rest of an epoch that was begun is skipped first."""
         while self.step % self.steps_per_epoch:
             self.next()
         for _ in range(self.steps_per_epoch):
             yield self.next()
 
     def state(self) -> dict[str, Any]:
-        """Return where the loader stands, in types that `torch.load(weights_only=True)` accepts."""
+        """Return the position of the loader, in types that `torch.load(weights_only=True)` accepts."""
         pipe = self._pipeline
         checkpoint = self._checkpoint if pipe is None else pipe.checkpoint()
         return {**self._identity, "step": self.step, "pipeline": checkpoint or b""}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Continue exactly from `state()`; raise a `ValueError` that says what differs if this loader is another."""
-        own = self._identity
-        different = [key for key in own if state.get(key) != own[key]]
+        """Continue exactly from `state()`; raise `ValueError` with the differences if it is of another loader."""
+        identity = self._identity
+        different = [key for key in identity if state.get(key) != identity[key]]
         if different:
-            raise ValueError(f"the loader's saved state does not fit: {'; '.join(_differences(different, state, own))}")
+            differences = "; ".join(_differences(different, state, identity))
+            raise ValueError(f"the loader's saved state does not fit: {differences}")
         self._stop()
         self.step = state["step"]
         self._checkpoint = state["pipeline"] or None
@@ -168,9 +169,9 @@ class Loader:
 
     @functools.cached_property
     def _identity(self) -> dict[str, Any]:
-        """Return what must agree for a state to fit; DALI would take another seed or batch size without a word."""
+        """Return the values that must be equal to restore a state; DALI itself does not compare them."""
         plan = self._plan
-        names = {"tars": _names(plan.tars), "indices": _names(plan.indices)}  # wherever the folder lies
+        names = {"tars": _names(plan.tars), "indices": _names(plan.indices)}  # independent of the folder
         graph = pipeline.serialize(replace(plan, **names), batch_size=self.batch_size)
         return {
             "batch_size": self.batch_size,
@@ -207,7 +208,7 @@ class Loader:
 
 
 def draw_subset(num_images: int, subset: Subset, name: str) -> np.ndarray:
-    """Draw dataset indices without looking at labels, sorted; a `ValueError` if there are not so many."""
+    """Draw dataset indices without labels, sorted; raise `ValueError` if the split has fewer images."""
     if subset.images > num_images:
         raise ValueError(f"subset.images {subset.images} is more than {name} has ({num_images})")
     return np.sort(np.random.default_rng(subset.seed).permutation(num_images)[: subset.images])
@@ -216,16 +217,13 @@ def draw_subset(num_images: int, subset: Subset, name: str) -> np.ndarray:
 def _filter_indices(
     tars: list[Path], indices: list[Path], chosen: set[int], folder: Path
 ) -> tuple[list[Path], list[Path]]:
-    """Write indices that only name the chosen samples; tars without any are left out."""
+    """Write indices of the chosen samples only into `folder`; tars without any are left out."""
     kept_tars, kept_indices = [], []
     for tar, index in zip(tars, indices, strict=True):
-        header, *samples = index.read_text(encoding="ascii").splitlines()
-        # A line reads `jpg <offset> <size> 00000042.jpg meta.i64 ...`.
-        kept = [sample for sample in samples if int(sample.split(" ", 4)[3][:8]) in chosen]
+        kept = [" ".join(fields) for fields in read_index(tar) if sample_index(fields) in chosen]
         if kept:
-            version = header.split()[0]
             filtered = folder / index.name
-            filtered.write_text("\n".join([f"{version} {len(kept)}", *kept, ""]), encoding="ascii")
+            filtered.write_text(index_text(kept), encoding="ascii")
             kept_tars.append(tar)
             kept_indices.append(filtered)
     return kept_tars, kept_indices
@@ -243,18 +241,20 @@ def _differences(keys: list[str], was: dict[str, Any], now: dict[str, Any]) -> I
     for key in keys:
         if key in ("batch_size", "seed", "rank", "world_size", "shuffle"):
             yield f"{key} was {was.get(key)}, is {now[key]}"
-        elif key != "graph" or keys == ["graph"]:  # every difference above makes another graph
-            yield {"data": "the shards or the subset", "views": "the views", "graph": "the graph or DALI"}[
-                key
-            ] + " changed"
+        elif key == "data":
+            yield "the shards or the subset changed"
+        elif key == "views":
+            yield "the views changed"
+        elif keys == ["graph"]:  # every other difference changes the graph too
+            yield "the graph or DALI changed"
 
 
 def _data_error(error: RuntimeError, folder: Path) -> Exception:
-    """Turn what DALI says of unreadable data into a `ValueError`; anything else stays what it is."""
+    """Turn DALI's error for unreadable data into a one-line `ValueError`; return other errors unchanged."""
     text = str(error)
     if is_out_of_memory(error) or ("fn.decoders" not in text and "fn.readers" not in text):
         return error
     sample = re.search(r"Failed to decode sample \S+ ?: ?(\S+?):\d+:(\S+)", text)
-    what = f"image {sample[2]} in {sample[1]}" if sample else f"an image in {folder}"
+    image = f"image {sample[2]} in {sample[1]}" if sample else f"an image in {folder}"
     reason = next((line for line in text.splitlines()[2:] if line and "Error in" not in line), text)
-    return ValueError(f"{what} cannot be read ({reason}): remove {folder} and shard the data set again")
+    return ValueError(f"{image} cannot be read ({excerpt(reason)}): remove {folder} and shard the data set again")

@@ -1,15 +1,16 @@
-"""The DALI graph that turns shards into views, one for CPU and GPU: decode an image once, crop it as often as asked.
+"""The DALI graph from shards to views, for CPU and GPU: decode each image once, crop it once per view.
 
-Every random operator has a seed of its own, made of the run's seed and of the view and the operation it belongs to, so
-that adding a view leaves the others as they were.
+Every random operator has its own seed, derived from the run's seed, the view and the operation, so that an additional
+view does not change the others.
 
-Colour jitter has torchvision's meaning with three stated differences. (1) torchvision clamps to 0..255 after each of
-its four operations, here only the end result is; without those clamps all 24 orders give the same image, since
-saturation and hue keep the luma and contrast is about the mean luma, so there is no order to draw. (2) Hue turns in
-YIQ, not HSV: the sign agrees, equal turns move colours about 1.3 times as far. (3) Nothing is rounded on the way.
+Colour jitter is torchvision's with three differences. (1) torchvision clamps to 0..255 after each of its four
+operations; here only the result is clamped. Without the clamps between them all 24 orders give the same image, since
+saturation and hue keep the luma and contrast is relative to the mean luma, so no order is drawn. (2) Hue rotates in
+YIQ, not HSV: the sign agrees, an equal rotation moves colours about 1.3 times as far. (3) Nothing is rounded between
+the operations.
 """
 
-# DALI's stubs know neither operators on graph nodes nor `if` on them nor most constants.
+# DALI's stubs lack operators and `if` on graph nodes, and most constants.
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
 # pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false, reportAssignmentType=false, reportOptionalMemberAccess=false
 
@@ -30,8 +31,8 @@ from nvidia.dali.pipeline import Pipeline, do_not_convert, pipeline_def
 
 from ssl_core.data.views import Augmentation, View, Views
 
-# Else every operator carries the stack that made it: building takes longer, and the serialized graph, which says
-# whether a saved state fits, would change with every line number.
+# With tracing, every operator stores its Python stack: building is slower, and the serialized graph, which identifies a
+# saved state, changes with every line number.
 dali_trace.set_tracing(enabled=False)
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # from malloc.h
@@ -41,7 +42,7 @@ INTERPOLATION = {"linear": types.INTERP_LINEAR, "cubic": types.INTERP_CUBIC}
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Everything the graph depends on; two equal plans make the same views, bit for bit."""
+    """The parameters of the graph; equal plans give bit-identical views."""
 
     tars: tuple[str, ...]
     indices: tuple[str, ...]
@@ -49,20 +50,20 @@ class Plan:
     mean: tuple[float, ...]  # of pixels in 0..1
     std: tuple[float, ...]
     seed: int
-    shuffle_buffer: int  # images; 0 reads them in order
+    shuffle_buffer: int  # images; 0: read in order
     rank: int = 0
     world_size: int = 1
     gpu: bool = False
 
     def seed_of(self, *names: object) -> int:
-        """Return the seed of one random operator, by its name."""
+        """Return the seed of one random operator from its name."""
         return zlib.crc32("/".join(map(str, (self.seed, self.rank, *names))).encode())
 
 
 def build(
     plan: Plan, *, batch_size: int, threads: int, device_id: int | None = None, checkpoint: bytes | None = None
 ) -> Pipeline:
-    """Start the pipeline, from `checkpoint` if there is one; `device_id` is the GPU of a plan for one."""
+    """Build the pipeline, in the state of `checkpoint` if given; `device_id` is the GPU if `plan.gpu`."""
     _keep_freed_memory()
     pipeline = _graph(
         plan, batch_size=batch_size, num_threads=threads, device_id=device_id, seed=0, checkpoint=checkpoint
@@ -72,9 +73,9 @@ def build(
 
 
 def _keep_freed_memory() -> None:
-    """Have glibc reuse large buffers, which it else gives back after every batch and gets again page by page.
+    """Make glibc reuse large buffers instead of returning them to the system after every batch.
 
-    Measured: 10 % of the views' CPU time, with batches of 256 at 64 px as with batches of 32 at 224 px.
+    Measured gain: 10 % of the views' CPU time, for batches of 256 at 64 px and of 32 at 224 px.
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
@@ -83,13 +84,13 @@ def _keep_freed_memory() -> None:
 
 
 def serialize(plan: Plan, *, batch_size: int) -> bytes:
-    """Return the graph in DALI's own format; it takes neither the shards nor a GPU and does not depend on threads."""
+    """Return the graph in DALI's format, independent of threads; it needs neither the shards nor a GPU."""
     return _graph(plan, batch_size=batch_size, num_threads=1, device_id=None, seed=0).serialize()
 
 
 @pipeline_def(enable_conditionals=True, enable_checkpointing=True)
 def _graph(plan: Plan) -> tuple[DataNode, ...]:
-    """Return (label and dataset index, then the views in order, each HWC float)."""
+    """Return label and dataset index, then the views in order, each HWC float."""
     encoded, meta = fn.readers.webdataset(
         paths=list(plan.tars),
         index_paths=list(plan.indices),
@@ -97,16 +98,16 @@ def _graph(plan: Plan) -> tuple[DataNode, ...]:
         dtypes=[types.UINT8, types.INT64],
         random_shuffle=plan.shuffle_buffer > 0,
         initial_fill=max(1, plan.shuffle_buffer),
-        pad_last_batch=True,  # else the borders of epochs drift
+        pad_last_batch=True,  # without it epochs would not end at the same step
         stick_to_shard=plan.shuffle_buffer == 0,
         missing_component_behavior="error",
-        tensor_init_bytes=1,  # else each image in the buffer reserves a MB and touches a page or two of it
+        tensor_init_bytes=1,  # the default reserves a MB per image in the buffer
         shard_id=plan.rank,
         num_shards=plan.world_size,
         seed=plan.seed_of("reader"),
         name="reader",
     )
-    # Fancy upsampling gives a GPU the CPU's colours; the CPU's decoder has no other.
+    # With fancy upsampling the GPU decoder gives the same colours as the CPU decoder.
     where = {"device": "mixed", "jpeg_fancy_upsampling": True} if plan.gpu else {"device": "cpu"}
     image = fn.decoders.image(encoded, output_type=types.RGB, name="decoder", **where)
     views = []
@@ -137,7 +138,7 @@ def _view(image: DataNode, plan: Plan, group: str, view: View, index: int) -> Da
         mirror=fn.random.coin_flip(probability=how.flip, seed=seeds["flip"]) if how.flip > 0 else 0,
         mean=[255 * value for value in plan.mean],
         std=[255 * value for value in plan.std],
-        output_layout="HWC",  # a permuted view of it is channels_last
+        output_layout="HWC",  # permuted to NCHW it is channels_last
     )
 
 
@@ -166,19 +167,19 @@ def _has_jitter(how: Augmentation) -> bool:
 def _colour(image: DataNode, how: Augmentation, seed: int, gpu: bool) -> DataNode:
     """Apply brightness, contrast, saturation, hue and grayscale to 0..255 as one map; return float."""
     contrasted = how.contrast > 0 and how.jitter > 0
-    # Twenty operators would do the same for twice the price of the map itself at 32 px.
+    # The alternative, twenty operators, costs twice the time at 32 px.
     hue, saturation, value, *share = _drawn(3 + contrasted, 0, draw_colours, how, seed)
     turned = fn.hsv(image, hue=hue, saturation=saturation, value=value, dtype=types.FLOAT)
-    if contrasted:  # what is taken from the contrast comes back as the mean grey
+    if contrasted:  # contrast moves towards the mean grey
         grey = fn.reductions.mean(fn.color_space_conversion(image, image_type=types.RGB, output_type=types.GRAY))
         turned = turned + grey * (share[0].gpu() if gpu else share[0])
     # Not dmath.clamp, which takes four times as long on the CPU.
     return dmath.min(dmath.max(turned, 0.0), 255.0)
 
 
-@do_not_convert  # else DALI looks for conditionals in all that is called here, at every step
+@do_not_convert  # DALI would look for conditionals in every function called here, at every step
 def _drawn(outputs: int, ndim: int, draw: Callable[..., Sequence[np.ndarray]], *arguments: Any) -> Sequence[DataNode]:
-    """Return numbers that `draw` makes of the iteration alone, so that a restored pipeline draws on."""
+    """Return numbers that `draw` derives from the iteration alone, so that a restored pipeline continues exactly."""
     batch_size = Pipeline.current().max_batch_size
     return fn.external_source(
         source=lambda info: list(draw(*arguments, info.iteration, batch_size))[:outputs],
@@ -190,9 +191,9 @@ def _drawn(outputs: int, ndim: int, draw: Callable[..., Sequence[np.ndarray]], *
 
 
 def draw_colours(how: Augmentation, seed: int, iteration: int, batch_size: int) -> np.ndarray:
-    """Draw what `_colour` needs: hue in degrees, saturation, brightness x contrast, share of the mean grey; (4, batch).
+    """Draw the parameters of `_colour`: hue in degrees, saturation, brightness x contrast, grey share; (4, batch).
 
-    Where jitter is not drawn they are those of the identity, and grayscale is a saturation of zero.
+    Images without jitter get those of the identity; grayscale is a saturation of zero.
     """
     uniform = _generator(seed, iteration).random((6, batch_size))
     jitter = uniform[0] < how.jitter
@@ -208,7 +209,7 @@ def draw_colours(how: Augmentation, seed: int, iteration: int, batch_size: int) 
 
 
 def _blur(image: DataNode, how: Augmentation, size: int, seeds: dict[str, int], gpu: bool) -> DataNode:
-    """Blur as torchvision does; `fn.filter` takes a third of the time of `fn.gaussian_blur`."""
+    """Blur as torchvision does; `fn.filter` needs a third of the time of `fn.gaussian_blur`."""
     window = blur_window(size)
     kernels = _drawn(1 if window == 3 else 2, 2, draw_kernels, how, window, seeds["sigma"])
     kernels = [kernel.gpu() if gpu else kernel for kernel in kernels]
@@ -233,7 +234,7 @@ def blur_window(size: int) -> int:
 
 
 def draw_kernels(how: Augmentation, window: int, seed: int, iteration: int, batch_size: int) -> list[np.ndarray]:
-    """Draw a sigma an image; return its Gaussian as a row and a column, or as their product if the window is 3."""
+    """Draw one sigma per image; return the Gaussians as rows and columns, or their products if the window is 3."""
     smallest, largest = how.blur_sigma
     sigma = smallest + (largest - smallest) * _generator(seed, iteration).random((batch_size, 1))
     offsets = np.arange(window) - window // 2
@@ -249,7 +250,7 @@ def _generator(seed: int, iteration: int) -> np.random.Generator:
 
 def _solarize(image: DataNode, probability: float, seed: int) -> DataNode:
     if fn.random.coin_flip(probability=probability, seed=seed, dtype=types.BOOL):
-        bright = image >= 127.5  # what would round to the threshold of 128
+        bright = image >= 127.5  # values that round to 128 or more
         result = image + bright * (255.0 - 2.0 * image)
     else:
         result = image
@@ -267,10 +268,10 @@ def _equalize(data: DataNode, _: Any) -> DataNode:
 
 
 def clsa_pool(size: int) -> list[Any]:
-    """Return FixMatch's fourteen operations, from which CLSA draws, for images of `size` px.
+    """Return the fourteen operations of FixMatch and CLSA for images of `size` px.
 
-    At magnitude m of 10 a range (low, high) gives low + (high - low) m / 10. Equalize is OpenCV's; PIL's, whose steps
-    are whole numbers, is up to a third off at 32 px.
+    At magnitude m of 10 a range (low, high) gives low + (high - low) m / 10. Equalize is OpenCV's; PIL's differs by up
+    to a third at 32 px, since its steps are integers.
     """
     shifts = np.array([float(int(0.03 * magnitude * size)) for magnitude in range(11)])  # whole pixels of at most 30 %
     bits = np.array([4 + int(0.4 * magnitude) for magnitude in range(11)])
@@ -293,7 +294,7 @@ def clsa_pool(size: int) -> list[Any]:
 
 
 def _randaugment(image: DataNode, size: int, seeds: list[int]) -> DataNode:
-    """Apply, with probability one half, one operation of the pool at an integer magnitude from 1 to 9."""
+    """Apply one operation of the pool with probability 0.5, at an integer magnitude from 1 to 9."""
     pool = clsa_pool(size)
     operation = fn.random.uniform(values=list(range(len(pool))), dtype=types.INT32, seed=seeds[0])
     magnitude = fn.random.uniform(values=list(range(1, 10)), dtype=types.INT32, seed=seeds[1])
@@ -307,7 +308,7 @@ def _randaugment(image: DataNode, size: int, seeds: list[int]) -> DataNode:
 
 
 def _one_of(pool: list[Any], operation: DataNode, first: int, image: DataNode, strength: Any) -> DataNode:
-    """Halve the pool, which counts from `first`, until one operation is left; each `if` splits the batch."""
+    """Select an operation by bisection, since each `if` splits the batch; `first` is the number of the pool's first."""
     if len(pool) == 1:
         return apply_operation(pool[0], image, strength)
     half = len(pool) // 2
@@ -318,7 +319,7 @@ def _one_of(pool: list[Any], operation: DataNode, first: int, image: DataNode, s
     return result
 
 
-@do_not_convert  # nothing here is conditional, and looking for it takes DALI most of the time of building the graph
+@do_not_convert  # DALI would spend most of the building time looking for conditionals
 def apply_operation(operation: Any, image: DataNode, strength: Any) -> DataNode:
     """Apply one operation as PIL would: the nearest pixel, black beyond the border."""
     return operation(image, magnitude_bin=strength, num_magnitude_bins=11, fill_value=0, interp_type=types.INTERP_NN)

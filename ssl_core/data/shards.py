@@ -1,8 +1,11 @@
-"""Shards: tars and their indices as DALI reads them, and the manifest that says what is in them. Torch-free.
+"""Shards: tars with an index for DALI, and the manifest of a data set's shards. Torch-free.
 
 A sample is `00000042.jpg` (or `.png`) followed by `00000042.meta.i64`: two little-endian int64, the label (-1: none)
-and the index in the split, which is also the key. The key is short and has neither dots nor spaces, or DALI would
-misread the tar without a word.
+and the index in the split, which is also the key. Keys are short and without dots and spaces, since DALI silently
+misreads others. A multi-label sample has the label -1 and a third member, `00000042.labels.u8` (`multilabels.py`).
+
+The index is a text file: `v1.2 <samples>`, then one line per sample with extension, offset, size and name of each
+member. This is the only module that writes tars and indices.
 """
 
 import hashlib
@@ -12,19 +15,21 @@ import tarfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 from pydantic import Field, PrivateAttr, ValidationError, model_validator
 
 from ssl_core.config import Strict
 from ssl_core.files import atomic, read_json
-from ssl_core.provenance import canonical, digest
+from ssl_core.mistakes import excerpt
+from ssl_core.provenance import canonical, digest, file_digest
 
 BLOCK = 512  # a tar's unit, in bytes
-MAX_IMAGES = 10**8  # what eight digits can name
+MAX_IMAGES = 10**8  # keys have eight digits
 META = "meta.i64"
-HEADER = tarfile.TarInfo().tobuf(tarfile.USTAR_FORMAT)  # of an empty file without a name
-HEADER_SUM = sum(HEADER[:124] + HEADER[135:148] + 8 * b" " + HEADER[156:])  # but for name and size
+LABELS = "labels.u8"
+HEADER = tarfile.TarInfo().tobuf(tarfile.USTAR_FORMAT)  # of an empty file with an empty name
+HEADER_SUM = sum(HEADER[:124] + HEADER[135:148] + 8 * b" " + HEADER[156:])  # without name and size
 
 
 class Shard(Strict):
@@ -38,7 +43,7 @@ class Shard(Strict):
 
 
 class Rejected(Strict):
-    """An image of the source that is not in the shards, and why."""
+    """An image of the source that is not in the shards, and the reason."""
 
     name: str
     reason: str
@@ -56,14 +61,14 @@ class Split(Strict):
 
     @model_validator(mode="after")
     def _add_up(self) -> "Split":
-        held = sum(shard.images for shard in self.shards)
-        if held != self.images:
-            raise ValueError(f"{self.images} images, but its shards hold {held}")
+        total = sum(shard.images for shard in self.shards)
+        if total != self.images:
+            raise ValueError(f"{self.images} images, but its shards hold {total}")
         return self
 
 
 class Manifest(Strict):
-    """What a folder of shards holds. The same card and source give the same manifest, byte for byte."""
+    """The content of a folder of shards. The same card and source give the same manifest, byte for byte."""
 
     version: Literal[1] = 1
     dataset: str
@@ -77,32 +82,32 @@ class Manifest(Strict):
 
     @classmethod
     def load(cls, path: Path) -> "Manifest":
-        """Read a manifest; a `ValueError` names the file if it is missing, changed or says something else."""
+        """Read a manifest; raise `ValueError` if the file is missing, changed or not a manifest."""
         content = read_json(path)
-        said = content.pop("sha256", None) if isinstance(content, dict) else None
+        sha256 = content.pop("sha256", None) if isinstance(content, dict) else None
         try:
             manifest = cls.model_validate(content, strict=False)
         except ValidationError as error:
             problem = error.errors(include_url=False)[0]
-            where = " ".join(".".join(map(str, problem["loc"])).split())
-            raise ValueError(f"{path} is no manifest ({where}: {problem['msg']}): shard the data set again") from None
-        if said is not None and said != digest(canonical(content)):
+            key = excerpt(".".join(map(str, problem["loc"])))
+            raise ValueError(f"{path} is not a manifest ({key}: {problem['msg']}): shard the data set again") from None
+        if sha256 is not None and sha256 != digest(canonical(content)):
             raise ValueError(f"{path} was changed after it was written: remove {path.parent} and shard again")
         manifest._folder = path.parent
         return manifest
 
     def content(self) -> dict[str, Any]:
-        """Return what stands in the file: all of it, and the sha256 of that."""
-        said = self.model_dump(mode="json")
-        return {**said, "sha256": digest(canonical(said))}
+        """Return the content of the file: all fields and their sha256."""
+        fields = self.model_dump(mode="json")
+        return {**fields, "sha256": digest(canonical(fields))}
 
     @property
     def folder(self) -> Path:
-        """Where the shards lie."""
+        """The folder of the manifest and its shards."""
         return self._folder
 
     def split(self, name: str) -> Split:
-        """Return a split; raise a `ValueError` that lists the splits if there is none of that name."""
+        """Return a split; raise `ValueError` with the names of all splits if it is missing."""
         if name not in self.splits:
             raise ValueError(f"{self.dataset} has no split {name!r}: it has {', '.join(self.splits)}")
         return self.splits[name]
@@ -117,9 +122,9 @@ class Manifest(Strict):
 
 
 def verify(manifest: Manifest, split: str, *, deep: bool = False) -> None:
-    """Raise a `ValueError` that names the first tar or index that is missing, cut short or changed.
+    """Raise a `ValueError` for the first tar or index that is missing, truncated or changed.
 
-    Indices are always hashed, tars if `deep`.
+    Indices are always hashed, tars only if `deep`.
     """
     again = f"remove {manifest.folder} and shard {manifest.dataset} again"
     for shard in manifest.split(split).shards:
@@ -133,14 +138,14 @@ def verify(manifest: Manifest, split: str, *, deep: bool = False) -> None:
         lines = index.read_bytes().count(b"\n")
         if lines != shard.images + 1:
             raise ValueError(f"{index} has {lines} lines instead of {shard.images + 1}: {again}")
-        if shard.index_sha256 is not None and file_sha256(index) != shard.index_sha256:
+        if shard.index_sha256 is not None and file_digest(index) != shard.index_sha256:
             raise ValueError(f"{index} is not the file that was written (its sha256 differs): {again}")
-        if deep and file_sha256(tar) != shard.sha256:
+        if deep and file_digest(tar) != shard.sha256:
             raise ValueError(f"{tar} is not the file that was written (its sha256 differs): {again}")
 
 
 class ShardWriter:
-    """Writes a deterministic USTAR tar and, on the way, the index that DALI's wds2idx would make of it."""
+    """Writes a deterministic USTAR tar and, meanwhile, the index that DALI's wds2idx would make of it."""
 
     def __init__(self, tar: Path, index: Path, *, name: str) -> None:
         self._tar = open(tar, "wb")  # noqa: SIM115 - new_shard closes it
@@ -150,18 +155,22 @@ class ShardWriter:
         self._lines: list[str] = []
         self.bytes = 0
 
-    def add(self, number: int, extension: str, image: bytes, label: int) -> None:
-        """Append the image with dataset index `number` and its label (-1: none)."""
-        key = f"{number:08d}"
-        members = ((extension, image), (META, struct.pack("<qq", label, number)))
-        line = [self._member(key, extension, content) for extension, content in members]
-        self._lines.append(" ".join(line))
+    def add(self, number: int, extension: str, image: bytes, label: int, labels: bytes | None = None) -> None:
+        """Append the image with dataset index `number` and its label (-1: none).
+
+        A multi-label image has the label -1 and one byte per class in `labels`.
+        """
+        members = [(extension, image), (META, struct.pack("<qq", label, number))]
+        if labels is not None:
+            members.append((LABELS, labels))
+        fields = [self._add_member(f"{number:08d}.{kind}", kind, content) for kind, content in members]
+        self._lines.append(" ".join(fields))
 
     def close(self) -> Shard:
-        """End the tar, write the index and return what the manifest says of them."""
+        """End the tar, write the index and return the shard's entry for the manifest."""
         self._write(bytes(-(self.bytes + 2 * BLOCK) % tarfile.RECORDSIZE + 2 * BLOCK))
         self._tar.close()
-        index = "\n".join([f"v1.2 {len(self._lines)}", *self._lines, ""])
+        index = index_text(self._lines)
         self._index.write_text(index)
         return Shard(
             file=self._name,
@@ -172,14 +181,15 @@ class ShardWriter:
         )
 
     def abandon(self) -> None:
-        """Let go of the tar; after `close` this does nothing."""
+        """Close the tar; after `close` this does nothing."""
         self._tar.close()
 
-    def _member(self, key: str, extension: str, content: bytes) -> str:
-        name, size = f"{key}.{extension}", len(content)
-        line = f"{extension} {self.bytes + BLOCK} {size} {name}"
+    def _add_member(self, name: str, extension: str, content: bytes) -> str:
+        """Write one member; return its fields of the index."""
+        size = len(content)
+        fields = f"{extension} {self.bytes + BLOCK} {size} {name}"
         self._write(b"".join((tar_header(name, size), content, bytes(-size % BLOCK))))
-        return line
+        return fields
 
     def _write(self, content: bytes) -> None:
         self._tar.write(content)
@@ -188,18 +198,19 @@ class ShardWriter:
 
 
 def tar_header(name: str, size: int) -> bytes:
-    """Return what `tarfile` makes of a file in USTAR, in a tenth of the time; the name is ASCII, at most 99 characters.
+    """Return the USTAR header that `tarfile` writes, in a tenth of the time; `name` is ASCII, at most 99 characters.
 
-    Owner, group and time are zero: the same images, the same tar.
+    Owner, group and time are zero, so that the same images give the same tar.
     """
-    named, digits = name.encode("ascii"), b"%011o" % size
-    checksum = HEADER_SUM + sum(named) + sum(digits)
-    return b"".join((named, HEADER[len(named) : 124], digits, HEADER[135:148], b"%06o" % checksum, HEADER[154:]))
+    encoded, digits = name.encode("ascii"), b"%011o" % size
+    checksum = HEADER_SUM + sum(encoded) + sum(digits)
+    padding = HEADER[len(encoded) : 124]
+    return b"".join((encoded, padding, digits, HEADER[135:148], b"%06o" % checksum, HEADER[154:]))
 
 
 @contextmanager
 def new_shard(path: Path) -> Iterator[ShardWriter]:
-    """Give a writer; when its block ends well the index and then the tar appear by rename, else neither does."""
+    """Yield a writer. The index and then the tar appear by rename, only if the block ends without an error."""
     with ExitStack() as stack:
         tar = stack.enter_context(atomic(path))
         writer = ShardWriter(tar, stack.enter_context(atomic(path.with_suffix(".idx"))), name=path.name)
@@ -207,13 +218,23 @@ def new_shard(path: Path) -> Iterator[ShardWriter]:
         yield writer
 
 
+def index_text(lines: Sequence[str]) -> str:
+    """Return the text of an index with one line per sample."""
+    return "\n".join([f"v1.2 {len(lines)}", *lines, ""])
+
+
+def read_index(tar: Path) -> list[list[str]]:
+    """Return the index of a tar: for each sample the extension, offset, size and name of each member."""
+    lines = tar.with_suffix(".idx").read_text(encoding="ascii").splitlines()
+    return [line.split(" ") for line in lines[1:]]
+
+
 def read_shard(path: Path) -> Iterator[tuple[int, str, bytes, int]]:
     """Iterate over a shard as (index, extension, image, label)."""
     with open(path, "rb") as tar:
-        for line in path.with_suffix(".idx").read_text().splitlines()[1:]:
-            extension, offset, size, _, _, meta_offset, _, _ = line.split(" ")
-            label, number = struct.unpack("<qq", os.pread(tar.fileno(), 16, int(meta_offset)))
-            yield number, extension, os.pread(tar.fileno(), int(size), int(offset)), label
+        for fields in read_index(path):
+            label, number = _read_meta(tar, fields)
+            yield number, fields[0], read_member(tar, fields, 0), label
 
 
 def read_labels(manifest: Manifest, split: str) -> list[int]:
@@ -221,21 +242,38 @@ def read_labels(manifest: Manifest, split: str) -> list[int]:
     labels = [-1] * manifest.split(split).images
     for path in manifest.tars(split):
         with open(path, "rb") as tar:
-            for line in path.with_suffix(".idx").read_text().splitlines()[1:]:
-                label, number = struct.unpack("<qq", os.pread(tar.fileno(), 16, int(line.split(" ")[5])))
+            for fields in read_index(path):
+                label, number = _read_meta(tar, fields)
                 labels[number] = label
     return labels
 
 
 def renumber(path: Path, indices: Sequence[int]) -> Shard:
-    """Write a shard again with these dataset indices for its images, in their order."""
-    with new_shard(path) as writer:
-        for index, (_, extension, image, label) in zip(indices, read_shard(path), strict=True):
-            writer.add(index, extension, image, label)
+    """Write a shard again with new dataset indices, one per image."""
+    with new_shard(path) as writer, open(path, "rb") as tar:
+        for number, fields in zip(indices, read_index(path), strict=True):
+            label, _ = _read_meta(tar, fields)
+            labels = read_member(tar, fields, 2) if has_labels_member(fields) else None
+            writer.add(number, fields[0], read_member(tar, fields, 0), label, labels)
         return writer.close()
 
 
-def file_sha256(path: Path) -> str:
-    """Return a file's sha256 in hex."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def sample_index(fields: Sequence[str]) -> int:
+    """Return the dataset index of a sample from its line of the index."""
+    return int(fields[3][:8])
+
+
+def has_labels_member(fields: Sequence[str]) -> bool:
+    """Return whether a line of an index is of a multi-label sample."""
+    return fields[8:9] == [LABELS]
+
+
+def _read_meta(tar: BinaryIO, fields: Sequence[str]) -> tuple[int, int]:
+    """Return label and dataset index of a sample."""
+    return struct.unpack("<qq", read_member(tar, fields, 1))
+
+
+def read_member(tar: BinaryIO, fields: Sequence[str], member: int) -> bytes:
+    """Read the image (0), the metadata (1) or the labels (2) of a sample."""
+    offset, size = fields[4 * member + 1], fields[4 * member + 2]
+    return os.pread(tar.fileno(), int(size), int(offset))

@@ -1,4 +1,4 @@
-"""Views: size, crop and augmentation, and the networks that see them. Torch-free.
+"""Views: size, crop, augmentation, and the networks that see them. Torch-free.
 
 The named policies have the numbers of the papers' code (docs/sources.md#augmentations).
 """
@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from ssl_core.config import Strict, nearest, parse
+from ssl_core.mistakes import excerpt
 
 
 def _check_range(name: str, pair: tuple[float, float]) -> None:
@@ -20,21 +21,21 @@ Probability = Annotated[float, Field(ge=0, le=1)]
 
 
 class Augmentation(Strict):
-    """What happens to a crop, in this order: flip, colour jitter, grayscale, blur, solarize, RandAugment.
+    """The operations on a crop, in this order: flip, colour jitter, grayscale, blur, solarize, RandAugment.
 
-    A section may be the name of a policy, or `policy: <name>` with the keys that differ.
+    A section may be the name of a policy, or `policy: <name>` with changes to it.
     """
 
     flip: Probability = 0.5
     jitter: Probability = 0.0  # of brightness, contrast, saturation and hue together
-    brightness: NonNegativeFloat = 0.0  # a factor from [max(0, 1 - b), 1 + b]; contrast and saturation alike
+    brightness: NonNegativeFloat = 0.0  # a factor from [max(0, 1 - b), 1 + b], as for contrast and saturation
     contrast: NonNegativeFloat = 0.0
     saturation: NonNegativeFloat = 0.0
-    hue: Annotated[float, Field(ge=0, le=0.5)] = 0.0  # in turns: 0.5 may give any hue
+    hue: Annotated[float, Field(ge=0, le=0.5)] = 0.0  # in turns: 0.5 allows any hue
     grayscale: Probability = 0.0
     blur: Probability = 0.0
     blur_sigma: tuple[PositiveFloat, PositiveFloat] = (0.1, 2.0)  # pixels
-    solarize: Probability = 0.0  # inverts values from 128 of 255 on
+    solarize: Probability = 0.0  # inverts values of 128 and more, of 255
     randaugment: NonNegativeInt = 0  # operations drawn as in CLSA: each applied with p = 0.5, magnitude 1 to 9 of 10
 
     @model_validator(mode="before")
@@ -44,10 +45,11 @@ class Augmentation(Strict):
             section = {"policy": section}
         if not isinstance(section, Mapping) or "policy" not in section:
             return section
-        name = section["policy"]
+        changes = dict(section)
+        name = changes.pop("policy")
         if name not in POLICIES:
-            raise ValueError(f"there is no augmentation policy '{name}'{nearest(str(name), POLICIES)}")
-        return {**POLICIES[name].model_dump(), **{key: value for key, value in section.items() if key != "policy"}}
+            raise ValueError(f"there is no augmentation policy '{excerpt(name)}'{nearest(str(name), POLICIES)}")
+        return {**POLICIES[name].model_dump(), **changes}
 
     @model_validator(mode="after")
     def _sigma_is_a_range(self) -> Self:
@@ -65,7 +67,7 @@ POLICIES: dict[str, Augmentation] = {
     "contrastive": _MOCO,  # MoCo v2, ReSSL
     "contrastive_no_blur": _MOCO.model_copy(update={"blur": 0.0}),  # Cao and Wu on CIFAR
     "simclr": _SIMCLR,  # strength 1
-    "simclr_small": _MOCO.model_copy(update={"blur": 0.0}),  # strength 0.5 for CIFAR: MoCo's numbers without the blur
+    "simclr_small": _MOCO.model_copy(update={"blur": 0.0}),  # strength 0.5 for CIFAR: as MoCo, without blur
     "byol_first": _BYOL,
     "byol_second": _BYOL.model_copy(update={"blur": 0.1, "solarize": 0.2}),
     "dino_global_first": _BYOL,
@@ -79,16 +81,16 @@ POLICIES: dict[str, Augmentation] = {
 
 
 class View(Strict):
-    """One group of `count` equally made views of `size` x `size` pixels."""
+    """A group of `count` views of `size` x `size` pixels with the same distribution."""
 
     count: PositiveInt = 1
     size: PositiveInt
     crop: Literal["random", "center"] = "random"
-    # the part of the image that a random crop is made of: left, top, right, bottom as shares of the sides
+    # the part of the image that random crops are taken from: left, top, right, bottom as shares of the sides
     region: tuple[Probability, Probability, Probability, Probability] | None = None
     area: tuple[float, float] = (0.2, 1.0)  # share of the image (or region) that a random crop covers
     ratio: tuple[PositiveFloat, PositiveFloat] = (3 / 4, 4 / 3)  # width over height of a random crop
-    resize: PositiveInt | None = None  # the shorter side before a center crop; None is `size`
+    resize: PositiveInt | None = None  # the shorter side before a center crop; None: `size`
     interpolation: Literal["linear", "cubic"] = "linear"
     augmentation: Augmentation = POLICIES["none"]
     seen_by: tuple[str, ...] = ("student",)
@@ -98,15 +100,15 @@ class View(Strict):
         _check_range("area", self.area)
         _check_range("ratio", self.ratio)
         if self.area[0] <= 0 or self.area[1] > 1:
-            raise ValueError(f"area {list(self.area)} is a share of the image: give 0 < smallest <= largest <= 1")
+            raise ValueError(f"area {list(self.area)} is not a share of the image: give 0 < smallest <= largest <= 1")
         if self.region is not None and not (self.region[0] < self.region[2] and self.region[1] < self.region[3]):
             raise ValueError(f"region {list(self.region)} is empty: give left < right and top < bottom, from 0 to 1")
         if self.region is not None and self.crop == "center":
-            raise ValueError("region belongs to `crop: random`")
+            raise ValueError("region needs `crop: random`: leave it out for a center crop")
         if self.resize is not None and self.crop == "random":
-            raise ValueError("resize belongs to `crop: center`; a random crop is resized to `size` anyway")
+            raise ValueError("resize needs `crop: center`: a random crop is always resized to `size`")
         if self.resize is not None and self.resize < self.size:
-            raise ValueError(f"resize {self.resize} is smaller than the crop of {self.size} pixels that follows it")
+            raise ValueError(f"resize {self.resize} is smaller than the crop: give {self.size} pixels or more")
         return self
 
 
@@ -114,10 +116,11 @@ Views = dict[str, View]  # by the name of the group
 
 
 def adjust(views: Views, changes: Mapping[str, Mapping[str, Any]], *, avoid: Sequence[str] = ()) -> Views:
-    """Apply the user's changes per group, then switch off augmentations that the data set's card avoids.
+    """Apply the user's changes to each group, then switch off the augmentations that the card avoids.
 
-    `changes` is an experiment's `views` section; an `augmentation` there without a `policy` changes the group's own.
-    What the user names in it stays on even if the card avoids it. Raises `ValueError` for an unknown group or key.
+    `changes` is an experiment's `views` section; an `augmentation` without `policy` changes the group's augmentation.
+    An operation that the user sets stays on even if the card avoids it. Raises `ValueError` for an unknown group or
+    key.
     """
     for group in changes:
         if group not in views:
@@ -128,14 +131,15 @@ def adjust(views: Views, changes: Mapping[str, Mapping[str, Any]], *, avoid: Seq
     return {group: _adjust_one(group, view, changes.get(group) or {}, avoid) for group, view in views.items()}
 
 
-_SWITCHES = [name for name in Augmentation.model_fields if name != "blur_sigma"]  # zero switches each of them off
+_SWITCHES = [name for name in Augmentation.model_fields if name != "blur_sigma"]  # zero switches an operation off
 
 
 def _adjust_one(group: str, view: View, change: Mapping[str, Any], avoid: Sequence[str]) -> View:
-    asked = change.get("augmentation", {})
-    if isinstance(asked, Mapping) and "policy" not in asked:
-        asked = {**view.augmentation.model_dump(), **asked}
-    view = parse(View, {**view.model_dump(), **change, "augmentation": asked}, f"views.{group}")
-    explicit = change.get("augmentation", {})
-    off = {name: 0 for name in avoid if not (isinstance(explicit, Mapping) and name in explicit)}
+    changed = change.get("augmentation", {})
+    explicit = changed if isinstance(changed, Mapping) else {}  # else the name of a policy
+    augmentation = changed
+    if isinstance(changed, Mapping) and "policy" not in changed:
+        augmentation = {**view.augmentation.model_dump(), **changed}
+    view = parse(View, {**view.model_dump(), **change, "augmentation": augmentation}, f"views.{group}")
+    off = {name: 0 for name in avoid if name not in explicit}
     return view.model_copy(update={"augmentation": view.augmentation.model_copy(update=off)})

@@ -1,24 +1,24 @@
-"""What was reported elsewhere beside what was measured here, as text for a terminal."""
+"""Reported numbers beside measured ones, as text for a terminal."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ssl_core.experiments import sweeps
-from ssl_core.report.results import Summary, headline, load, summarise, value
+from ssl_core.report.results import Summary, headline, read_result, summarise, value
 
 HEADER = ("experiment", "evaluation", "reported", "measured", "difference", "protocol", "source")
 RIGHT = range(2, 5)  # columns of numbers
 
 
 def run(config: Mapping[str, Any], folder: Path) -> str:
-    """Return a line for each reported number; what `folder` has no result of is "not run".
+    """Return one line per reported number; "not run" if `folder` has no result for it.
 
-    Raises `ValueError` where nothing is reported, and for a file that is no evaluation.
+    Raises `ValueError` if the configuration reports nothing, and for a file that is not an evaluation.
     """
     reported = config.get("reported") or {}
     if not reported:
-        raise ValueError("nothing is reported: the section `reported` of a configuration holds numbers from elsewhere")
+        raise ValueError("nothing to compare: add published numbers in the section `reported` of the configuration")
     runs = sweeps.seeds(sweeps.before_seeds(config))
     lines: list[tuple[str, ...]] = [HEADER]
     for name, entry in reported.items():
@@ -30,7 +30,7 @@ def run(config: Mapping[str, Any], folder: Path) -> str:
 
 def _line(name: str, evaluation: str, claim: float, source: str, folder: Path, runs: Sequence[str]) -> tuple[str, ...]:
     paths = [folder / run / f"{evaluation}.json" for run in runs]
-    results = [load(path) for path in paths if path.is_file()]
+    results = [read_result(path) for path in paths if path.is_file()]
     summary = summarise(value(result, "", headline(result)) for result in results)
     if summary is None:
         return (name, evaluation, f"{claim:.1f}", "not run", "", "", source)
@@ -48,8 +48,7 @@ def _measured(summary: Summary, seeds: int) -> str:
 
 
 def _aligned(line: Sequence[str], widths: Sequence[int]) -> str:
-    cells = [
-        cell.rjust(width) if column in RIGHT else cell.ljust(width)
-        for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-    ]
+    cells = []
+    for column, (cell, width) in enumerate(zip(line, widths, strict=True)):
+        cells.append(cell.rjust(width) if column in RIGHT else cell.ljust(width))
     return "  ".join(cells).rstrip()

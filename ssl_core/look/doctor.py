@@ -1,4 +1,4 @@
-"""Try what this machine can do and say it, one line each: what works, what to mind, what to do."""
+"""Check this machine and print one line per check: it works, a warning, or a failure with a remedy."""
 
 import importlib.util
 import os
@@ -12,12 +12,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from ssl_core.mistakes import excerpt
 from ssl_core.tracking import run as tracking
 
-PYTHONS = ((3, 11), (3, 13))  # the oldest and the newest that are tested
-SPACE = 5e9  # bytes that a run on small data may need
-SHARED = 1e9  # bytes of /dev/shm that several processes want
-MEMORY = 4e9
+PYTHONS = ((3, 11), (3, 13))  # the oldest and the newest tested version
+SPACE = 5e9  # free bytes of disk that a run on small data may need
+SHARED = 1e9  # free bytes of /dev/shm for several processes
+MEMORY = 4e9  # free bytes of memory
 PORT = 5000  # of `make ui`
 DECODE = """
 import io, numpy as np
@@ -39,12 +40,12 @@ class Finding(NamedTuple):
     """One line of the report."""
 
     state: Literal["ok", "warning", "fails"]
-    what: str
-    told: str
+    subject: str
+    message: str
 
 
 def examine() -> bool:
-    """Print all findings; return whether everything needed works."""
+    """Print all findings; return whether everything required works."""
     checks: list[Callable[[], Iterator[Finding]]] = [
         _python, _torch, _gpu, _dali, _processor, _memory, _disk, _shared_memory, _project, _database, _port, _programs,
     ]  # fmt: skip
@@ -52,14 +53,13 @@ def examine() -> bool:
     for check in checks:
         try:
             for finding in check():
-                print(f"{finding.state:<8} {finding.what:<15} {finding.told}", flush=True)
+                print(f"{finding.state:<8} {finding.subject:<15} {finding.message}", flush=True)
                 fine &= finding.state != "fails"
-        except Exception as error:  # whatever it is, the next check may say more
-            print(
-                f"{'fails':<8} {check.__name__.strip('_'):<15} {' '.join(str(error).split()) or type(error).__name__}"
-            )
+        except Exception as error:  # any error: the other checks still run
+            reason = excerpt(error) or type(error).__name__
+            print(f"{'fails':<8} {check.__name__.strip('_'):<15} {reason}")
             fine = False
-    print("all that is needed works" if fine else "mend what fails; `make install` renews the environment")
+    print("everything required works" if fine else "repair what fails; `make install` renews the environment")
     return fine
 
 
@@ -68,7 +68,7 @@ def _python() -> Iterator[Finding]:
     if PYTHONS[0] <= sys.version_info[:2] <= PYTHONS[1]:
         yield Finding("ok", "Python", version)
     else:
-        yield Finding("fails", "Python", f"{version}, but 3.11 to 3.13 are needed: make PYTHON=python3.12")
+        yield Finding("fails", "Python", f"{version}, but 3.11 to 3.13 are required: run make PYTHON=python3.12")
 
 
 def _torch() -> Iterator[Finding]:
@@ -76,9 +76,9 @@ def _torch() -> Iterator[Finding]:
     import torchvision
 
     product = torch.full((8, 8), 0.5) @ torch.full((8, 8), 2.0)
-    right = bool((product == 8).all())
+    is_correct = bool((product == 8).all())
     versions = f"{torch.__version__}, torchvision {torchvision.__version__}"
-    if right:
+    if is_correct:
         yield Finding("ok", "torch", f"{versions}, multiplies matrices")
     else:
         yield Finding("fails", "torch", f"{versions} multiplies matrices wrongly")
@@ -96,7 +96,7 @@ def _gpu() -> Iterator[Finding]:
     elif torch.version.cuda is None:
         yield Finding("warning", "GPU", "this torch is built without CUDA: runs use the processor")
     elif tool is None:
-        yield Finding("ok", "GPU", "none (no nvidia-smi here): runs use the processor")
+        yield Finding("ok", "GPU", "none (no nvidia-smi): runs use the processor")
     else:
         answer = subprocess.run([tool], capture_output=True, text=True, timeout=10)
         reason = "has no card" if answer.returncode else f"may be too old for CUDA {torch.version.cuda}: update it"
@@ -106,9 +106,9 @@ def _gpu() -> Iterator[Finding]:
 def _dali() -> Iterator[Finding]:
     name = next((name for name in ("nvidia-dali-cuda130", "nvidia-dali-cuda120") if _version(name)), None)
     if name is None:
-        yield Finding("fails", "DALI", "not installed: say `make install`")
+        yield Finding("fails", "DALI", "not installed: run `make install`")
         return
-    # In a process of its own: where an instruction is missing it dies instead of raising.
+    # In a process of its own, since a missing processor instruction kills the process.
     answer = subprocess.run([sys.executable, "-W", "ignore", "-c", DECODE], capture_output=True, text=True, timeout=60)
     if answer.returncode == 0:
         yield Finding("ok", "DALI", f"{_version(name)}, decodes and resizes two images")
@@ -130,23 +130,23 @@ def _processor() -> Iterator[Finding]:
     if limit is not None and limit.isdecimal() and int(limit) < cores:
         yield Finding("ok", "threads", f"OMP_NUM_THREADS={limit} of {cores} cores; the workflow sets it for each job")
     native = autocast_type("auto", torch.device("cuda" if torch.cuda.is_available() else "cpu")) is not None
-    told = "native: precision auto uses it" if native else "not native here: precision auto uses float32"
-    yield Finding("ok", "bfloat16", told)
+    message = "native: precision auto uses it" if native else "not native: precision auto uses float32"
+    yield Finding("ok", "bfloat16", message)
 
 
 def _memory() -> Iterator[Finding]:
     import psutil
 
     memory = psutil.virtual_memory()
-    told = f"{_size(memory.available)} of {_size(memory.total)} free"
+    free = f"{_size(memory.available)} of {_size(memory.total)} free"
     if memory.available < MEMORY:
-        yield Finding("warning", "memory", f"{told}: a run wants 1 to 4 GB, lower batch_size if it does not fit")
+        yield Finding("warning", "memory", f"{free}: a run needs 1 to 4 GB; lower batch_size if memory runs out")
     else:
-        yield Finding("ok", "memory", told)
+        yield Finding("ok", "memory", free)
 
 
 def _disk() -> Iterator[Finding]:
-    for what, place in (("disk", Path()), ("temporary files", Path(tempfile.gettempdir()))):
+    for subject, place in (("disk", Path()), ("temporary files", Path(tempfile.gettempdir()))):
         free = shutil.disk_usage(place).free
         try:
             with tempfile.NamedTemporaryFile(dir=place, prefix=".ssl-core-doctor-"):
@@ -154,18 +154,24 @@ def _disk() -> Iterator[Finding]:
         except OSError:
             writable = False
         if not writable:
-            yield Finding("fails", what, f"{place.resolve()} cannot be written: make it yours or choose another")
+            yield Finding(
+                "fails", subject, f"{place.resolve()} is not writable: change its owner or use another folder"
+            )
         elif free < SPACE:
-            yield Finding("warning", what, f"{_size(free)} free in {place.resolve()}: free some before large data sets")
+            yield Finding(
+                "warning", subject, f"{_size(free)} free in {place.resolve()}: too little for large data sets"
+            )
         else:
-            yield Finding("ok", what, f"{_size(free)} free in {place.resolve()}")
+            yield Finding("ok", subject, f"{_size(free)} free in {place.resolve()}")
 
 
 def _shared_memory() -> Iterator[Finding]:
     place = Path("/dev/shm")
     free = shutil.disk_usage(place).free if place.is_dir() else 0
     if free < SHARED:
-        yield Finding("warning", "/dev/shm", f"{_size(free)} free: for several GPUs give a container --shm-size 1g")
+        yield Finding(
+            "warning", "/dev/shm", f"{_size(free)} free: for several GPUs start the container with --shm-size 1g"
+        )
     else:
         yield Finding("ok", "/dev/shm", f"{_size(free)} free")
 
@@ -183,7 +189,7 @@ def _project() -> Iterator[Finding]:
     yield Finding("ok", "config.yaml", f"valid, {len(layers.settings['experiments'])} experiments")
     manifests = sorted(Path("shards").glob("*/manifest.json"))
     if not manifests:
-        yield Finding("ok", "data sets", "none sharded yet; a run shards what it needs")
+        yield Finding("ok", "data sets", "none sharded yet; a run shards its data set")
     for path in manifests:
         try:
             manifest = Manifest.load(path)
@@ -196,14 +202,14 @@ def _project() -> Iterator[Finding]:
 
 
 def _database() -> Iterator[Finding]:
-    with tempfile.TemporaryDirectory() as folder:  # where SQLite cannot lock files (some network disks) this raises
+    with tempfile.TemporaryDirectory() as folder:  # raises where SQLite cannot lock files (some network disks)
         connection = sqlite3.connect(Path(folder, "try.db"))
         connection.execute("PRAGMA journal_mode=WAL")
         connection.execute("CREATE TABLE tried (number INTEGER)")
         connection.commit()
         connection.close()
     if tracking.is_off():
-        yield Finding("ok", "tracking", "switched off by SSL_TRACKING")
+        yield Finding("ok", "tracking", "disabled by SSL_TRACKING")
         return
     address = os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
     if not address.startswith("sqlite:///"):
@@ -211,12 +217,12 @@ def _database() -> Iterator[Finding]:
         return
     path = Path(address.removeprefix("sqlite:///"))
     if not path.exists():
-        yield Finding("ok", "tracking", f"{path} will be made by the first run")
+        yield Finding("ok", "tracking", f"{path} is created by the first run")
         return
     connection = sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=2)
     runs = connection.execute("SELECT COUNT(*) FROM runs").fetchone()[0]
     connection.close()
-    yield Finding("ok", "tracking", f"{path} answers, {runs} runs")
+    yield Finding("ok", "tracking", f"{path} is readable, {runs} runs")
 
 
 def _server(address: str) -> Iterator[Finding]:
@@ -226,7 +232,7 @@ def _server(address: str) -> Iterator[Finding]:
         with urlopen(f"{address.rstrip('/')}/health", timeout=3):
             yield Finding("ok", "tracking", f"{address} answers")
     except OSError as error:
-        yield Finding("warning", "tracking", f"{address} does not answer ({error}): runs go on without it")
+        yield Finding("warning", "tracking", f"{address} does not answer ({error}): runs continue without it")
 
 
 def _port() -> Iterator[Finding]:
@@ -236,21 +242,21 @@ def _port() -> Iterator[Finding]:
         caller.settimeout(1)
         taken = caller.connect_ex(("127.0.0.1", PORT)) == 0
     if taken:
-        yield Finding("warning", f"port {PORT}", "in use, perhaps by `make ui` itself: make ui PORT=5001")
+        yield Finding("warning", f"port {PORT}", "in use, perhaps by `make ui` itself: run make ui PORT=5001")
     else:
         yield Finding("ok", f"port {PORT}", "free for `make ui`")
 
 
 def _programs() -> Iterator[Finding]:
     if shutil.which("sbatch") is None:
-        yield Finding("ok", "SLURM", "not here, only needed for a cluster")
+        yield Finding("ok", "SLURM", "not installed; only a cluster needs it")
     elif importlib.util.find_spec("snakemake_executor_plugin_slurm") is None:
         yield Finding("warning", "SLURM", "its plugin is missing: uv pip install snakemake-executor-plugin-slurm")
     else:
-        yield Finding("ok", "SLURM", "sbatch and Snakemake's plugin are here")
+        yield Finding("ok", "SLURM", "sbatch and Snakemake's plugin are installed")
     browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "firefox"))), None)
-    told = browser or "none found on this machine; look at tables, reports and MLflow from another"
-    yield Finding("ok", "browser", told)
+    message = browser or "none on this machine; open tables, reports and MLflow from another"
+    yield Finding("ok", "browser", message)
 
 
 def _version(distribution: str) -> str | None:

@@ -1,4 +1,4 @@
-"""What an experiment costs before it runs: parameters, floating-point operations, memory, and time from ten steps."""
+"""The cost of an experiment before it runs: parameters, FLOP, memory, and the time of ten steps."""
 
 import contextlib
 import io
@@ -22,15 +22,15 @@ from ssl_core.training.optimizers import build_optimizer
 from ssl_core.training.precision import autocast_type
 
 STEPS, WARM_UP = 10, 2  # timed steps, and steps before them
-SECONDS = 8.0  # of timed steps; a slow machine times fewer
-PROBE_FLOP = 5e11  # what a processor's core may do in all steps of a probe: some ten seconds
-OPTIMIZER_STATES = {"sgd": 1, "lars": 1, "adamw": 2}  # numbers a trained parameter
-LIBRARIES = 0.9e9  # bytes of a process that has imported torch and DALI, measured on a processor
-BUFFERED, INDEXED = 900, 450  # bytes an image in the shuffle buffer, and one that an index names
+SECONDS = 8.0  # after this time, fewer steps are timed
+TIMED_FLOP = 5e11  # limit per processor core for all timed steps, about ten seconds
+OPTIMIZER_STATES = {"sgd": 1, "lars": 1, "adamw": 2}  # numbers per trained parameter
+LIBRARIES = 0.9e9  # bytes of a process after importing torch and DALI, measured on a processor
+BUFFERED, INDEXED = 900, 450  # bytes per image in the shuffle buffer, and per image of an index
 
 
 class Walk(NamedTuple):
-    """What one image costs."""
+    """The cost of one image."""
 
     backbone: float  # FLOP of one pass of the largest view through the backbone
     step: float  # FLOP of all passes, forward and backward, over all its views
@@ -38,17 +38,17 @@ class Walk(NamedTuple):
 
 
 class Timing(NamedTuple):
-    """Ten steps on this machine."""
+    """The time of ten steps on this machine."""
 
     steps: int
-    seconds: float  # a step of `batch_size` images
+    seconds: float  # per step of `batch_size` images
     batch_size: int
-    waited: float  # share of the time
+    waited: float  # share of the time spent waiting for data
     dtype: str
 
 
 def build(resolved: Experiment, image_size: int, views: Views, *, num_images: int, batch_size: int) -> Method:
-    """Build the method as pre-training does, with its checks; raise the same `ValueError`s."""
+    """Build the method with the checks of pre-training; raise the same `ValueError`s."""
     torch.manual_seed(resolved.training.seed)
     backbone = build_backbone(resolved.backbone, image_size)
     for view in views.values():
@@ -61,12 +61,12 @@ def build(resolved: Experiment, image_size: int, views: Views, *, num_images: in
 
 
 def device() -> torch.device:
-    """Return where pre-training would run."""
+    """Return the device of pre-training."""
     return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def forward_flop(backbone: Network, size: int) -> float:
-    """Count the floating-point operations of one image; a multiply-add counts two."""
+    """Count the floating-point operations of one image; a multiply-add counts as two."""
     mode = backbone.training
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         backbone.eval()(torch.zeros(1, 3, size, size))
@@ -75,12 +75,12 @@ def forward_flop(backbone: Network, size: int) -> float:
 
 
 def walk(method: Method, views: Views, training: Training) -> Walk:
-    """Take a few random images through the method, forward and backward, on the processor, and count."""
+    """Count the cost of a forward and backward pass of a few random images on the processor."""
     size = max(view.size for view in views.values())
     backbone = forward_flop(method.backbone, size)
     images = int(min(16, training.batch_size, max(4, 1e11 / backbone)))
     kept: dict[int, int] = {}
-    alive = []  # else a freed storage's address could come again
+    alive = []  # keeps storages, since a freed address could be used again
     constant = {tensor.untyped_storage().data_ptr() for tensor in (*method.parameters(), *method.buffers())}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -104,7 +104,7 @@ def walk(method: Method, views: Views, training: Training) -> Walk:
 
 
 def memory(method: Method, views: Views, training: Training, walked: Walk, num_images: int) -> dict[str, float]:
-    """Estimate the bytes of one process, by what they hold. A rough sum: allocators and kernels take more."""
+    """Estimate the bytes of one process by their use. A rough sum: allocators and kernels need more."""
     batch = forward_batch_size(training)
     trained = 4 * count(method, trained=True)
     pixels = sum(view.count * 3 * view.size**2 for view in views.values())
@@ -112,35 +112,35 @@ def memory(method: Method, views: Views, training: Training, walked: Walk, num_i
         "weights and memory": sum(tensor.nbytes for tensor in (*method.parameters(), *method.buffers())),
         "gradients and optimizer": trained * (1 + OPTIMIZER_STATES[training.optimizer]),
         "activations": walked.activations * batch,
-        "views": 4.0 * pixels * batch * 3,  # one in use, two made ahead
+        "views": 4.0 * pixels * batch * 3,  # one in use, two prefetched
         "shuffle buffer": BUFFERED * min(num_images / training.gpus, SHUFFLE_BUFFER) + INDEXED * num_images,
         "libraries": LIBRARIES,
     }
 
 
 def count(module: nn.Module, *, trained: bool = False) -> int:
-    """Count parameters, or those that are trained."""
+    """Count the parameters, all or the trained ones."""
     return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad or not trained)
 
 
-def probe(
+def time_steps(
     method: Method, resolved: Experiment, views: Views, manifest: Manifest | None, *, walked: Walk, threads: int
 ) -> Timing:
     """Time up to ten steps of the real loop in one process, with the real loader or, without shards, random images.
 
-    On a processor the batch shrinks where ten steps would take minutes; `method` is trained by it.
+    On a processor the batch is smaller if ten steps would take minutes. The steps train `method`.
     """
     torch.set_num_threads(threads)
     place = device()
     training = resolved.training
     batch_size = forward_batch_size(training)
     if place.type == "cpu":
-        affordable = PROBE_FLOP * threads / (walked.step * (STEPS + WARM_UP))
+        affordable = TIMED_FLOP * threads / (walked.step * (STEPS + WARM_UP))
         batch_size = max(min(batch_size, 8), min(batch_size, int(affordable)))
     alone = {"batch_size": batch_size, "gpus": 1, "accumulation": 1, "compile": False}
     with _loader(resolved, views, manifest, batch_size, place, threads) as loader:
         trainer = Trainer(method, loader, training.model_copy(update=alone), device=place)
-        with contextlib.redirect_stderr(io.StringIO()):  # its progress line would speak of another run
+        with contextlib.redirect_stderr(io.StringIO()):  # without its progress line
             while trainer.step < WARM_UP and trainer.seconds < SECONDS / 4:
                 _steps(trainer, 1)
             before, waited = trainer.seconds, trainer.waited
@@ -154,28 +154,25 @@ def probe(
 
 
 def random_batch(views: Views, images: int) -> Batch:
-    """Make a batch of noise."""
-    made = {
-        group: [
-            torch.randn(images, 3, view.size, view.size).contiguous(memory_format=torch.channels_last)
-            for _ in range(view.count)
-        ]
-        for group, view in views.items()
-    }
-    return Batch(made, torch.zeros(images, dtype=torch.long), torch.arange(images))
+    """Return a batch of random images."""
+    batch: dict[str, list[Tensor]] = {}
+    for group, view in views.items():
+        shape = (images, 3, view.size, view.size)
+        batch[group] = [torch.randn(shape).contiguous(memory_format=torch.channels_last) for _ in range(view.count)]
+    return Batch(batch, torch.zeros(images, dtype=torch.long), torch.arange(images))
 
 
 def _backward_flop(grad: Any, inputs: Any, weight: Any, *rest: Any, out_shape: Any = None) -> int:
-    """Count a convolution's backward pass from shapes: once the forward pass for the inputs, once for the weights.
+    """Count a convolution's backward pass from shapes: one forward pass each for the inputs and the weights.
 
-    torch's own count takes a depthwise convolution for a full one.
+    torch counts a depthwise convolution as a full one.
     """
-    wanted = rest[-1]  # of inputs, weight, bias
-    return sum(wanted[:2]) * 2 * grad[0] * math.prod(grad[2:]) * math.prod(weight)
+    needs_gradient = rest[-1]  # of inputs, weight, bias
+    return sum(needs_gradient[:2]) * 2 * grad[0] * math.prod(grad[2:]) * math.prod(weight)
 
 
-class _Noise:
-    """Random batches where there are no shards; what the loop asks of a loader."""
+class _RandomLoader:
+    """A loader of one random batch, for data sets without shards."""
 
     def __init__(self, views: Views, batch_size: int) -> None:
         self._batch = random_batch(views, batch_size)
@@ -190,7 +187,7 @@ def _loader(
     resolved: Experiment, views: Views, manifest: Manifest | None, batch_size: int, place: torch.device, threads: int
 ) -> Iterator[Loader]:
     if manifest is None:
-        yield cast(Loader, _Noise(views, batch_size))
+        yield cast(Loader, _RandomLoader(views, batch_size))
         return
     options: dict[str, Any] = {"batch_size": batch_size, "seed": resolved.training.seed, "device": place.type}
     with Loader(manifest, resolved.dataset, views, threads=threads, **options) as loader:

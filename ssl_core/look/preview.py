@@ -1,24 +1,24 @@
-"""Draw what the networks would see of an experiment, without training."""
+"""Draw the views of an experiment without training."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
 from ssl_core.drawing.views import draw_first_views
 from ssl_core.experiments.overlays import load_configuration
-from ssl_core.look.explain import find, shard_command
+from ssl_core.look.subject import find_subject, shard_command
 
 
 def draw(name: str, overlays: Sequence[Path], picture: Path, *, threads: int) -> str:
-    """Write the picture that pre-training would write as views.png; return what to tell of it.
+    """Write the picture that pre-training writes as views.png; return one line about it.
 
-    Raises `ValueError`, with the command that mends it, if the data set is not sharded.
+    Raises `ValueError` with the command to run if the data set is not sharded.
     """
-    subject = find(load_configuration(overlays).experiment(name))
+    subject = find_subject(load_configuration(overlays).experiment(name))
     resolved, manifest, views = subject.resolved, subject.manifest, subject.views
     if manifest is None:
         dataset = subject.card.name
         raise ValueError(f"the data set '{dataset}' is not sharded yet: run `{shard_command(dataset)}` first")
     if picture.suffix.lower() != ".png":
-        raise ValueError(f"{picture}: the picture is a PNG, so let its name end in .png")
+        raise ValueError(f"{picture}: the picture is a PNG: give a name that ends in .png")
     draw_first_views(manifest, resolved.dataset, views, picture, seed=resolved.training.seed, threads=threads)
-    return f"{picture}: a column an image of {manifest.dataset}/{resolved.dataset.split}, a row a view"
+    return f"{picture}: one column per image of {manifest.dataset}/{resolved.dataset.split}, one row per view"

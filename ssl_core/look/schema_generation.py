@@ -14,23 +14,23 @@ from ssl_core.config import Adopted, Experiment, Reported
 from ssl_core.experiments.needs import projector_layers
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
-NOISE = {"title", "description", "default"}  # the schema says what may stand where; defaults live in the code
+NOISE = {"title", "description", "default"}  # only the structure matters; defaults are in the code
 SEEDS = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1, "uniqueItems": True}
 
 
 def named_configs(folder: str) -> dict[str, type[BaseModel]]:
-    """Import every file of `ssl_core/<folder>/` that has a `Config` of its own, by the file's name."""
-    found = {}
+    """Return the `Config` of every file of `ssl_core/<folder>/` that defines one, by the file's name."""
+    configs = {}
     for path in sorted((Path(__file__).parents[1] / folder).glob("[a-z]*.py")):
         module = importlib.import_module(f"ssl_core.{folder}.{path.stem}")
         config = getattr(module, "Config", None)
         if isinstance(config, type) and config.__module__ == module.__name__:
-            found[path.stem] = config
-    return found
+            configs[path.stem] = config
+    return configs
 
 
 def generate() -> dict[str, Any]:
-    """Write the schema of `config.yaml` from the typed configuration of every section, method and protocol."""
+    """Return the schema of `config.yaml`, from the typed configuration of every section, method and protocol."""
     from ssl_core.data.views import POLICIES, View
 
     definitions: dict[str, Any] = {}
@@ -43,7 +43,7 @@ def generate() -> dict[str, Any]:
     experiment["properties"]["views"] = _sections({"$ref": "#/$defs/change_of_view"})
     adopted = _part(Adopted, definitions)["properties"]
     experiment["properties"] |= {key: adopted[key] for key in ("weights", "image_size", "normalisation")}
-    experiment["required"] = ["dataset", "backbone"]  # and a method or weights, which the check explains better
+    experiment["required"] = ["dataset", "backbone"]  # and a method or weights: the check has a better message
     definitions["experiment"] = experiment
     definitions["change_of_view"] = _part(View, definitions) | {"required": []}
     if "Augmentation" in definitions:  # its own keys, a policy's name, or a policy with changes
@@ -78,7 +78,7 @@ def _add_contracts(definitions: dict[str, Any]) -> None:
 
 
 def _choice(key: str, kind: str, models: Mapping[str, type[BaseModel]], definitions: dict[str, Any]) -> dict[str, Any]:
-    """Describe a section whose other keys depend on the name that stands under `key`."""
+    """Return the schema of a section whose other keys depend on the value of `key`."""
     branches = []
     for name, model in models.items():
         part = _part(model, definitions)
@@ -91,23 +91,25 @@ def _choice(key: str, kind: str, models: Mapping[str, type[BaseModel]], definiti
 
 
 def _part(model: type[BaseModel], definitions: dict[str, Any]) -> dict[str, Any]:
-    """Describe one typed section; the sections inside it go to `definitions`."""
+    """Return the schema of one typed section; nested sections are added to `definitions`."""
     part = _bare(TypeAdapter(model).json_schema())
     definitions.update(part.pop("$defs", {}))
     return part
 
 
 def _bare(schema: Any) -> Any:
-    """Leave out titles, descriptions and defaults, so that only a change of structure changes the schema."""
+    """Remove titles, descriptions and defaults, so that only a change of structure changes the schema."""
     if isinstance(schema, list):
         return [_bare(item) for item in schema]
     if not isinstance(schema, dict):
         return schema
-    return {
-        key: {name: _bare(part) for name, part in value.items()} if key in ("properties", "$defs") else _bare(value)
-        for key, value in schema.items()
-        if key not in NOISE
-    }
+    bare: dict[str, Any] = {}
+    for key, value in schema.items():
+        if key in ("properties", "$defs"):  # their keys are names, which may be words of NOISE
+            bare[key] = {name: _bare(part) for name, part in value.items()}
+        elif key not in NOISE:
+            bare[key] = _bare(value)
+    return bare
 
 
 def _mapping(**properties: Any) -> dict[str, Any]:

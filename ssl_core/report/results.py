@@ -1,7 +1,7 @@
-"""What the evaluations' JSON say together: a row an experiment and data set, seeds as mean and standard deviation.
+"""The evaluations' JSON as rows: one per experiment and data set, with mean and standard deviation over seeds.
 
-Torch-free. A number is found under the full name of its protocol (`linear/v1`), so that one measured otherwise, online
-or on cached features, never passes for it.
+Torch-free. A number is stored under the full name of its protocol (`linear/v1`), so that numbers of different
+protocols never share a column.
 """
 
 import statistics
@@ -16,8 +16,8 @@ BASELINES = ("untrained", "pixels")
 REQUIRED = ("experiment", "evaluation", "protocol", "dataset", "metrics")
 Result = Mapping[str, Any]  # the content of one JSON
 Grid = Mapping[str, Mapping[str, Any]]  # experiment -> the sweep's values, `{"method.temperature": 0.1}`
-Seeds = Mapping[str, Mapping[str, int]]  # experiment with seeds -> the runs it stands for -> their seed
-Reported = Mapping[str, Mapping[str, Any]]  # experiment -> source, results and what else is said
+Seeds = Mapping[str, Mapping[str, int]]  # experiment with seeds -> its runs -> their seed
+Reported = Mapping[str, Mapping[str, Any]]  # experiment -> source, results, and optional notes
 
 
 class Summary(NamedTuple):
@@ -29,7 +29,7 @@ class Summary(NamedTuple):
 
 
 class Priced(NamedTuple):
-    """What an experiment reached under one evaluation, and how long it was pre-trained."""
+    """The accuracy of an experiment under one evaluation, and the time of its pre-training."""
 
     name: str
     seconds: Summary
@@ -38,149 +38,194 @@ class Priced(NamedTuple):
 
 @dataclass
 class Row:
-    """One experiment on one data set: by the name of their columns, the JSON of its evaluations, one a seed."""
+    """One experiment on one data set: for each group of columns, the JSON of its evaluations, one per seed."""
 
     experiment: str
     dataset: str
     values: Mapping[str, Any] = field(default_factory=dict)
-    seeds: Mapping[str, int] = field(default_factory=dict)  # of its runs; empty where it is one itself
+    seeds: Mapping[str, int] = field(default_factory=dict)  # of its runs; empty for a single run
     reported: Mapping[str, Any] = field(default_factory=dict)
     results: dict[str, list[Result]] = field(default_factory=dict)
 
     def summary(self, group: str, source: str, metric: str) -> Summary | None:
-        """Summarise a metric over the runs; the empty source is the pre-trained backbone, others are baselines."""
+        """Summarise a metric over the runs, of a baseline or (the empty source) of the pre-trained backbone."""
         return summarise(value(result, source, metric) for result in self.results.get(group, ()))
 
     def gain(self, group: str) -> Summary | None:
-        """Summarise what pre-training brought: each run's headline minus that of its own untrained network."""
-        pairs = [
-            (value(result, "", headline(result)), value(result, "untrained", headline(result)))
-            for result in self.results.get(group, ())
-        ]
-        return summarise(after - before for after, before in pairs if after is not None and before is not None)
+        """Summarise the headline metric of each run minus that of the run's untrained network."""
+        gains = []
+        for result in self.results.get(group, ()):
+            metric = headline(result)
+            pretrained, untrained = value(result, "", metric), value(result, "untrained", metric)
+            if pretrained is not None and untrained is not None:
+                gains.append(pretrained - untrained)
+        return summarise(gains)
 
     def claim(self, group: str) -> float | None:
-        """Return the number that is reported elsewhere for this evaluation."""
+        """Return the number that another source reports for this evaluation."""
         if group not in self.results:
             return None
         return self.reported.get("results", {}).get(self.results[group][0]["evaluation"])
 
     def runs(self, reported: Reported) -> "list[Row]":
-        """Return a row for each seed."""
+        """Return one row per seed that has results."""
         rows = []
         for name, seed in self.seeds.items():
-            own = {group: [one for one in all_ if one["experiment"] == name] for group, all_ in self.results.items()}
-            found = {group: results for group, results in own.items() if results}
-            rows.append(Row(name, self.dataset, self.values, {name: seed}, reported.get(name, {}), found))
-        return [row for row in rows if row.results]
+            row = Row(name, self.dataset, self.values, {name: seed}, reported.get(name, {}))
+            for group, results in self.results.items():
+                of_run = [result for result in results if result["experiment"] == name]
+                if of_run:
+                    row.results[group] = of_run
+            if row.results:
+                rows.append(row)
+        return rows
 
 
-def load(path: Path) -> Result:
-    """Read an evaluation's JSON; a `ValueError` names a file that is none."""
+def read_result(path: Path) -> Result:
+    """Read the JSON of an evaluation; raise `ValueError` if it is another file."""
     result = read_json(path)
-    missing = [key for key in REQUIRED if not isinstance(result, dict) or key not in result]
+    if not isinstance(result, dict):
+        raise ValueError(f"{path} is not an evaluation: expected a JSON object; delete it and run again")
+    missing = [key for key in REQUIRED if key not in result]
     if missing:
-        raise ValueError(f"{path} is no evaluation: it lacks {', '.join(missing)}; delete it and run again")
+        raise ValueError(f"{path} is not an evaluation: it lacks {', '.join(missing)}; delete it and run again")
     return result
 
 
 def collect(results: Sequence[tuple[Path, Result]], *, grid: Grid, seeds: Seeds, reported: Reported) -> list[Row]:
-    """Sort evaluations into rows, by the grid's values, then by name; a `ValueError` names two that claim one place."""
-    stands_in: dict[str, str] = {run: name for name, runs in seeds.items() for run in runs}
+    """Sort evaluations into rows, ordered by the grid's values, then by name.
+
+    Raises `ValueError` for two results of one experiment, data set and group of columns.
+    """
+    experiment_of: dict[str, str] = {}
+    for name, runs in seeds.items():
+        experiment_of.update(dict.fromkeys(runs, name))
     rows: dict[tuple[str, str], Row] = {}
     for path, result in results:
         run: str = result["experiment"]
-        name, dataset = stands_in.get(run, run), dataset_of(result)
+        name, dataset = experiment_of.get(run, run), dataset_of(result)
         new = Row(name, dataset, grid.get(name, {}), seeds.get(name, {}), reported.get(name, {}))
         row = rows.setdefault((name, dataset), new)
         group = group_of(result)
-        of_group = row.results.setdefault(group, [])
-        if any(other["experiment"] == run for other in of_group):
+        in_group = row.results.setdefault(group, [])
+        if any(other["experiment"] == run for other in in_group):
             raise ValueError(f"{path}: a second {group} of {run} on {dataset}: give each evaluation its own name")
-        of_group.append(result)
+        in_group.append(result)
     for row in rows.values():
-        for of_group in row.results.values():
-            of_group.sort(key=lambda result: list(row.seeds).index(result["experiment"]) if row.seeds else 0)
+        if row.seeds:
+            _sort_by_seed(row)
     return sorted(rows.values(), key=_order)
 
 
+def _sort_by_seed(row: Row) -> None:
+    position = {run: index for index, run in enumerate(row.seeds)}
+    for results in row.results.values():
+        results.sort(key=lambda result: position[result["experiment"]])
+
+
 def summarise(values: Iterable[float | None]) -> Summary | None:
-    """Summarise the numbers among `values`; None where there are none."""
-    found = [value for value in values if value is not None]
-    if not found:
+    """Summarise the numbers among `values`; None if there are none."""
+    numbers = [value for value in values if value is not None]
+    if not numbers:
         return None
-    return Summary(statistics.fmean(found), statistics.stdev(found) if len(found) > 1 else None, len(found))
+    deviation = statistics.stdev(numbers) if len(numbers) > 1 else None
+    return Summary(statistics.fmean(numbers), deviation, len(numbers))
 
 
 def value(result: Result, source: str, metric: str) -> float | None:
-    """Look a number up; the empty source is the pre-trained backbone."""
+    """Return a metric of a baseline or (the empty source) of the pre-trained backbone; None if it is no number."""
     metrics = result.get("baselines", {}).get(source, {}) if source else result["metrics"]
-    found = metrics.get(metric)
-    return found if isinstance(found, int | float) else None
+    number = metrics.get(metric)
+    return number if isinstance(number, int | float) else None
 
 
 def headline(result: Result) -> str:
-    """Name the metric that stands for an evaluation: what it says itself, else top1 or what is like it."""
-    metrics = result["metrics"]
+    """Return the main metric of an evaluation: its own `headline`, else top1, else the first name that ends in top1."""
     if "headline" in result:
         return result["headline"]
-    return "top1" if "top1" in metrics else next((name for name in sorted(metrics) if name.endswith("top1")), "top1")
+    metrics = result["metrics"]
+    if "top1" in metrics:
+        return "top1"
+    similar = sorted(name for name in metrics if name.endswith("top1"))
+    return similar[0] if similar else "top1"
 
 
 def group_of(result: Result) -> str:
-    """Name an evaluation's columns: its protocol, after its own name if that says something else."""
+    """Return the name of an evaluation's columns: its protocol, with its own name if that differs."""
     name, protocol = result["evaluation"], result["protocol"]
     return protocol if protocol.split("/")[0] == name else f"{name} ({protocol})"
 
 
 def groups_of(rows: Sequence[Row]) -> list[str]:
-    """Name all groups of columns: those with baselines, in percent, before others such as costs."""
-    return sorted(
-        {group for row in rows for group in row.results}, key=lambda group: (not baselines(rows, group), group)
-    )
+    """Return all groups of columns: those with baselines, in percent, before others such as costs."""
+    groups: set[str] = set()
+    for row in rows:
+        groups.update(row.results)
+    return sorted(groups, key=lambda group: (not baselines(rows, group), group))
 
 
 def baselines(rows: Sequence[Row], group: str) -> list[str]:
-    """Name the baselines that stand beside a group's numbers."""
-    found = {name for row in rows for result in row.results.get(group, ()) for name in result.get("baselines") or ()}
-    return [name for name in BASELINES if name in found]
+    """Return the baselines that any result of a group has."""
+    names: set[str] = set()
+    for result in _results_of(rows, group):
+        names.update(result.get("baselines") or ())
+    return [name for name in BASELINES if name in names]
 
 
 def headlines(rows: Sequence[Row], group: str) -> list[str]:
-    """Name the metrics that stand for a group; more than one where its evaluations measured different things."""
-    return list(dict.fromkeys(headline(result) for row in rows for result in row.results.get(group, ())))
+    """Return the headline metrics of a group, more than one if its evaluations measured different things."""
+    return list(dict.fromkeys(headline(result) for result in _results_of(rows, group)))
 
 
 def priced(rows: Sequence[Row]) -> dict[str, list[Priced]]:
-    """Return, for each evaluation in percent, the experiments whose cost was measured too; two or more."""
-    found: dict[str, list[Priced]] = {}
+    """Return, for each evaluation in percent, the experiments with a measured cost, if there are two or more."""
+    by_group: dict[str, list[Priced]] = {}
     for row in rows:
-        costs = [group for group, results in row.results.items() if results[0]["protocol"].startswith("cost/")]
-        seconds = next(filter(None, (row.summary(group, "", "seconds") for group in costs)), None)
-        for group in row.results:
-            accuracy = row.summary(group, "", headline(row.results[group][0]))
-            if seconds and accuracy and baselines([row], group):
-                found.setdefault(group, []).append(Priced(row.experiment, seconds, accuracy))
-    return {group: found[group] for group in groups_of(rows) if len(found.get(group, ())) > 1}
+        seconds = _seconds(row)
+        if seconds is None:
+            continue
+        for group, results in row.results.items():
+            accuracy = row.summary(group, "", headline(results[0]))
+            if accuracy and baselines([row], group):
+                by_group.setdefault(group, []).append(Priced(row.experiment, seconds, accuracy))
+    return {group: by_group[group] for group in groups_of(rows) if len(by_group.get(group, ())) > 1}
 
 
 def parameters_of(rows: Sequence[Row]) -> list[str]:
-    """Name what a sweep varies."""
+    """Return the names of the values that a sweep varies."""
     return list(dict.fromkeys(name for row in rows for name in row.values))
 
 
 def dataset_of(result: Result) -> str:
-    """Name the data set, and the subset if it is one."""
+    """Return the name of the data set, with the subset if there is one."""
     dataset = result["dataset"]
     if isinstance(dataset, str):
         return dataset
     subset = dataset.get("subset")
-    return f"{dataset['name']} ({subset['images']} images, seed {subset['seed']})" if subset else dataset["name"]
+    if not subset:
+        return dataset["name"]
+    return f"{dataset['name']} ({subset['images']} images, seed {subset['seed']})"
+
+
+def _results_of(rows: Sequence[Row], group: str) -> list[Result]:
+    return [result for row in rows for result in row.results.get(group, ())]
+
+
+def _seconds(row: Row) -> Summary | None:
+    """Return the time of pre-training that a cost evaluation recorded."""
+    for group, results in row.results.items():
+        if results[0]["protocol"].startswith("cost/"):
+            seconds = row.summary(group, "", "seconds")
+            if seconds is not None:
+                return seconds
+    return None
 
 
 def _order(row: Row) -> tuple[Any, ...]:
-    numbers_first = [
-        (not isinstance(value, int | float), value if isinstance(value, int | float) else str(value))
-        for value in row.values.values()
-    ]
-    return (numbers_first, row.experiment, row.dataset)
+    return [_numbers_first(value) for value in row.values.values()], row.experiment, row.dataset
+
+
+def _numbers_first(value: Any) -> tuple[bool, Any]:
+    if isinstance(value, int | float):
+        return (False, value)
+    return (True, str(value))

@@ -1,7 +1,8 @@
-"""The side process of `tracking.py`: carries out its messages in MLflow, and outlives whatever MLflow does.
+"""The side process of `run.py`: executes its messages in MLflow and survives every error of MLflow.
 
-One MLflow experiment; a parent run a version of an experiment, with its headline numbers; a child run a stage. What a
-failing server does not take is kept and tried again. Runs as a script and so imports nothing of the package.
+There is one MLflow experiment, with one parent run per version of an experiment, which has the headline numbers, and
+one child run per stage. Messages that a failing server does not accept are kept and sent again. This file runs as a
+script, so it imports nothing of the package.
 """
 
 import fcntl
@@ -23,22 +24,22 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-EXPERIMENT = "ssl-core"  # the MLflow experiment, unless MLFLOW_EXPERIMENT_NAME says otherwise
-BATCH_SECONDS = 2.0  # how often metrics are written
-RETRY_SECONDS = 30.0  # how long a server that failed is left in peace
-SYSTEM_SECONDS = 15.0  # how often CPU and memory are read
-PENDING_MESSAGES = 100_000  # what is kept for a server that is away, about 50 MB
-LEADERBOARD = "mlflow.sharedViewState.leaderboard"  # the experiment's tag in which MLflow's page looks a view up
-PARAMETER_LENGTH = 500  # MLflow allows 6000, which nobody reads; the artifact configuration.yaml has all of it
+EXPERIMENT = "ssl-core"  # name of the MLflow experiment if MLFLOW_EXPERIMENT_NAME is not set
+BATCH_SECONDS = 2.0  # between two writes of metrics
+RETRY_SECONDS = 30.0  # before the next request to a server that failed
+SYSTEM_SECONDS = 15.0  # between two readings of CPU and memory
+PENDING_MESSAGES = 100_000  # kept for an unreachable server, about 50 MB
+LEADERBOARD = "mlflow.sharedViewState.leaderboard"  # MLflow's page reads a view from this tag of the experiment
+PARAMETER_LENGTH = 500  # MLflow allows 6000; the artifact configuration.yaml has the full values
 
 Message = dict[str, Any]
 
 
 def flatten(section: dict[str, Any], prefix: str = "") -> dict[str, str]:
-    """Turn nested parameters into dotted keys and short text, as MLflow's parameters are."""
+    """Turn nested parameters into dotted keys and short texts for MLflow."""
     flat: dict[str, str] = {}
     for key, value in section.items():
-        name = re.sub(r"[^\w.\-/: ]", "_", f"{prefix}{key}")[:250]  # what MLflow takes as a key
+        name = re.sub(r"[^\w.\-/: ]", "_", f"{prefix}{key}")[:250]  # characters that MLflow accepts in a key
         if isinstance(value, dict) and value:
             flat |= flatten(value, f"{name}.")
         else:
@@ -49,23 +50,23 @@ def flatten(section: dict[str, Any], prefix: str = "") -> dict[str, str]:
 
 def _warn(reason: str) -> None:
     reason = " ".join(reason.split())[:300]
-    print(f"warning: MLflow tracking: {reason}; the run goes on without it", file=sys.stderr, flush=True)
+    print(f"warning: MLflow tracking: {reason}; the run continues without it", file=sys.stderr, flush=True)
 
 
 class Recorder:
-    """Carries out messages in order, keeps what a failing server did not take, and tries again."""
+    """Executes messages in order, keeps those that a failing server did not accept, and tries again."""
 
     def __init__(self, uri: str) -> None:
         self.uri = uri
         self.pending: deque[Message] = deque(maxlen=PENDING_MESSAGES)
-        self.opening: Message | None = None  # the start, until it succeeded
-        self.status = "KILLED"  # how the run ends if nobody says so
+        self.opening: Message | None = None  # the start message, until it was executed
+        self.status = "KILLED"  # of the run without an end message
         self.retry_at = 0.0
         self.warned = False
         self.system_at = 0.0
 
     def follow(self, messages: "queue.SimpleQueue[Message | None]") -> None:
-        """Work until the stream of messages ends."""
+        """Execute messages until the stream ends."""
         ended = False
         while not ended:
             ended = self._collect(messages)
@@ -75,7 +76,7 @@ class Recorder:
                 self._attempt(ended)
 
     def _collect(self, messages: "queue.SimpleQueue[Message | None]") -> bool:
-        """Gather what arrives within BATCH_SECONDS, the start at once; True when the stream has ended."""
+        """Collect messages for BATCH_SECONDS, or until the start message; return True when the stream has ended."""
         deadline = time.monotonic() + BATCH_SECONDS
         while (left := deadline - time.monotonic()) > 0:
             try:
@@ -94,43 +95,42 @@ class Recorder:
         return False
 
     def _attempt(self, ended: bool) -> None:
-        """Carry out what is pending; a failing server costs one warning and a pause."""
+        """Execute the pending messages; a failing server causes one warning and a pause."""
         try:
             if self.opening is not None:
                 self._start(self.opening)
                 self.opening = None
-            self._carry_out()
+            self._execute_pending()
             if ended:
                 self._end()
-        except Exception as error:  # the one place where whatever MLflow raises ends
+        except Exception as error:  # MLflow may raise anything
             self.retry_at = time.monotonic() + RETRY_SECONDS
-            self._complain(error)
+            self._warn_once(error)
 
-    def _complain(self, error: Exception) -> None:
-        """Warn once; then be silent."""
+    def _warn_once(self, error: Exception) -> None:
         if not self.warned:
             _warn(str(error) or type(error).__name__)
         self.warned = True
 
-    def _carry_out(self) -> None:
-        """Do what is pending, in order; what the server refuses for good is dropped, what fails stays at the head."""
+    def _execute_pending(self) -> None:
+        """Execute messages in order; drop those that the server refuses for good, keep those that failed."""
         while self.pending:
-            together = self._together()
+            messages = self._next_batch()
             try:
-                self._do(together)
+                self._execute(messages)
             except Exception as error:
                 if not _refused(error):
                     raise
-                self._complain(error)
-            for _ in together:
+                self._warn_once(error)
+            for _ in messages:
                 self.pending.popleft()
 
-    def _together(self) -> list[Message]:
-        """Return the first message or, if it is metrics, all metrics that follow: one batch."""
+    def _next_batch(self) -> list[Message]:
+        """Return the first message, with all metrics messages that follow if it is one."""
         metrics = list(itertools.takewhile(lambda message: message["kind"] == "metrics", self.pending))
         return metrics or [self.pending[0]]
 
-    def _do(self, messages: list[Message]) -> None:
+    def _execute(self, messages: list[Message]) -> None:
         match messages[0]["kind"]:
             case "metrics":
                 self._metrics(messages)
@@ -150,16 +150,16 @@ class Recorder:
         logging.disable(logging.CRITICAL)
         with _locked(self.uri):
             self.client = MlflowClient(self.uri)
-            self.experiment_id = self._experiment()
+            self.experiment_id = self._get_experiment_id()
             self._open_parent(message)
             self._open_child(message)
-        with suppress(BrokenPipeError):  # a stage that has ended wants no answer
+        with suppress(BrokenPipeError):  # the stage has ended
             os.write(sys.stdout.fileno(), f"{self.run_id}\n".encode())
 
-    def _experiment(self) -> str:
+    def _get_experiment_id(self) -> str:
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME", EXPERIMENT)
-        found = self.client.get_experiment_by_name(name)
-        return found.experiment_id if found else self.client.create_experiment(name)
+        experiment = self.client.get_experiment_by_name(name)
+        return experiment.experiment_id if experiment else self.client.create_experiment(name)
 
     def _open_parent(self, message: Message) -> None:
         version = f"{message['experiment']}@{message['digest'][:12]}"
@@ -179,7 +179,7 @@ class Recorder:
         canonical = json.dumps(message["parameters"], sort_keys=True, default=str)
         options = hashlib.sha256(canonical.encode()).hexdigest()[:12]
         run = self._resumed(message["run_id"])
-        self.seen = {metric.key: metric.step for metric in run.data._metric_objs} if run else {}
+        self.last_steps = {metric.key: metric.step for metric in run.data._metric_objs} if run else {}
         run = run or self._find(
             f"tags.`mlflow.parentRunId` = '{self.parent_id}' and tags.stage = '{stage}' and tags.options = '{options}'"
         )
@@ -195,7 +195,7 @@ class Recorder:
             self._link_model()
 
     def _resumed(self, run_id: str | None) -> Any:
-        """Return the run a checkpoint names; None if this MLflow does not know it (another database)."""
+        """Return the run of a checkpoint; None if it is in another database."""
         try:
             return self.client.get_run(run_id) if run_id else None
         except Exception as error:
@@ -204,8 +204,8 @@ class Recorder:
             return None
 
     def _find(self, condition: str) -> Any:
-        found = self.client.search_runs([self.experiment_id], condition, max_results=1, order_by=["start_time ASC"])
-        return found[0] if found else None
+        runs = self.client.search_runs([self.experiment_id], condition, max_results=1, order_by=["start_time ASC"])
+        return runs[0] if runs else None
 
     def _create(self, message: Message, name: str, tags: dict[str, str]) -> Any:
         from mlflow.tracking.context.registry import resolve_tags
@@ -222,12 +222,12 @@ class Recorder:
     def _metrics(self, messages: list[Message]) -> None:
         from mlflow.entities import Metric
 
-        metrics = [
-            Metric(key, value, message["time"], message["step"] or 0)
-            for message in messages
-            for key, value in message["values"].items()
-            if message["step"] is None or message["step"] > self.seen.get(key, -1)
-        ]
+        metrics = []
+        for message in messages:
+            step = message["step"]
+            for key, value in message["values"].items():
+                if step is None or step > self.last_steps.get(key, -1):
+                    metrics.append(Metric(key, value, message["time"], step or 0))
         self.client.log_batch(self.run_id, metrics=metrics)
 
     def _headline(self, message: Message) -> None:
@@ -240,7 +240,7 @@ class Recorder:
             self._widen_leaderboard(message["columns"])
 
     def _widen_leaderboard(self, new: list[str]) -> None:
-        """Add columns to the shared view of the runs page (...&viewStateShareKey=leaderboard), which shows none."""
+        """Add columns to the shared view of the runs page (...&viewStateShareKey=leaderboard), empty at first."""
         tags = self.client.get_experiment(self.experiment_id).tags
         old = json.loads(tags.get(LEADERBOARD, "{}")).get("selectedColumns", [])
         columns = list(dict.fromkeys([*old, *(f"metrics.`{key}`" for key in new)]))
@@ -265,7 +265,7 @@ class Recorder:
     def _model(self, message: Message) -> None:
         from mlflow.entities import LoggedModelOutput
 
-        if self.model_id:  # this version has been here before
+        if self.model_id:  # an earlier run registered it
             return
         model = self.client.create_logged_model(
             self.experiment_id,
@@ -286,7 +286,7 @@ class Recorder:
         self.client.log_inputs(self.run_id, models=[LoggedModelInput(self.model_id)])
 
     def _read_system(self) -> None:
-        """Note CPU and memory now and then, under MLflow's own names."""
+        """Record CPU and memory every SYSTEM_SECONDS, under MLflow's own names."""
         if self.opening is not None or time.monotonic() < self.system_at:
             return
         import psutil
@@ -297,7 +297,7 @@ class Recorder:
             "system/cpu_utilization_percentage": psutil.cpu_percent(),
             "system/system_memory_usage_megabytes": psutil.virtual_memory().used / 1e6,
         }
-        step = max(0, now - self.start_time) // 1000  # seconds since the run began, so that a resumed run goes on
+        step = max(0, now - self.start_time) // 1000  # seconds since the start of the run, also after a resume
         self.pending.append({"kind": "metrics", "time": now, "values": values, "step": step})
 
     def _end(self) -> None:
@@ -306,17 +306,17 @@ class Recorder:
 
 
 def _refused(error: Exception) -> bool:
-    """Tell a request that will never succeed (a 4xx answer, a file that is not there) from a server in trouble."""
+    """Return whether a request can never succeed (a 4xx answer, a missing file); other errors are worth a retry."""
     from mlflow.exceptions import MlflowException
 
     if isinstance(error, MlflowException):
-        return 400 <= error.get_http_status_code() < 500  # INTERNAL_ERROR, for a server out of reach, is 500
+        return 400 <= error.get_http_status_code() < 500  # an unreachable server is INTERNAL_ERROR, 500
     return isinstance(error, FileNotFoundError | TypeError | ValueError)
 
 
 @contextmanager
 def _locked(uri: str) -> Iterator[None]:
-    """Let one process at a time open the tracking store: MLflow's first connection to a fresh database is not safe."""
+    """Hold a lock on the tracking store: two processes must not create the same database at once."""
     path = Path(tempfile.gettempdir()) / f"ssl-core-{os.getuid()}-{hashlib.sha256(uri.encode()).hexdigest()[:12]}.lock"
     if uri.startswith("sqlite:///"):
         database = Path(uri.removeprefix("sqlite:///"))
@@ -329,7 +329,7 @@ def _locked(uri: str) -> Iterator[None]:
 
 
 def _use_wal(database: Path) -> None:
-    """Let readers (the MLflow page) and writers go on side by side; the database file remembers it."""
+    """Allow reading (the MLflow page) during writing; the setting is stored in the database file."""
     import sqlite3
 
     connection = sqlite3.connect(database, timeout=20)
@@ -344,9 +344,9 @@ def _read(stream: IO[bytes], messages: "queue.SimpleQueue[Message | None]") -> N
 
 
 def main() -> None:
-    """Record what arrives on standard input, as line by line JSON."""
+    """Record the messages on standard input, one JSON object per line."""
     os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"  # read when mlflow is imported
-    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # meant for the training, whose end we record
+    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # for the training process, whose end is recorded
         signal.signal(name, signal.SIG_IGN)
     messages: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
     threading.Thread(target=_read, args=(sys.stdin.buffer, messages), daemon=True).start()

@@ -1,9 +1,9 @@
-"""Tracking in MLflow 3, beside the training and never in its way.
+"""Tracking in MLflow 3 without delaying the training.
 
-MLflow takes seconds to import, and a server may be away, refuse or hang. So a small side process (`recorder.py`) alone
-talks to MLflow, and `Run` sends it messages through a pipe: a training step pays microseconds, whatever the server
-does. When the training process dies, were it by SIGKILL, the pipe ends without a farewell and the recorder closes the
-run as KILLED. `SSL_TRACKING=off` switches tracking off; MLFLOW_TRACKING_URI and MLFLOW_EXPERIMENT_NAME are honoured.
+MLflow takes seconds to import, and a server may be unreachable, refuse requests or hang. So only a side process
+(`recorder.py`) uses MLflow, and `Run` sends it messages through a pipe: a training step costs microseconds, whatever
+the server does. If the training process dies, even by SIGKILL, the pipe closes without an end message, and the recorder
+marks the run KILLED. `SSL_TRACKING=off` disables tracking; MLFLOW_TRACKING_URI and MLFLOW_EXPERIMENT_NAME are used.
 """
 
 import json
@@ -17,12 +17,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
-CLOSE_SECONDS = 20.0  # what the end of a stage may wait for the last numbers to arrive
+CLOSE_SECONDS = 20.0  # longest wait for the last numbers at the end of a stage
 INTERRUPTED_SECONDS = 3.0  # the same after Ctrl-C or SIGTERM
 
 
 def is_off() -> bool:
-    """Say whether the environment switches tracking off."""
+    """Return whether the environment disables tracking."""
     return os.environ.get("SSL_TRACKING", "").lower() in ("off", "0", "false", "no")
 
 
@@ -37,18 +37,15 @@ def start(
 ) -> "Run":
     """Start, or continue, the run of one stage.
 
-    `digest` is the experiment's version: every stage of a version gives the same, that of its pre-training, and so
-    joins the same parent run. A stage that comes again with equal `parameters` continues its run; `run_id` (out of a
-    checkpoint) continues that run and does not repeat the steps it already has.
+    `digest` is the experiment's version. Every stage passes the digest of the pre-training, so that all stages of a
+    version have one parent run. A stage that runs again with equal `parameters` continues its run. `run_id`, from a
+    checkpoint, continues that run without repeating the steps that it has.
     """
     if is_off():
         return Run(None)
     defaults = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "5", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}  # the recorder retries
-    command = [
-        sys.executable,
-        "-P",
-        str(Path(__file__).with_name("recorder.py")),
-    ]  # -P: the folder `datasets/` must not become a module
+    script = str(Path(__file__).with_name("recorder.py"))
+    command = [sys.executable, "-P", script]  # -P: the folder `datasets/` must not become a module
     environment = {**defaults, **os.environ, "OMP_NUM_THREADS": "1"}
     recorder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, env=environment)
     run = Run(recorder)
@@ -65,43 +62,43 @@ def start(
 
 
 class Run:
-    """The run of one stage; as a context manager it ends FINISHED, FAILED or KILLED. No method waits or raises."""
+    """The run of one stage; the context manager ends it as FINISHED, FAILED or KILLED. No method blocks or raises."""
 
     def __init__(self, recorder: "subprocess.Popen[bytes] | None") -> None:
         self._recorder = recorder
         self._pipe = recorder.stdin if recorder else None
         self._answer = recorder.stdout if recorder else None
         self._id: str | None = None
-        self._backlog = bytearray()  # what the pipe did not take at once; the recorder always reads, so nearly empty
+        self._backlog = bytearray()  # bytes that the pipe did not accept yet; the recorder reads all the time
         if self._pipe is not None:
             os.set_blocking(self._pipe.fileno(), False)
 
     @property
     def id(self) -> str | None:
-        """MLflow's run id, None until MLflow has answered (seconds after the start)."""
+        """MLflow's run id; None until MLflow has answered, seconds after the start."""
         if self._id is None and self._answer is not None and select.select([self._answer], [], [], 0)[0]:
             self._id = self._answer.readline().decode().strip() or None
         return self._id
 
     def metrics(self, values: dict[str, float], *, step: int | None = None) -> None:
-        """Record numbers of this stage, of a step or (no step) of the whole."""
+        """Record numbers of this stage, at a step or for the whole stage."""
         self._send("metrics", values={key: float(value) for key, value in values.items()}, step=step)
 
     def headline(self, values: dict[str, float], *, columns: Sequence[str] | None = None) -> None:
-        """Record numbers on the parent run and its model; `columns` (else all) stand on the page of all experiments."""
+        """Record numbers on the parent run and its model; `columns` (None: all) appear in the list of runs."""
         numbers = {key: float(value) for key, value in values.items()}
         self._send("headline", values=numbers, columns=list(numbers if columns is None else columns))
 
     def artifact(self, path: Path, *, folder: str | None = None, on_parent: bool = False) -> None:
-        """Copy a file into the run, or its parent; it must stay where it is until the run has ended."""
+        """Copy a file into the run or its parent; the file must exist until the run has ended."""
         self._send("artifact", path=str(path.absolute()), folder=folder, on_parent=on_parent)
 
     def dataset(self, name: str, digest: str, *, num_images: int, source: Path, context: str = "training") -> None:
-        """Name the data this stage reads; `digest` is the manifest's."""
+        """Record the data set of this stage; `digest` is that of the manifest."""
         self._send("dataset", name=name, digest=digest, num_images=num_images, source=str(source), context=context)
 
     def model(self, path: Path, parameters: dict[str, Any]) -> None:
-        """Register the backbone at `path` as a model that lives outside MLflow: nothing is copied."""
+        """Register the backbone at `path` as a model outside MLflow, without a copy."""
         self._send("model", path=str(path), parameters=parameters)
 
     def __enter__(self) -> "Run":
@@ -110,13 +107,13 @@ class Run:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         if self._recorder is None:
             return
-        killed = kind is not None and not issubclass(kind, Exception)  # KeyboardInterrupt, SystemExit
-        self._send("end", status="KILLED" if killed else "FINISHED" if kind is None else "FAILED")
-        deadline = time.monotonic() + (INTERRUPTED_SECONDS if killed else CLOSE_SECONDS)
-        self._hang_up(deadline)
-        with suppress(subprocess.TimeoutExpired):  # past the deadline the recorder ends by itself
+        status = _status(kind)
+        self._send("end", status=status)
+        deadline = time.monotonic() + (INTERRUPTED_SECONDS if status == "KILLED" else CLOSE_SECONDS)
+        self._close_pipe(deadline)
+        with suppress(subprocess.TimeoutExpired):  # after the deadline the recorder ends by itself
             self._recorder.wait(max(0.0, deadline - time.monotonic()))
-        self._id = self.id  # before its source closes
+        self._id = self.id  # the last chance to read it
         if self._answer is not None:
             self._answer.close()
             self._answer = None
@@ -128,16 +125,16 @@ class Run:
             self._deliver(self._pipe)
 
     def _deliver(self, pipe: IO[bytes]) -> None:
-        """Write what the pipe takes without waiting."""
+        """Write as much as the pipe accepts without blocking."""
         try:
             del self._backlog[: os.write(pipe.fileno(), self._backlog)]
         except BlockingIOError:
             pass
-        except BrokenPipeError:  # the recorder is gone; training goes on
+        except BrokenPipeError:  # the recorder has ended; training continues
             self._backlog.clear()
 
-    def _hang_up(self, deadline: float) -> None:
-        """Deliver the rest until `deadline`, then close the pipe: the recorder's sign to end."""
+    def _close_pipe(self, deadline: float) -> None:
+        """Deliver the backlog until `deadline`, then close the pipe, which ends the recorder."""
         pipe, self._pipe = self._pipe, None
         if pipe is None:
             return
@@ -145,3 +142,9 @@ class Run:
             select.select([], [pipe], [], left)
             self._deliver(pipe)
         pipe.close()
+
+
+def _status(error: type[BaseException] | None) -> str:
+    if error is None:
+        return "FINISHED"
+    return "FAILED" if issubclass(error, Exception) else "KILLED"  # KILLED: KeyboardInterrupt, SystemExit

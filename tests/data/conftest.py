@@ -1,9 +1,6 @@
 """A tiny data set of synthetic images, written as shards."""
 
-import hashlib
 import io
-import json
-import tarfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -11,7 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ssl_core.data.shards import Manifest
+from ssl_core.data.shards import Manifest, Shard, Split, new_shard
+from ssl_core.files import write_json
 
 MakeShards = Callable[..., Manifest]
 
@@ -31,7 +29,7 @@ def encode(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
 
 @pytest.fixture(scope="session")
 def make_shards() -> MakeShards:
-    """Return what writes shards and their manifest, without the code under test that writes real ones."""
+    """A function that writes images as shards with a manifest."""
 
     def make(folder: Path, images: Sequence[bytes], labels: Sequence[int], *, per_shard: int = 40) -> Manifest:
         folder.mkdir(parents=True, exist_ok=True)
@@ -40,38 +38,35 @@ def make_shards() -> MakeShards:
             _write_shard(folder / f"train-{number:06d}.tar", images, labels, order[start : start + per_shard])
             for number, start in enumerate(range(0, len(images), per_shard))
         ]
-        split = {
-            "images": len(images), "labelled": min(labels) >= 0, "bytes": sum(int(str(s["bytes"])) for s in shards),
-            "class_counts": None, "shards": shards, "rejected": [],
-        }  # fmt: skip
-        manifest = {
-            "version": 1, "dataset": "tiny", "image_size": 32, "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.25, 0.3],
-            "classes": None, "avoid": [], "splits": {"train": split},
-        }  # fmt: skip
-        path = folder / "manifest.json"
-        path.write_text(json.dumps(manifest))
-        return Manifest.load(path)
+        split = Split(
+            images=len(images),
+            labelled=min(labels) >= 0,
+            bytes=sum(shard.bytes for shard in shards),
+            class_counts=None,
+            shards=tuple(shards),
+            rejected=(),
+        )
+        manifest = Manifest(
+            dataset="tiny",
+            image_size=32,
+            mean=(0.5, 0.4, 0.3),
+            std=(0.2, 0.25, 0.3),
+            classes=None,
+            avoid=(),
+            splits={"train": split},
+        )
+        write_json(folder / "manifest.json", manifest.content())
+        return Manifest.load(folder / "manifest.json")
 
     return make
 
 
-def _write_shard(path: Path, images: Sequence[bytes], labels: Sequence[int], numbers: np.ndarray) -> dict[str, object]:
-    lines = [f"v1.2 {len(numbers)}"]
-    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
-        for number in map(int, numbers):
+def _write_shard(path: Path, images: Sequence[bytes], labels: Sequence[int], numbers: np.ndarray) -> Shard:
+    with new_shard(path) as writer:
+        for number in numbers.tolist():
             extension = "png" if images[number].startswith(b"\x89PNG") else "jpg"
-            fields = []
-            meta = np.array([labels[number], number], dtype="<i8").tobytes()
-            for kind, content in ((extension, images[number]), ("meta.i64", meta)):
-                member = tarfile.TarInfo(f"{number:08d}.{kind}")
-                member.size = len(content)
-                fields.append(f"{kind} {tar.offset + 512} {len(content)} {member.name}")
-                tar.addfile(member, io.BytesIO(content))
-            lines.append(" ".join(fields))
-    path.with_suffix(".idx").write_text("\n".join([*lines, ""]))
-    content = path.read_bytes()
-    digest = hashlib.sha256(content).hexdigest()
-    return {"file": path.name, "images": len(numbers), "bytes": len(content), "sha256": digest}
+            writer.add(number, extension, images[number], labels[number])
+        return writer.close()
 
 
 @pytest.fixture(scope="session")

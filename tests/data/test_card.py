@@ -1,4 +1,4 @@
-"""Cards: what ships loads, and what is wrong is told in one line with its place and what would be valid."""
+"""Cards: those of the project load, and mistakes are reported in one line with their place and the valid values."""
 
 import subprocess
 import sys
@@ -35,7 +35,7 @@ def error(path: Path) -> str:
 @pytest.mark.parametrize(
     "path", sorted((Path(__file__).parents[2] / "datasets").glob("*.yaml")), ids=lambda path: path.stem
 )
-def test_every_card_that_ships_loads(path: Path) -> None:
+def test_every_card_of_the_project_loads(path: Path) -> None:
     assert load_card(path).name == path.stem
 
 
@@ -64,9 +64,9 @@ def test_an_unknown_key_is_named_with_its_path_and_the_nearest_valid_one(
 
 
 def test_an_unknown_type_of_source_lists_the_types(tmp_path: Path) -> None:
-    found = error(written(tmp_path, GOOD.replace("image_folder", "image_foldr")))
-    assert "image_foldr" in found
-    assert "'image_folder'" in found
+    message = error(written(tmp_path, GOOD.replace("image_folder", "image_foldr")))
+    assert "image_foldr" in message
+    assert "'image_folder'" in message
 
 
 def test_variables_defaults_and_home_expand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,12 +84,12 @@ def test_an_unset_variable_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     )
 
 
-def test_a_missing_card_lists_those_there_are(tmp_path: Path) -> None:
+def test_a_missing_card_lists_the_others(tmp_path: Path) -> None:
     written(tmp_path, GOOD)
     assert error(tmp_path / "dogs.yaml").endswith(f"Data sets in {tmp_path}: cats")
 
 
-def test_a_key_that_stands_twice_is_refused(tmp_path: Path) -> None:
+def test_a_duplicate_key_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "x.yaml"
     path.write_text("name: x\nimage_size: 4\nimage_size: 8\n")
     with pytest.raises(ValueError, match="the key 'image_size' appears twice"):
@@ -122,5 +122,5 @@ def test_a_split_name_that_could_not_be_a_shard_is_refused(tmp_path: Path) -> No
 
 
 def test_cards_need_no_torch() -> None:
-    code = "import sys, ssl_core.data.sources, ssl_core.stages.shard; assert 'torch' not in sys.modules"
+    code = "import sys, ssl_core.stages.shard; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,4 +1,4 @@
-"""Shards: what stands in them is what DALI reads, whole, in a fixed order, the same however they were made."""
+"""Shards: DALI reads every image, in a fixed order; the bytes do not depend on workers and interruptions."""
 
 import importlib
 import io
@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
+from ssl_core.data import sharding
 from ssl_core.data.shards import Manifest, read_shard, tar_header, verify
 from ssl_core.stages import shard
 
@@ -24,7 +25,7 @@ IMAGES = 23
 
 @pytest.fixture(autouse=True)
 def few_images_a_shard(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shard, "IMAGES_PER_SHARD", 5)
+    monkeypatch.setattr(sharding, "IMAGES_PER_SHARD", 5)
 
 
 def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
@@ -89,13 +90,13 @@ def test_indices_are_those_of_dalis_own_tool(photos: Path) -> None:
 
 @pytest.mark.parametrize("threads", [3, 24])  # 24: more than shards, so that a worker has several
 def test_the_number_of_workers_changes_nothing(photos: Path, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shard, "AHEAD", 4)
+    monkeypatch.setattr(sharding, "AHEAD", 4)
     sharded(photos, "one", threads=1)
     sharded(photos, "more", threads=threads)
     assert content(photos.parent / "one") == content(photos.parent / "more")
 
 
-def test_tars_are_ustar_and_say_nothing_of_when_and_by_whom(photos: Path) -> None:
+def test_tars_are_ustar_without_times_and_owners(photos: Path) -> None:
     for path in sharded(photos).tars("train"):
         with tarfile.open(path) as tar:
             for member in tar:
@@ -207,7 +208,7 @@ def test_a_folder_with_tars_of_others_is_refused(photos: Path) -> None:
     folder = photos.parent / "shards"
     folder.mkdir()
     (folder / "train-000000.tar").write_bytes(b"mine")
-    with pytest.raises(ValueError, match="holds tars that were not written here"):
+    with pytest.raises(ValueError, match="has tars that sharding did not write"):
         sharded(photos)
     assert (folder / "train-000000.tar").read_bytes() == b"mine"
 
@@ -405,9 +406,12 @@ def test_the_same_bad_image_is_named_for_any_number_of_workers(photos: Path) -> 
     assert len(messages) == 1
 
 
-def test_a_source_without_one_usable_image_is_refused(tmp_path: Path) -> None:
+def test_a_source_without_a_usable_image_is_refused(tmp_path: Path) -> None:
     source = odd(tmp_path, {"a.jpg": b"", "b.jpg": b""})
-    with pytest.raises(ValueError, match="no image of 'train' can be used"):
+    with pytest.raises(
+        ValueError,
+        match=r"no usable image in split 'train'; first failure: a\.jpg: it cannot be decoded: the file is empty",
+    ):
         sharded(source, source=flat(source), on_error="skip")
     assert not (tmp_path / "shards" / "manifest.json").exists()
 
@@ -436,12 +440,12 @@ def test_a_shard_that_is_missing_or_cut_is_named(photos: Path) -> None:
         verify(manifest, "train")
 
 
-def test_an_unknown_split_lists_those_there_are(photos: Path) -> None:
+def test_an_unknown_split_lists_the_splits(photos: Path) -> None:
     with pytest.raises(ValueError, match=r"photos has no split 'test': it has train"):
         sharded(photos).split("test")
 
 
-def test_what_is_no_manifest_is_named(tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_manifest_is_named(tmp_path: Path) -> None:
     path = tmp_path / "manifest.json"
     with pytest.raises(ValueError, match=r"manifest\.json does not exist"):
         Manifest.load(path)
@@ -449,11 +453,11 @@ def test_what_is_no_manifest_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"manifest\.json is not valid JSON"):
         Manifest.load(path)
     path.write_text('{"version": 2}')
-    with pytest.raises(ValueError, match=r"manifest\.json is no manifest \(version"):
+    with pytest.raises(ValueError, match=r"manifest\.json is not a manifest \(version"):
         Manifest.load(path)
 
 
-def test_the_manifest_holds_nothing_of_this_machine(photos: Path) -> None:
+def test_the_manifest_has_no_path_of_this_machine(photos: Path) -> None:
     text = (sharded(photos).folder / "manifest.json").read_text()
     assert str(photos.parent) not in text
 

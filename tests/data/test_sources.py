@@ -1,4 +1,4 @@
-"""Sources: every kind gives the same records, and what is wrong with one is told in one line."""
+"""Sources: every kind returns the same records, and mistakes are reported in one line."""
 
 import colorsys
 import gzip
@@ -14,7 +14,9 @@ import pytest
 from PIL import Image
 
 from ssl_core.data.card import Card
-from ssl_core.data.sources import Record, _library_samples, open_source
+from ssl_core.data.records import Record
+from ssl_core.data.sources.dispatch import open_source
+from ssl_core.data.sources.library import library_split
 
 PLACES = ("train/cat/1.png", "train/cat/2.png", "train/ant/deep/3.png", "test/dog/4.png")
 
@@ -54,8 +56,8 @@ def records(card: Card, scratch: Path) -> tuple[tuple[str, ...] | None, dict[str
         }
 
 
-def labels(found: list[Record]) -> list[tuple[str, int]]:
-    return [(record.name, record.label) for record in found]
+def labels(split: list[Record]) -> list[tuple[str, int]]:
+    return [(record.name, record.label) for record in split]
 
 
 def error(card: Card, scratch: Path) -> str:
@@ -91,7 +93,7 @@ def test_the_cards_order_of_classes_wins(tmp_path: Path) -> None:
     assert [record.label for record in splits["train"]] == [2, 1, 1]
 
 
-def test_a_class_that_the_card_does_not_know_is_named(tmp_path: Path) -> None:
+def test_a_class_that_is_not_in_the_card_is_named(tmp_path: Path) -> None:
     source = card("image_folder", path=str(folder(tmp_path)), classes=["dogs", "cat", "ant"])
     assert "the class 'dog' is not among the card's classes; did you mean 'dogs'?" in error(source, tmp_path)
 
@@ -103,7 +105,7 @@ def test_a_flat_folder_is_unlabelled(tmp_path: Path) -> None:
     assert labels(splits["train"]) == [("a.png", -1), ("b.png", -1)]
 
 
-def test_files_that_are_no_images_by_name_are_left_out(tmp_path: Path) -> None:
+def test_files_without_an_image_name_are_left_out(tmp_path: Path) -> None:
     folder(tmp_path, "cat/1.PNG")
     (tmp_path / ".Trash-1000" / "files").mkdir(parents=True)
     for name in ("cat/Thumbs.db", "cat/notes.txt", "cat/._1.png", "cat/.hidden.png", ".Trash-1000/files/2.png"):
@@ -115,7 +117,7 @@ def test_files_that_are_no_images_by_name_are_left_out(tmp_path: Path) -> None:
         assert labels(splits["train"]) == [("cat/1.PNG", 0)]
 
 
-def test_linked_folders_count_but_not_one_that_leads_back_or_cannot_be_read(tmp_path: Path) -> None:
+def test_linked_folders_count_and_loops_and_unreadable_folders_are_refused(tmp_path: Path) -> None:
     root = folder(tmp_path / "root", "cat/1.png")
     folder(tmp_path / "elsewhere", "2.png")
     (root / "dog").symlink_to(tmp_path / "elsewhere")
@@ -135,7 +137,7 @@ def test_annotations_label_the_images_of_a_folder(tmp_path: Path) -> None:
     _, found = records(card("image_folder", splits, path=str(tmp_path)), tmp_path)
     assert labels(found["val"]) == [("v0.png", 1), ("v1.png", 0)]
     (tmp_path / "val" / "notes.txt").write_text("v1.png\tn1\n")
-    assert "says nothing about" in error(card("image_folder", splits, path=str(tmp_path)), tmp_path)
+    assert "notes.txt has no line for" in error(card("image_folder", splits, path=str(tmp_path)), tmp_path)
     (tmp_path / "val" / "notes.txt").unlink()
     found = error(card("image_folder", splits, path=str(tmp_path)), tmp_path)
     assert found == "annotations.file val/notes.txt cannot be read: No such file or directory"
@@ -193,26 +195,26 @@ def broken_archives(root: Path) -> dict[str, Path]:
 def test_a_damaged_archive_is_named_in_one_line(tmp_path: Path) -> None:
     for path in broken_archives(tmp_path).values():
         found = error(card("image_tar", {"train": {}}, path=str(path)), tmp_path)
-        assert found.startswith(f"{path} is damaged or no tar"), path
+        assert found.startswith(f"{path} is damaged or not a tar"), path
         assert found.endswith("get the archive again")
     assert not list(tmp_path.glob(".spill*"))
 
 
-def test_another_archive_than_the_card_means_is_refused(tmp_path: Path) -> None:
+def test_an_archive_with_another_sha256_is_refused(tmp_path: Path) -> None:
     archive = tar(tmp_path / "a.tar", {"cat/1.png": png(1)})
     source = card("image_tar", {"train": {}}, path=str(archive), sha256="0" * 64)
     assert "another sha256" in error(source, tmp_path)
 
 
-def test_what_is_wrong_with_a_folder_is_told(tmp_path: Path) -> None:
+def test_mistakes_in_a_folder_are_reported(tmp_path: Path) -> None:
     root = folder(tmp_path / "root", "train/loose.png", "other/a/1.png")
     (root / "empty").mkdir()
     archive = tar(tmp_path / "a.tar", {"cat/1.png": png(1)})
     for kind, path, split, reason in (
         ("image_folder", tmp_path / "nowhere", "", "nowhere does not exist: put the data there"),
         ("image_tar", tmp_path / "nowhere.tar", "", "nowhere.tar does not exist: put the data there"),
-        ("image_folder", archive, "", "say type: image_tar"),
-        ("image_tar", root, "", "say type: image_folder"),
+        ("image_folder", archive, "", "set type: image_tar"),
+        ("image_tar", root, "", "set type: image_folder"),
         ("image_folder", root, "tran", "has no folder 'tran'; it has: empty, other, train"),
         ("image_tar", archive, "train", "has no images below 'train'; folders in it: cat"),
         ("image_folder", root, "empty", "empty has no images"),
@@ -234,18 +236,16 @@ def test_webdataset_tars_by_braces_and_by_glob(tmp_path: Path) -> None:
         assert labels(splits["train"]) == [("t-0.tar/a.jpg", 3), ("t-1.tar/b.seg.png", 0)]
 
 
-def test_webdataset_keys_of_several_images_need_to_say_which(tmp_path: Path) -> None:
+def test_webdataset_keys_with_several_images_need_the_extension_of_one(tmp_path: Path) -> None:
     tar(tmp_path / "t.tar", {"a.jpg": png(1), "a.seg.png": png(2), "a.cls": b"3"})
     splits = {"train": {"tars": str(tmp_path / "t.tar")}}
-    assert "a has several images: say with image which extension is meant" in error(
-        card("webdataset", splits), tmp_path
-    )
+    assert "a has several images: set image to the extension of one" in error(card("webdataset", splits), tmp_path)
     for image, value in (("jpg", 1), ("seg.png", 2)):
         _, found = records(card("webdataset", splits, image=image), tmp_path)
         assert found["train"] == [Record(f"t.tar/a.{image}", png(value), 3)]
 
 
-def test_more_tars_than_files_may_be_open_are_told_as_that(tmp_path: Path) -> None:
+def test_too_many_tars_for_the_limit_of_open_files_are_reported_as_that(tmp_path: Path) -> None:
     for number in range(40):
         tar(tmp_path / f"t-{number}.tar", {"a.jpg": png(1), "a.cls": b"3"})
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -257,7 +257,7 @@ def test_more_tars_than_files_may_be_open_are_told_as_that(tmp_path: Path) -> No
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-def test_webdataset_labels_may_be_missing_only_if_the_card_says_so(tmp_path: Path) -> None:
+def test_webdataset_labels_may_be_missing_only_with_label_null(tmp_path: Path) -> None:
     tar(tmp_path / "t.tar", {"a.jpg": png(1)})
     splits = {"train": {"tars": str(tmp_path / "t.tar")}}
     assert "a has no .cls" in error(card("webdataset", splits), tmp_path)
@@ -291,14 +291,14 @@ def test_numbers_in_a_table_are_label_ids(tmp_path: Path) -> None:
     assert [record.label for record in found["train"]] == [10, 9]
 
 
-def test_what_is_wrong_with_a_table_is_told(tmp_path: Path) -> None:
+def test_mistakes_in_a_table_are_reported(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text("path,lable\n1.png,\n")
     splits = {"train": {"file": str(tmp_path / "t.csv")}}
     assert "has no column 'label'; did you mean 'lable'?" in error(card("table", splits), tmp_path)
     assert "a row has no 'lable'" in error(card("table", splits, label="lable"), tmp_path)
     (tmp_path / "t.parquet").write_bytes(b"nothing")
     found = error(card("table", {"train": {"file": str(tmp_path / "t.parquet")}}), tmp_path)
-    assert "is no CSV or Parquet file" in found
+    assert "is not a CSV or Parquet file" in found
 
 
 # Libraries
@@ -328,14 +328,14 @@ def test_a_broken_image_of_a_library_does_not_stop_the_listing() -> None:
             raise OSError("image file is truncated")
         return png(index), index
 
-    samples = _library_samples("pets", 3, get)
+    samples = library_split("pets", 3, get)
     assert samples.size == 3
     with pytest.raises(OSError, match="truncated"):
         samples.read(1)
-    assert samples.identity == _library_samples("pets", 3, get).identity
+    assert samples.identity == library_split("pets", 3, get).identity
 
 
-def test_what_is_wrong_with_a_torchvision_card_is_told(tmp_path: Path) -> None:
+def test_mistakes_in_a_torchvision_card_are_reported(tmp_path: Path) -> None:
     assert "no data set 'CIFAR11'; did you mean 'CIFAR10'?" in error(torchvision_card("CIFAR11", tmp_path), tmp_path)
     assert "unexpected keyword argument 'sise'" in error(torchvision_card("FakeData", sise=3), tmp_path)
     assert "You can use download=True" in error(torchvision_card("CIFAR10", tmp_path, download=False), tmp_path)
@@ -376,5 +376,12 @@ def test_the_ground_of_a_coloured_digit_is_dark(tmp_path: Path) -> None:
     assert np.ptp(values) > 0.3
 
 
-def test_more_digits_than_there_are_are_refused(tmp_path: Path) -> None:
+def test_too_many_digits_are_refused(tmp_path: Path) -> None:
     assert "1797" in error(card("sklearn_digits", {"train": {"images": 1798}}), tmp_path)
+
+
+def test_a_message_quotes_at_most_200_characters_of_a_value(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text(f"path,label\n{'x' * 5000},\n")
+    message = error(card("table", {"train": {"file": str(tmp_path / "t.csv")}}), tmp_path)
+    assert "a row has no 'label': " in message
+    assert message.count("x") < 210

@@ -1,4 +1,4 @@
-"""Policies have the papers' numbers, changes affect only their keys, mistakes are refused with a hint."""
+"""Views: policies have the papers' numbers, changes affect only the keys they name, mistakes get a hint."""
 
 import subprocess
 import sys
@@ -47,7 +47,7 @@ def test_policies_have_the_published_numbers(name: str, numbers: tuple[Any, ...]
     assert a.blur_sigma == (0.1, 2.0)
 
 
-def test_an_augmentation_is_a_policy_and_what_differs_from_it() -> None:
+def test_an_augmentation_is_a_policy_with_changes() -> None:
     assert View.model_validate({"size": 32, "augmentation": "simclr"}).augmentation == POLICIES["simclr"]
     changed = Augmentation.model_validate({"policy": "simclr", "blur": 0.0})
     assert changed == POLICIES["simclr"].model_copy(update={"blur": 0.0})
@@ -57,7 +57,7 @@ def test_a_view_survives_json(views: Views) -> None:
     assert View.model_validate_json(views["student"].model_dump_json()) == views["student"]
 
 
-def test_changes_touch_only_what_they_name(views: Views) -> None:
+def test_changes_affect_only_the_keys_they_name(views: Views) -> None:
     adjusted = adjust(views, {"student": {"size": 16, "augmentation": {"hue": 0.3}}})
     assert adjusted["teacher"] == views["teacher"]
     student = adjusted["student"]
@@ -69,13 +69,13 @@ def test_a_named_policy_replaces_the_augmentation(views: Views) -> None:
     assert adjust(views, {"student": {"augmentation": "weak"}})["student"].augmentation == POLICIES["weak"]
 
 
-def test_what_changes_the_label_is_switched_off_unless_asked_for(views: Views) -> None:
+def test_avoided_augmentations_are_off_unless_the_user_sets_them(views: Views) -> None:
     adjusted = adjust(views, {"teacher": {"augmentation": {"flip": 0.25}}}, avoid=["flip", "hue"])
     assert adjusted["student"].augmentation.flip == 0
     assert adjusted["student"].augmentation.hue == 0
     assert adjusted["student"].augmentation.contrast == 0.4
     assert adjusted["teacher"].augmentation.flip == 0.25
-    # A policy that happens to flip is not asking for flips.
+    # A policy with flips does not set them explicitly.
     named = adjust(views, {"teacher": {"augmentation": "weak"}}, avoid=["flip"])
     assert named["teacher"].augmentation.flip == 0
 
@@ -92,12 +92,12 @@ def test_what_changes_the_label_is_switched_off_unless_asked_for(views: Views) -
         ),
     ],
 )
-def test_a_typo_is_refused_with_the_nearest_word(views: Views, changes: Any, message: str) -> None:
+def test_a_typo_is_refused_with_the_nearest_name(views: Views, changes: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         adjust(views, changes)
 
 
-def test_an_unknown_thing_to_avoid_is_refused(views: Views) -> None:
+def test_an_unknown_augmentation_to_avoid_is_refused(views: Views) -> None:
     with pytest.raises(ValueError, match="no augmentation is called 'flipp'; did you mean 'flip'"):
         adjust(views, {}, avoid=["flipp"])
 
@@ -126,7 +126,7 @@ def test_an_unknown_thing_to_avoid_is_refused(views: Views) -> None:
         {"size": 32, "augmentation": {"randaugment": -1}},
     ],
 )
-def test_what_makes_no_sense_is_refused(section: dict[str, Any]) -> None:
+def test_invalid_views_are_refused(section: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         View.model_validate(section)
 

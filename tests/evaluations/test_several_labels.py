@@ -12,11 +12,11 @@ import yaml
 from PIL import Image
 
 from ssl_core.config import Dataset, Subset
-from ssl_core.data import multilabels, shards
+from ssl_core.data import multilabels
 from ssl_core.data.card import load_card
 from ssl_core.data.multilabels import ABSENT, DIFFICULT, PRESENT
 from ssl_core.data.shards import Manifest
-from ssl_core.data.sources import open_source
+from ssl_core.data.sources.dispatch import open_source
 from ssl_core.evaluations import knn
 from ssl_core.evaluations.low_shot import Config, average_precision, mean_average_precision, read_targets, run
 from ssl_core.evaluations.parts.features import center_view, read_split
@@ -119,15 +119,6 @@ def test_a_tar_of_the_folder_reads_the_same(voc, animals, tmp_path):
     assert (tmp_path / "shards/manifest.json").read_bytes() == (voc / "shards/manifest.json").read_bytes()
 
 
-def test_shards_of_one_label_an_image_stay_as_they_are(tmp_path):
-    for name, writer_of in (("old", shards.new_shard), ("new", multilabels.new_shard)):
-        with writer_of(tmp_path / f"{name}.tar") as writer:
-            writer.add(7, "jpg", b"content", 3)
-            writer.close()
-    for suffix in (".tar", ".idx"):
-        assert (tmp_path / f"old{suffix}").read_bytes() == (tmp_path / f"new{suffix}").read_bytes()
-
-
 def test_cocos_annotations_say_which_classes_an_image_shows(shared_data, root, monkeypatch, tmp_path):
     archive = shared_data / "coco128.tar"
     monkeypatch.setenv("COCO128_TAR", str(archive))
@@ -166,7 +157,10 @@ def test_the_card_of_voc_2007_reads_its_published_layout(root, monkeypatch, tmp_
     ("spoil", "message"),
     [
         (lambda folder: (folder / "ImageSets/Main/test.txt").unlink(), r"has no file 'ImageSets/Main/test\.txt'"),
-        (lambda folder: (folder / "Annotations/000002.xml").write_text("<a>"), r"Annotations/000002\.xml is no XML"),
+        (
+            lambda folder: (folder / "Annotations/000002.xml").write_text("<a>"),
+            r"Annotations/000002\.xml is not XML",
+        ),
         (lambda folder: (folder / "Annotations/000002.xml").unlink(), r"has no file 'Annotations/000002\.xml'"),
     ],
 )

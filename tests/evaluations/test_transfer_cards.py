@@ -10,7 +10,7 @@ from PIL import Image
 from scipy.io import savemat
 
 from ssl_core.data.card import Torchvision, load_card
-from ssl_core.data.sources import open_source
+from ssl_core.data.sources.dispatch import open_source
 
 
 def picture(path: Path) -> None:

@@ -165,7 +165,7 @@ def test_a_manifest_that_contradicts_itself_is_refused(
         part = part[key]
     part[place[-1]] = value
     path.write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=rf"manifest\.json is no manifest \({words}"):
+    with pytest.raises(ValueError, match=rf"manifest\.json is not a manifest \({words}"):
         Manifest.load(path)
 
 

@@ -114,7 +114,7 @@ def test_the_manifest_lists_bad_images_with_names_of_any_kind(tmp_path: Path) ->
     names = {rejected.name for rejected in manifest.split("train").rejected}
     assert names == {name.replace("\udce9", "\\xe9") for name in ODD_NAMES.values() if not name.startswith(".")}
     line = refusal(tmp_path, source)
-    assert line.endswith("or say on_error: skip in evil's card")
+    assert line.endswith("or set on_error: skip in evil's card")
 
 
 def test_names_of_300_characters_in_a_tar(tmp_path: Path) -> None:
@@ -198,9 +198,9 @@ def test_images_that_would_blow_up_or_run_something_are_refused(
 @pytest.mark.parametrize(
     ("label", "words"),
     [
-        (b"\xff\xfe", "is no text"),
-        (b"--5", "class names in one place ('--5') and numbers in another"),
-        (b"9" * 5000, "class names in one place ('9999"),
+        (b"\xff\xfe", "is not text"),
+        (b"--5", "some labels are class names ('--5') and others are numbers"),
+        (b"9" * 5000, "some labels are class names ('9999"),
         (b"999999999999", "the label 999999999999 is outside 0..999999"),
         (b"-3", "the label -3 is outside"),
     ],
@@ -270,7 +270,7 @@ def test_xml_that_blows_up_or_reads_files_is_refused(text: str, tmp_path: Path) 
         (tmp_path / "voc" / name).parent.mkdir(parents=True)
         (tmp_path / "voc" / name).write_text(content)
     source = {"type": "voc", "path": str(tmp_path / "voc"), "splits": {"train": {"images": "train"}}}
-    assert "Annotations/a.xml is no XML" in refusal(tmp_path, source)
+    assert "Annotations/a.xml is not XML" in refusal(tmp_path, source)
 
 
 @pytest.mark.parametrize("up", ["../secret.png", "a/../../secret.png"])

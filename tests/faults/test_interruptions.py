@@ -84,11 +84,11 @@ def test_a_killed_shard_worker_ends_the_stage_with_a_message(warm: Warm, bare: P
 
 def test_a_worker_whose_parent_died_before_it_began_does_not_stay() -> None:
     code = (
-        "import multiprocessing, os; from ssl_core.stages import shard\n"
+        "import multiprocessing, os; from ssl_core.data import sharding\n"
         "def begin(parent):\n"
         "    while os.getppid() == parent:\n"
         "        pass\n"
-        "    shard._become_worker(shard.Job(None, None, None, None, None))\n"
+        "    sharding._become_worker(sharding.Job(None, None, None, None, None))\n"
         "    print('stayed', flush=True)\n"
         "multiprocessing.get_context('fork').Process(target=begin, args=(os.getpid(),)).start()\n"
         "os._exit(0)"  # as if SIGTERM had come

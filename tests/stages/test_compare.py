@@ -1,4 +1,4 @@
-"""`ssl-core compare` prints reported and measured numbers side by side."""
+"""`ssl-core compare` prints reported numbers beside measured ones."""
 
 import json
 from pathlib import Path
@@ -30,14 +30,14 @@ def lines(text: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.split("  ") if cell.strip()] for line in text.splitlines()]
 
 
-def test_measured_and_reported_numbers_share_a_row_and_missing_ones_are_not_run(tmp_path: Path) -> None:
+def test_measured_numbers_are_beside_reported_ones_and_missing_ones_are_not_run(tmp_path: Path) -> None:
     measure(tmp_path, "one", 87.24)
     for seed, top1 in enumerate((85.0, 86.0, 88.0)):
         measure(tmp_path, f"many-seed{seed}", top1)
-    header, *found = lines(compare.run(CONFIG, tmp_path))
+    header, *rows = lines(compare.run(CONFIG, tmp_path))
     deviation = np.std([85.0, 86.0, 88.0], ddof=1)
     assert header == ["experiment", "evaluation", "reported", "measured", "difference", "protocol", "source"]
-    assert found == [
+    assert rows == [
         ["one", "linear", "90.8", "87.2", "-3.6", "linear/v1 top1", "Table 1"],
         ["one", "knn", "80.0", "not run", "Table 1"],
         ["many", "linear", "85.0", f"86.3 ± {deviation:.1f} (3)", "+1.3", "linear/v1 top1", "Table 2"],
@@ -45,13 +45,13 @@ def test_measured_and_reported_numbers_share_a_row_and_missing_ones_are_not_run(
     ]
 
 
-def test_seeds_that_are_still_to_come_are_counted(tmp_path: Path) -> None:
+def test_missing_seeds_are_counted(tmp_path: Path) -> None:
     measure(tmp_path, "many-seed0", 85.0)
     assert lines(compare.run(CONFIG, tmp_path))[3][3] == "85.0 (1 of 3)"
     measure(tmp_path, "many-seed2", 86.0)
     assert lines(compare.run(CONFIG, tmp_path))[3][3] == "85.5 ± 0.7 (2 of 3)"
 
 
-def test_nothing_reported_is_said(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="nothing is reported: the section `reported`"):
+def test_a_configuration_without_reported_numbers_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="nothing to compare: add published numbers in the section `reported`"):
         compare.run({"experiments": {"one": {}}}, tmp_path)

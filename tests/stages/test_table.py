@@ -1,4 +1,4 @@
-"""The table says what the evaluations' JSON say, each number under its own protocol."""
+"""The table has the numbers of the evaluations, each under its own protocol."""
 
 import csv
 import json
@@ -13,7 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text
 
 from ssl_core.report.cost_picture import draw_costs
-from ssl_core.report.page import _text
+from ssl_core.report.page import deviation_text
 from ssl_core.report.results import Priced, Summary, collect, priced
 from ssl_core.stages import table
 
@@ -64,7 +64,7 @@ def test_the_order_of_the_files_changes_nothing(tmp_path: Path) -> None:
     assert pages[0] == pages[1]
 
 
-def test_another_protocol_never_stands_in_the_column_of_linear(tmp_path: Path) -> None:
+def test_another_protocol_never_shares_the_column_of_linear(tmp_path: Path) -> None:
     cached = result("b", "linear", 91.0, protocol="linear_features/v1")
     table.run(write(tmp_path, result("a", "linear", 89.0), cached), tmp_path / "table.csv")
     header, first, second = (line.split(",") for line in (tmp_path / "table.csv").read_text().splitlines())
@@ -104,7 +104,7 @@ def test_the_page_shows_numbers_gain_and_provenance_and_escapes_names(tmp_path: 
     assert "<a>" not in page
 
 
-def test_what_was_not_measured_is_empty(tmp_path: Path) -> None:
+def test_a_cell_without_a_measurement_is_empty(tmp_path: Path) -> None:
     table.run(write(tmp_path, result("a", "linear", 89.9, baselines={})), tmp_path / "table.csv")
     assert (tmp_path / "table.csv").read_text().splitlines()[1] == "a,demo,89.9,99.0"
 
@@ -126,9 +126,9 @@ def test_a_protocol_may_measure_something_in_place_of_top1(tmp_path: Path) -> No
     assert ">+20.0<" in (tmp_path / "table.html").read_text()
 
 
-def test_a_file_that_is_no_evaluation_is_named(tmp_path: Path) -> None:
+def test_a_file_that_is_not_an_evaluation_is_named(tmp_path: Path) -> None:
     (tmp_path / "bad.json").write_text('{"experiment": "a"}')
-    with pytest.raises(ValueError, match=r"bad\.json is no evaluation: it lacks evaluation, protocol"):
+    with pytest.raises(ValueError, match=r"bad\.json is not an evaluation: it lacks evaluation, protocol"):
         table.run([tmp_path / "bad.json"], tmp_path / "table.csv")
 
 
@@ -143,7 +143,7 @@ COST: dict[str, Any] = {"headline": "images_per_second", "metrics": {"images_per
 
 
 def runs(**changes: Any) -> list[dict[str, Any]]:
-    """One result a seed."""
+    """One result per seed."""
     pixels = {"pixels": {"top1": 70.0}}
     return [
         result(name, "knn", top1, baselines={"untrained": {"top1": untrained}, **pixels}, **changes)
@@ -189,8 +189,8 @@ def test_the_page_shows_seeds_as_one_row_and_their_gain_in_pairs(tmp_path: Path)
 
 
 def test_a_deviation_has_as_many_digits_as_its_mean() -> None:
-    assert re.sub(r"<[^>]+>", "", _text(Summary(41.6, 0.093, 3))) == "41.6 ± 0.1"
-    assert re.sub(r"<[^>]+>", "", _text(Summary(0.012, 0.0034, 3))) == "0.012 ± 0.0034"
+    assert deviation_text(Summary(41.6, 0.093, 3)) == "0.1"
+    assert deviation_text(Summary(0.012, 0.0034, 3)) == "0.0034"
 
 
 def test_an_experiment_without_seeds_keeps_its_plain_numbers_beside_others(tmp_path: Path) -> None:
@@ -206,7 +206,7 @@ def test_one_seed_has_no_deviation(tmp_path: Path) -> None:
     assert read(tmp_path / "table.csv")[0]["knn/v1 top1 sd"] == ""
 
 
-def test_a_sweep_of_an_experiment_with_seeds_has_a_row_a_point(tmp_path: Path) -> None:
+def test_a_sweep_of_an_experiment_with_seeds_has_one_row_per_point(tmp_path: Path) -> None:
     seeds = {f"t-{value}": {f"t-{value}-seed{seed}": seed for seed in (0, 1)} for value in (1, 2)}
     paths = write(tmp_path, *(result(name, "knn", 50.0) for point in seeds.values() for name in point))
     table.run(paths, tmp_path / "t.csv", grid={"t-1": {"x": 1}, "t-2": {"x": 2}}, seeds=seeds)
@@ -215,7 +215,7 @@ def test_a_sweep_of_an_experiment_with_seeds_has_a_row_a_point(tmp_path: Path) -
     assert [row[0] for row in rows[3:]] == ["t-2", "t-2-seed0", "t-2-seed1"]
 
 
-def test_a_reported_number_stands_beside_the_measured_one_with_its_source(tmp_path: Path) -> None:
+def test_a_reported_number_is_beside_the_measured_one_with_its_source(tmp_path: Path) -> None:
     claim = {"source": "ReSSL, <Table 2>", "epochs": 200, "hardware": "8 GPUs", "results": {"knn": 90.8}}
     paths = write(tmp_path, *runs(), result("b", "knn", 1.0), result("a-seed0", "linear", 2.0))
     table.run(paths, tmp_path / "table.csv", seeds=SEEDS, reported={"a": claim})
@@ -229,7 +229,7 @@ def test_a_reported_number_stands_beside_the_measured_one_with_its_source(tmp_pa
     assert "Table 2>" not in page
 
 
-def test_costs_with_different_headlines_stand_in_columns_of_their_own(tmp_path: Path) -> None:
+def test_costs_with_different_headlines_have_separate_columns(tmp_path: Path) -> None:
     trained = result("a", "cost", 0.0, baselines={}, **COST)
     adopted = result("b", "cost", 0.0, baselines={}, headline="ms", metrics={"ms": 0.25})
     table.run(write(tmp_path, trained, adopted), tmp_path / "table.csv")
@@ -238,7 +238,7 @@ def test_costs_with_different_headlines_stand_in_columns_of_their_own(tmp_path: 
     assert [cells(page, row)[2:] for row in (0, 1)] == [["12,346", "0.081"], ["–", "0.2"]]
 
 
-def test_what_is_no_percentage_has_neither_bar_nor_gain(tmp_path: Path) -> None:
+def test_a_cost_has_neither_bar_nor_gain(tmp_path: Path) -> None:
     cost = result("a", "cost", 0.0, baselines={}, **COST)
     table.run(write(tmp_path, cost, result("a", "knn", 83.0), result("b", "knn", 84.0)), tmp_path / "table.csv")
     page = (tmp_path / "table.html").read_text()
@@ -252,7 +252,7 @@ def test_what_is_no_percentage_has_neither_bar_nor_gain(tmp_path: Path) -> None:
     assert "cost/v1 untrained images_per_second" not in first
 
 
-def test_each_data_set_has_a_table_and_many_evaluations_stand_below_each_other(tmp_path: Path) -> None:
+def test_each_data_set_has_a_table_and_many_evaluations_are_below_each_other(tmp_path: Path) -> None:
     names = ["linear", "knn", "low_shot", "logistic"]
     many = [result(name, evaluation, 80.0) for name in "ab" for evaluation in names]
     elsewhere = result("a", "moved", 50.0, protocol="knn/v1", dataset="cifar10")
@@ -285,8 +285,8 @@ def test_accuracy_over_the_time_of_pretraining_is_drawn_where_two_experiments_we
 
 
 def test_names_in_the_picture_of_costs_never_overlap() -> None:
-    found = [result(f"experiment_{index}", "knn", 80 + 0.01 * index) for index in range(12)]
-    rows = collect([(Path(), each) for each in found], grid={}, seeds={}, reported={})
+    results = [result(f"experiment_{index}", "knn", 80 + 0.01 * index) for index in range(12)]
+    rows = collect([(Path(), each) for each in results], grid={}, seeds={}, reported={})
     points = [
         Priced(row.experiment, Summary(100, 5, 3), Summary(80 + 0.01 * index, 1, 3)) for index, row in enumerate(rows)
     ]

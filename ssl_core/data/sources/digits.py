@@ -1,6 +1,6 @@
 """The coloured digits: a demonstration without a download, made of scikit-learn's 1,797 real handwritten digits.
 
-Colour and position are nuisances that say nothing of the digit, so pre-training has something to gain over raw pixels.
+Colour and position carry no information about the digit, so pre-training can beat the raw pixels.
 """
 
 import colorsys
@@ -11,12 +11,28 @@ import numpy as np
 from PIL import Image
 
 from ssl_core.data.card import SklearnDigits
+from ssl_core.data.records import OpenSource, SourceSplit
+from ssl_core.data.sources.library import library_split
 
-MARGIN = 3  # dark pixels around the 8x8 original, so that a moved digit fades out instead of being cut
+MARGIN = 3  # dark pixels around the 8x8 original, so that a shifted digit is not cut off
+
+
+def open_digits(source: SklearnDigits) -> OpenSource:
+    """Draw the digits and divide them among the splits, in the order of one seeded permutation."""
+    digits = Digits(source)
+    splits, start = {}, 0
+    for name, split in source.splits.items():
+        numbers = digits.order[start : start + split.images].tolist()
+        if len(numbers) < split.images:
+            total = sum(each.images for each in source.splits.values())
+            raise ValueError(f"sklearn_digits has {len(digits.order)} images, but its splits take {total}: take fewer")
+        splits[name] = _split(digits, numbers)
+        start += split.images
+    return OpenSource(tuple("0123456789"), splits)
 
 
 class Digits:
-    """Draws each digit once: moved a little, in a bright colour on a dark one, by a generator of its own."""
+    """The coloured digits. Each has a random generator of its own: a small motion, a bright colour on a dark one."""
 
     def __init__(self, source: SklearnDigits) -> None:
         from sklearn.datasets import load_digits
@@ -28,7 +44,7 @@ class Digits:
         self.order = np.random.default_rng(source.seed).permutation(len(self._labels))
 
     def draw(self, number: int) -> tuple[Image.Image, int]:
-        """Return the digit as a square RGB image of the source's size, and what digit it is."""
+        """Return a digit as a square RGB image of the source's size, and its class."""
         rng = np.random.default_rng([self._source.seed, number])
         ink = self._moved(Image.fromarray(self._pictures[number]), rng)[..., None]
         bright = np.array(colorsys.hsv_to_rgb(rng.random(), rng.random(), rng.uniform(0.6, 1)))
@@ -37,7 +53,7 @@ class Digits:
         return picture, int(self._labels[number])
 
     def _moved(self, picture: Image.Image, rng: np.random.Generator) -> np.ndarray:
-        """Enlarge the picture, turned, zoomed and shifted at random; return its ink as (size, size) in 0..1."""
+        """Rotate, zoom and shift a picture at random; return its ink as (size, size) in 0..1."""
         source = self._source
         angle = math.radians(rng.uniform(-source.rotation, source.rotation))
         step = (picture.width - 2 * MARGIN) / source.size / rng.uniform(1 - source.zoom, 1 + source.zoom)
@@ -50,3 +66,7 @@ class Digits:
         size = (source.size, source.size)
         moved = picture.transform(size, Image.Transform.AFFINE, (*across, *down), Image.Resampling.BILINEAR)
         return np.clip(np.asarray(moved), 0, 1)
+
+
+def _split(digits: Digits, numbers: list[int]) -> SourceSplit:
+    return library_split("digits", len(numbers), lambda index: digits.draw(numbers[index]))

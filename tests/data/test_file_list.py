@@ -1,4 +1,4 @@
-"""Lists of files on disk: the same as in memory, for any name."""
+"""Lists of files on disk equal lists in memory, for any name."""
 
 import os
 import random
@@ -6,15 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from ssl_core.data import listing
-from ssl_core.data.listing import File, Files, sorted_files
+from ssl_core.data.sources import file_list
+from ssl_core.data.sources.file_list import File, Files, sorted_files
 
 NAMES = ["b/2.png", "a\n.png", "", "é.png", os.fsdecode(b"\xff.png"), "\ud800.png", "a" * 5000, "b/10.png"]
 LISTED = [File(name, number, 2**40 + number, number) for number, name in enumerate(NAMES)]
 
 
 def test_files_come_back_by_position_and_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(listing, "BLOCK", 3)
+    monkeypatch.setattr(file_list, "BLOCK", 3)
     files = Files(iter(LISTED), tmp_path)
     assert list(files) == LISTED
     assert [files[position] for position in range(len(files))] == LISTED
@@ -34,7 +34,7 @@ def test_nothing_is_left_on_disk_or_open(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("run", [1, 7, 100])
 def test_sorting_on_disk_is_sorting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: int) -> None:
-    monkeypatch.setattr(listing, "RUN", run)
+    monkeypatch.setattr(file_list, "RUN", run)
     files = [*LISTED, *(File(name, 0, offset) for name in ("x", "y") for offset in (300, 20, 1))]
     random.Random(0).shuffle(files)
     assert list(sorted_files(iter(files), tmp_path)) == sorted(files)

@@ -1,4 +1,4 @@
-"""Lists of files that lie on disk: in memory, a million names and places would take a third of a gigabyte."""
+"""Lists of files, kept on disk: in memory, a million names and places would take a third of a gigabyte."""
 
 import heapq
 import os
@@ -12,13 +12,13 @@ from typing import Any, NamedTuple
 
 from ssl_core.files import room_for
 
-RECORD = struct.Struct("<5Q")  # where the name lies and its length, then a file's numbers
-BLOCK = 4096  # records that an iteration reads at once
-RUN = 100_000  # files that are sorted in memory
+RECORD = struct.Struct("<5Q")  # offset and length of the name, then tar, offset and size of the file
+BLOCK = 4096  # records per read while iterating
+RUN = 100_000  # files sorted in memory at once
 
 
 class File(NamedTuple):
-    """A file by its name and, if it lies in a tar, where: the tar's number, offset and size in bytes."""
+    """A file by its name; in a tar also the number of the tar, the offset and the size in bytes."""
 
     name: str
     tar: int = 0
@@ -27,10 +27,10 @@ class File(NamedTuple):
 
 
 class Files(Sequence[File]):
-    """Files in the order given, read by position from any process and thread.
+    """A sequence of files on disk, which any process and thread can read.
 
-    They lie in two nameless files in `scratch`, which are gone with this object or its process. A full disk is a
-    `ValueError`.
+    Two unlinked temporary files in `scratch` hold it; they vanish with this object or its process. Raises `ValueError`
+    if the disk is full.
     """
 
     def __init__(self, files: Iterable[File], scratch: Path) -> None:
@@ -42,7 +42,7 @@ class Files(Sequence[File]):
         ):
             start = 0
             for name, tar, offset, size in files:
-                encoded = name.encode("utf-8", "surrogatepass")  # a name may be any bytes, or worse
+                encoded = name.encode("utf-8", "surrogatepass")  # a name may be any bytes, even lone surrogates
                 names.write(encoded)
                 records.write(RECORD.pack(start, len(encoded), tar, offset, size))
                 start += len(encoded)
@@ -56,25 +56,32 @@ class Files(Sequence[File]):
     def __len__(self) -> int:
         return self._size
 
-    def __getitem__(self, position: Any) -> Any:
+    def __getitem__(self, position: Any) -> Any:  # a Sequence would also take slices
         if not -self._size <= position < self._size:
             raise IndexError(position)
         record = os.pread(self._records, RECORD.size, position % self._size * RECORD.size)
-        start, length, *where = RECORD.unpack(record)
-        return File(os.pread(self._names, length, start).decode("utf-8", "surrogatepass"), *where)
+        start, length, *place = RECORD.unpack(record)
+        return File(_decode(os.pread(self._names, length, start)), *place)
 
     def __iter__(self) -> Iterator[File]:
         for first in range(0, self._size, BLOCK):
-            records = list(RECORD.iter_unpack(os.pread(self._records, BLOCK * RECORD.size, first * RECORD.size)))
+            block = os.pread(self._records, BLOCK * RECORD.size, first * RECORD.size)
+            records = list(RECORD.iter_unpack(block))
             begin, end = records[0][0], records[-1][0] + records[-1][1]
             names = os.pread(self._names, end - begin, begin)
-            for start, length, *where in records:
-                yield File(names[start - begin : start - begin + length].decode("utf-8", "surrogatepass"), *where)
+            for start, length, *place in records:
+                name = names[start - begin : start - begin + length]
+                yield File(_decode(name), *place)
 
 
 def sorted_files(files: Iterable[File], scratch: Path) -> Iterator[File]:
-    """Sort files by name, and those of one name by place, in constant memory."""
-    rest, runs = iter(files), []
-    while run := sorted(islice(rest, RUN)):
+    """Sort files by name, then by place, in constant memory."""
+    remaining = iter(files)
+    runs = []
+    while run := sorted(islice(remaining, RUN)):
         runs.append(Files(run, scratch))
     return heapq.merge(*runs)
+
+
+def _decode(name: bytes) -> str:
+    return name.decode("utf-8", "surrogatepass")

@@ -1,6 +1,7 @@
-"""What happens to an image on its way into a shard: kept as it is, re-encoded, or refused with a reason.
+"""Prepare an image file for a shard: keep it, re-encode it, or refuse it with a reason. Torch-free.
 
-The outcomes rest on a comparison of DALI 2.4's CPU decoder with PIL, written down in `datasets/README.md`. Torch-free.
+The rules follow from a comparison of DALI 2.4's CPU decoder with PIL, in `datasets/README.md`. The reasons are part of
+the manifest (`Rejected`), so another wording gives another manifest.
 """
 
 import io
@@ -10,7 +11,9 @@ import posixpath
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-# A file counts as an image by its name; what it is, its content says.
+from ssl_core.mistakes import excerpt
+
+# A file counts as an image by its name; its format is read from its content.
 EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".gif", ".bmp", ".dib", ".ppm", ".pgm", ".pbm", ".pnm")
 EXTENSIONS += (".tif", ".tiff", ".webp", ".jp2")
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM", "TIFF", "WEBP", "JPEG2000")  # EPS would start another program
@@ -18,16 +21,16 @@ SIXTEEN_BITS = ("I;16", "I;16B", "I;16L", "I;16N")
 
 
 def is_image(name: str) -> bool:
-    """Tell by the name whether a file is meant as an image; what is hidden and macOS's twins of files are not."""
+    """Return whether a file name has an image's extension; hidden files and macOS resource forks do not count."""
     parts = name.split("/")
     hidden = any(part.startswith(".") for part in parts) or "__MACOSX" in parts[:-1]
     return posixpath.splitext(name)[1].lower() in EXTENSIONS and not hidden
 
 
 def prepare(content: bytes | Image.Image) -> tuple[str, bytes, Image.Image]:
-    """Return the extension, the bytes to store and the decoded image; a `ValueError` says why it cannot be used.
+    """Return the extension, the bytes to store and the decoded image; raise `ValueError` with the reason if unusable.
 
-    PIL may warn of odd metadata; who calls this decides whether anybody hears it.
+    PIL may warn of odd metadata; filtering these warnings is left to the caller.
     """
     try:
         return _prepare(content)
@@ -36,13 +39,13 @@ def prepare(content: bytes | Image.Image) -> tuple[str, bytes, Image.Image]:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise ValueError(f"it has more than {Image.MAX_IMAGE_PIXELS} pixels: shrink it") from None
     except Exception as error:  # a broken file can raise anything: OSError, SyntaxError, struct.error, zlib.error, ...
-        raise ValueError(f"it cannot be decoded: {' '.join(str(error).split()) or type(error).__name__}") from None
+        raise ValueError(f"it cannot be decoded: {excerpt(error) or type(error).__name__}") from None
 
 
 def encode(image: Image.Image) -> tuple[bytes, Image.Image]:
-    """Return the image upright as an 8-bit gray or RGB PNG, and the image that this holds.
+    """Return the image upright as an 8-bit gray or RGB PNG, encoded and decoded.
 
-    Alpha is dropped, as DALI and PIL's `convert` drop it.
+    Alpha is dropped, as DALI and PIL's `convert` do.
     """
     upright = ImageOps.exif_transpose(image)
     if upright.mode in SIXTEEN_BITS:  # PIL's own conversion clips at 255: nearly all white
@@ -57,7 +60,7 @@ def encode(image: Image.Image) -> tuple[bytes, Image.Image]:
 
 def channel_moments(image: Image.Image) -> np.ndarray:
     """Return the means of the three channels and of their squares as (2, 3), pixels in 0..1."""
-    rgb = image if image.mode == "RGB" else image.convert("RGB")  # which would copy
+    rgb = image if image.mode == "RGB" else image.convert("RGB")  # convert would copy
     counts = np.array(rgb.histogram(), dtype=np.float64).reshape(3, 256)
     levels = np.arange(256) / 255
     return np.stack([counts @ levels, counts @ np.square(levels)]) / (image.width * image.height)
@@ -71,10 +74,10 @@ def _prepare(content: bytes | Image.Image) -> tuple[str, bytes, Image.Image]:
     image = Image.open(io.BytesIO(content), formats=FORMATS)
     if image.width * image.height > (Image.MAX_IMAGE_PIXELS or math.inf):  # PIL itself refuses twice as many
         raise Image.DecompressionBombError
-    if image.format == "PNG":  # PIL forgives a wrong checksum and a missing end, DALI does not
+    if image.format == "PNG":  # PIL accepts a wrong checksum and a missing end, DALI does not
         Image.open(io.BytesIO(content), formats=FORMATS).verify()
     image.load()  # all pixels
-    if image.format in ("JPEG", "MPO"):  # MPO: a JPEG with more pictures behind the first
+    if image.format in ("JPEG", "MPO"):  # MPO: a JPEG followed by more pictures
         return "jpg", content, image
     if image.format == "PNG" and image.mode not in SIXTEEN_BITS:
         return "png", content, image

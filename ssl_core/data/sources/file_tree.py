@@ -1,4 +1,4 @@
-"""Folders of images and tars of such folders, read alike. Tars are never unpacked into files."""
+"""Folders of images and tars of such folders, behind one interface. Tars are never unpacked into files."""
 
 import bz2
 import errno
@@ -20,17 +20,19 @@ from typing import Any, BinaryIO
 
 from tqdm import tqdm
 
-from ssl_core.data.images import is_image
-from ssl_core.data.listing import File, Files, sorted_files
-from ssl_core.data.shards import BLOCK, file_sha256
+from ssl_core.data.image_files import is_image
+from ssl_core.data.shards import BLOCK
+from ssl_core.data.sources.file_list import File, Files, sorted_files
+from ssl_core.mistakes import excerpt
+from ssl_core.provenance import file_digest
 
 OPENERS = {b"\x1f\x8b": gzip.open, b"BZ": bz2.open, b"\xfd7": lzma.open}  # by a file's first two bytes
-BROKEN = (tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError)  # what readers raise on damaged archives
+BROKEN = (tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError)  # raised by readers of damaged archives
 ABSENT = "does not exist: put the data there, or mend the card's path or the ${VARIABLE} in it"
 
 
 def stamp(path: str | Path) -> bytes:
-    """Return what changes when a file does; a file that cannot be reached is found out when it is read."""
+    """Return bytes that change when a file changes; an unreachable file raises only when it is read."""
     try:
         status = os.stat(path)
     except OSError:
@@ -44,18 +46,19 @@ class Folder:
     def __init__(self, root: Path, *, scratch: Path) -> None:
         if not root.is_dir():
             if root.is_file():
-                raise ValueError(f"{root} is no folder: for an archive say type: image_tar")
+                raise ValueError(f"{root} is not a folder: for an archive set type: image_tar")
             raise ValueError(f"{root} {ABSENT}")
         self.root = root
         self.stamp = ""
         self._scratch = scratch
 
     def files(self, folder: str) -> Files:
-        """Return the files below `folder` that are images by their names, relative to it; links are followed."""
+        """Return the image files below `folder`, relative to it, sorted; links are followed."""
         top = self.root / folder
         if not top.is_dir():
-            inside = ", ".join(sorted(entry.name for entry in self.root.iterdir() if entry.is_dir())[:8])
-            raise ValueError(f"{self.root} has no folder {folder!r}; it has: {inside or 'no folders'}")
+            inside = sorted(entry.name for entry in self.root.iterdir() if entry.is_dir())
+            names = excerpt(", ".join(inside[:8])) or "no folders"
+            raise ValueError(f"{self.root} has no folder {folder!r}; it has: {names}")
         stamps = hashlib.sha256()
 
         def stamped(files: Iterable[File]) -> Iterator[File]:
@@ -63,24 +66,28 @@ class Folder:
                 stamps.update(stamp(os.path.join(top, file.name)))
                 yield file
 
-        found = Files(stamped(sorted_files(_walk(top), self._scratch)), self._scratch)
+        images = sorted_files(_walk(top), self._scratch)
+        files = Files(stamped(images), self._scratch)
         self.stamp = stamps.hexdigest()
-        return found
+        return files
 
     def fetch(self, file: File, folder: str = "") -> bytes:
-        """Return the bytes of a file that `files` found below `folder`."""
+        """Return the bytes of a file that `files(folder)` listed."""
         return self.read(f"{folder}/{file.name}".lstrip("/"))
 
     def read(self, name: str) -> bytes:
-        """Return a file's bytes; a name that leads out of the folder, as a list in it may say, is a `ValueError`."""
+        """Return a file's bytes; raise `ValueError` for a name outside the folder."""
         if posixpath.normpath(name).startswith(("/", "..")):
-            raise ValueError(f"{name!r} lies outside {self.root}")
-        with open(os.path.join(self.root, name), "rb", buffering=0) as file:  # twice as fast as pathlib on small files
+            raise ValueError(f"{excerpt(repr(name))} lies outside {self.root}")
+        with open(os.path.join(self.root, name), "rb", buffering=0) as file:  # twice as fast as pathlib for small files
             return file.readall()
 
 
 def _walk(top: Path, inside: str = "", above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[File]:
-    """Yield the images below a folder, links followed; a folder that cannot be read or holds itself is refused."""
+    """Yield the images below a folder, links followed; raise `ValueError` for an unreadable folder or a loop of links.
+
+    `above` holds the device and inode of the folders around this one.
+    """
     folder = os.path.join(top, inside)
     try:
         status = os.stat(folder)
@@ -102,7 +109,7 @@ def _walk(top: Path, inside: str = "", above: frozenset[tuple[int, int]] = froze
 
 
 class Archive:
-    """An open tar: its regular files, without links, devices and names that point outside."""
+    """The regular files of an open tar, without links, devices and names that point outside."""
 
     def __init__(self, path: Path, descriptor: int, stamp: str, scratch: Path) -> None:
         self.path, self.stamp = path, stamp
@@ -112,14 +119,14 @@ class Archive:
     @classmethod
     @contextmanager
     def open(cls, path: Path, *, scratch: Path, sha256: str | None = None) -> "Iterator[Archive]":
-        """Open a tar; a compressed one is first written uncompressed into the folder `scratch` and removed at the end.
+        """Open a tar; a compressed one is first decompressed into the folder `scratch`, until it is closed.
 
-        Raises a `ValueError` if there is no such file, or it is damaged or not the file with this sha256.
+        Raises a `ValueError` if the file is missing or damaged, or has another sha256.
         """
         if not path.is_file():
-            raise ValueError(f"{path} {'is a folder: say type: image_folder' if path.is_dir() else ABSENT}")
-        if sha256 is not None and file_sha256(path) != sha256:
-            raise ValueError(f"{path} has another sha256 than the card says: get the archive again")
+            raise ValueError(f"{path} {'is a folder: set type: image_folder' if path.is_dir() else ABSENT}")
+        if sha256 is not None and file_digest(path) != sha256:
+            raise ValueError(f"{path} has another sha256 than the card: get the archive again")
         status = path.stat()
         spill = scratch / f".spill-{path.name}"
         try:
@@ -130,59 +137,60 @@ class Archive:
                     _decompress(path, spill, opener)
                 descriptor = os.open(path if opener is None else spill, os.O_RDONLY)
         finally:
-            spill.unlink(missing_ok=True)  # the open descriptor keeps it alive; a killed process leaves nothing behind
+            spill.unlink(missing_ok=True)  # the open descriptor keeps the content, and a killed process leaves no file
         try:
             yield cls(path, descriptor, f"{status.st_size} {status.st_mtime_ns}", scratch)
         finally:
             os.close(descriptor)
 
     def scan(self) -> Iterator[File]:
-        """Yield what the tar holds, in its order; of several files of one name the last counts."""
+        """Yield the files in the order of the tar; the last of several files with one name is the valid one."""
         with _readable(self.path, self._scratch):
             yield from _members(self._descriptor)
 
     @cached_property
     def members(self) -> Files:
-        """What the tar holds, each name once, sorted."""
-        alike = groupby(sorted_files(self.scan(), self._scratch), key=attrgetter("name"))
-        return Files((list(files)[-1] for _, files in alike), self._scratch)
+        """The files of the tar, each name once, sorted."""
+        by_name = groupby(sorted_files(self.scan(), self._scratch), key=attrgetter("name"))
+        last = (list(files)[-1] for _, files in by_name)
+        return Files(last, self._scratch)
 
     def files(self, folder: str) -> Files:
-        """Return the images below `folder` by their names, sorted, relative to it."""
+        """Return the image files below `folder`, relative to it, sorted."""
         prefix = f"{folder.strip('/')}/" if folder.strip("/") else ""
         inside = (file for file in self.members if file.name.startswith(prefix))
         relative = (file._replace(name=file.name[len(prefix) :]) for file in inside)
-        found = Files((file for file in relative if is_image(file.name)), self._scratch)
-        if not found:
-            folders = ", ".join(sorted({posixpath.dirname(file.name) for file in self.members})[:8]) or "none"
-            raise ValueError(f"{self.path} has no images below {folder!r}; folders in it: {folders}")
-        return found
+        images = Files((file for file in relative if is_image(file.name)), self._scratch)
+        if not images:
+            folders = sorted({posixpath.dirname(file.name) for file in self.members})
+            names = excerpt(", ".join(folders[:8])) or "none"
+            raise ValueError(f"{self.path} has no images below {folder!r}; folders in it: {names}")
+        return images
 
     def fetch(self, file: File, folder: str = "") -> bytes:
-        """Return the bytes of a file that `files` or `scan` found; it says itself where they lie."""
+        """Return the bytes of a file that `files` or `scan` listed; it carries its place, so `folder` is not used."""
         return os.pread(self._descriptor, file.size, file.offset)
 
     def read(self, name: str) -> bytes:
         """Return a member's bytes."""
         position = bisect_left(self.members, name, key=attrgetter("name"))
-        file = self.members[position] if position < len(self.members) else File("")
-        if file.name != name:
-            raise ValueError(f"{self.path} has no file {name!r}")
+        file = self.members[position] if position < len(self.members) else None
+        if file is None or file.name != name:
+            raise ValueError(f"{self.path} has no file {excerpt(repr(name))}")
         return self.fetch(file)
 
 
 @contextmanager
 def _readable(path: Path, scratch: Path) -> Iterator[None]:
-    """Turn what a damaged archive, or no room to unpack it, raises into a `ValueError` that says so."""
+    """Turn the errors of a damaged archive or a full disk into a one-line `ValueError`."""
     try:
         yield
     except BROKEN as error:
-        if isinstance(error, OSError) and error.errno == errno.EMFILE:  # told as what it is
+        if isinstance(error, OSError) and error.errno == errno.EMFILE:  # too many open files has a message of its own
             raise
         if isinstance(error, OSError) and error.errno is not None:  # a full disk, no permission
-            raise ValueError(f"{path} cannot be read or held in {scratch}: {error.strerror}") from None
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{path} is damaged or no tar ({reason}): get the archive again") from None
+            raise ValueError(f"{path} cannot be read or unpacked into {scratch}: {error.strerror}") from None
+        raise ValueError(f"{path} is damaged or not a tar ({excerpt(error)}): get the archive again") from None
 
 
 def _decompress(path: Path, spill: Path, opener: Callable[[BinaryIO], Any]) -> None:
@@ -198,11 +206,11 @@ def _members(descriptor: int) -> Iterator[File]:
     os.lseek(descriptor, 0, os.SEEK_SET)
     with open(os.dup(descriptor), "rb") as file, tarfile.open(fileobj=file, mode="r:") as archive:
         while member := archive.next():
-            # or a million headers pile up
+            # tarfile would keep the headers of a million members
             archive.members = []  # pyright: ignore[reportAttributeAccessIssue]
             name = posixpath.normpath(member.name)
             if member.isreg() and not member.issparse() and not name.startswith(("/", "..")):
                 yield File(name, 0, member.offset_data, member.size)
-        # tarfile takes a broken header in the middle for the end, and a tar cut between members for a whole one
+        # tarfile takes a broken header for the end, and a tar cut between two members for a complete one
         if os.pread(descriptor, BLOCK, archive.offset) != bytes(BLOCK):
-            raise tarfile.ReadError(f"it breaks off after {archive.offset} bytes")
+            raise tarfile.ReadError(f"it ends after {archive.offset} bytes without an end marker")
