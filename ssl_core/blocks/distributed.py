@@ -1,4 +1,4 @@
-"""Several processes that compute what one would on the concatenated batch; alone, everything here is the identity."""
+"""Collectives that make N processes equal one process on the concatenated batch; no-ops in a single process."""
 
 from typing import Any
 
@@ -10,17 +10,17 @@ from ssl_core.networks.batchnorm import SplitBatchNorm1d, SplitBatchNorm2d
 
 
 def is_distributed() -> bool:
-    """Say whether a process group of several processes is running."""
+    """Return whether a process group of several processes is running."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def rank() -> int:
-    """Return this process's rank, 0 when alone."""
+    """Return the rank of this process, 0 in a single process."""
     return dist.get_rank() if is_distributed() else 0
 
 
 def world_size() -> int:
-    """Return the number of processes, 1 when alone."""
+    """Return the number of processes, 1 in a single process."""
     return dist.get_world_size() if is_distributed() else 1
 
 
@@ -35,18 +35,19 @@ def gather(tensor: Tensor) -> Tensor:
 
 
 def gather_with_gradient(tensor: Tensor) -> Tensor:
-    """Concatenate `tensor` (batch, ...) of all processes in rank order; gradients find their way back to each.
+    """Concatenate `tensor` (batch, ...) of all processes in rank order, with gradient to each of them.
 
-    For losses that every process averages over its own batch: with DistributedDataParallel's mean over processes the
-    gradient is that of one process on the concatenated batch.
+    For a loss that each process averages over its part of the batch: DistributedDataParallel averages the gradients
+    over processes, which gives the gradient of one process on the concatenated batch.
     """
     return _Gather.apply(tensor) if is_distributed() else tensor
 
 
 def shuffle(images: Tensor, *, seed: int, step: int) -> tuple[Tensor, Tensor]:
-    """Permute the images (batch, ...) of all processes among them and return this process's share and the order.
+    """Permute the images (batch, ...) across all processes; return the part of this process and the order.
 
-    The order depends on seed and step alone, so that a resumed run draws it again (He et al., 2020, section 3.3).
+    For BatchNorm statistics that do not reveal the positive pair (He et al., 2020, section 3.3). The order depends on
+    seed and step only, so that a resumed run draws it again.
     """
     everyone = gather(images)
     generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
@@ -56,7 +57,7 @@ def shuffle(images: Tensor, *, seed: int, step: int) -> tuple[Tensor, Tensor]:
 
 
 def unshuffle(rows: Tensor, order: Tensor) -> Tensor:
-    """Give `rows` (batch, dim), computed from shuffled images, back to the processes and places they came from."""
+    """Return `rows` (batch, dim) of shuffled images to the processes and positions of the original order."""
     own = slice(rank() * len(rows), (rank() + 1) * len(rows))
     return gather(rows)[order.argsort()[own]]
 
@@ -76,7 +77,7 @@ def agree(value: bool, device: torch.device) -> bool:
 
 
 class _Gather(torch.autograd.Function):
-    """The tensors of all processes; backward, the sum over processes of what each wants of this process's tensor."""
+    """Concatenation over processes; backward sums over processes the gradients of this process's tensor."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor) -> Tensor:

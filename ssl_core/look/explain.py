@@ -115,7 +115,7 @@ def _adopted(name: str, spec: Mapping[str, Any], layers: Layers) -> None:
 
 def _preset(resolved: Experiment) -> Any:
     """Return what says where a value comes from that no file gives."""
-    presets = base.load(resolved.method.name).PRESETS
+    presets = base.load_method_module(resolved.method.name).PRESETS
     chosen = getattr(resolved.method, "preset", next(iter(presets)))
     paper = f"paper default (preset {chosen})"
 
