@@ -48,8 +48,8 @@ def instance_loss(
 ) -> Tensor:
     """Return the cross-entropy of finding each image's row in the bank, mean over the batch.
 
-    `softmax` is that of `embedding` (batch, dim) over the bank at `temperature`, `target` (batch, dim) the bank's row of
-    each image. For images combined by CutMix the target is the weighted mean of the two images' rows.
+    `softmax` is that of `embedding` (batch, dim) over the bank at `temperature`, `target` (batch, dim) has each image's
+    row of the bank. For images combined by CutMix the target is the weighted mean of the two images' rows.
     """
     if mixed is not None and mixed.share < 1:
         target = mixed.share * target + (1 - mixed.share) * target[mixed.partner]
@@ -81,7 +81,7 @@ class _Sums:
         self.first_rows = torch.zeros_like(embedding)  # of e * (logit - maximum) * row
 
     def add(self, similarity: Tensor, rows: Tensor, largest: Tensor, space: _Space) -> None:
-        """Add a chunk: `similarity` (batch, chunk) of each embedding to `rows`, and its maximum `largest` (batch, 1)."""
+        """Add a chunk: `similarity` (batch, chunk) of each embedding to `rows`, and their maximum (batch, 1)."""
         maximum = torch.maximum(self.maximum, largest / self.temperature)
         self._move(self.maximum - maximum)
         self.maximum = maximum

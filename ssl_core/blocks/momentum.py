@@ -23,11 +23,11 @@ class MomentumTeacher(nn.Sequential):
     def update(self, *student: nn.Module, fraction: float) -> None:
         """Set each parameter to m * teacher + (1 - m) * student, with the momentum m at this fraction of the run.
 
-        Parameters only: the teacher's BatchNorm statistics come from its own forward passes (recipes rule 2).
+        Parameters only: the teacher's BatchNorm statistics come from its own forward passes (docs/sources.md#teacher-batchnorm).
         """
         momentum = self.momentum
         if self.final_momentum is not None:
             momentum = cosine(self.momentum, self.final_momentum, fraction)
         averages: list[Tensor] = [*self.parameters()]
-        current = [*nn.Sequential(*student).parameters()]
+        current: list[Tensor] = [*nn.Sequential(*student).parameters()]
         torch._foreach_lerp_(averages, current, 1 - momentum)  # pyright: ignore[reportPrivateImportUsage]

@@ -82,9 +82,10 @@ def encode(backbone: nn.Module, views: Sequence[Tensor]) -> Tensor:
 
 
 def cross_entropies(targets: Tensor, log_predictions: Tensor) -> Tensor:
-    """Return the cross-entropy of each pair (target view, predicted view), mean over the batch; targets get no gradient.
+    """Return the cross-entropy of each pair (target view, predicted view), mean over the batch.
 
-    `targets` are distributions (target views, batch, outputs), `log_predictions` (views, batch, outputs).
+    `targets` are distributions (target views, batch, outputs), `log_predictions` (views, batch, outputs). No
+    gradient reaches the targets.
     """
     return torch.stack([-(target * log_predictions).sum(dim=2).mean(dim=1) for target in targets.detach()])
 

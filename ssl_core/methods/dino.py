@@ -201,7 +201,7 @@ class DINO(Method):
 def distillation_loss(
     student: Tensor, teacher: Tensor, centre: Tensor, *, student_temperature: float, teacher_temperature: float
 ) -> Tensor:
-    """Return the cross-entropy (teacher views, student views) of the student and the centred, sharpened teacher (eq. 2-3).
+    """Return the cross-entropy (teacher views, student views) to the centred, sharpened teacher (eq. 2-3).
 
     `student` holds logits (views, batch, outputs), `teacher` logits (global views, batch, outputs), `centre` is
     (outputs,). No gradient reaches the teacher. `balance` then leaves out the pairs of a view with itself.

@@ -119,8 +119,8 @@ def montage(patches: list[Tensor], order: Tensor) -> Tensor:
 def clustering_loss(embedding: Tensor, images: Tensor, *, temperature: float, base_temperature: float = 0.07) -> Tensor:
     """Return the supervised contrastive loss with the image as the class (eq. 2), mean over patches.
 
-    `embedding` is (patches, dim) with unit rows, `images` (patches,) the index of each patch's image. A patch is not its
-    own candidate. As in the code of supervised contrastive learning, the loss is scaled by
+    `embedding` is (patches, dim) with unit rows, `images` (patches,) the index of each patch's image. A patch is not
+    its own candidate. As in the code of supervised contrastive learning, the loss is scaled by
     temperature / base_temperature.
     """
     itself = torch.eye(len(embedding), dtype=torch.bool, device=embedding.device)

@@ -1,8 +1,8 @@
 """NPID: non-parametric instance discrimination (Wu et al., 2018), https://arxiv.org/abs/1805.01978.
 
 Every image is its own class. Its class vector is its embedding from earlier epochs, stored in a bank. Cao & Wu (2024,
-https://arxiv.org/abs/2404.19289) initialise the bank with the untrained network's features, update it along the gradient
-and add SqrtKL, the divergence of the softmax from its own square root.
+https://arxiv.org/abs/2404.19289) initialise the bank with the untrained network's features, update it along the
+gradient and add SqrtKL, the divergence of the softmax from its own square root.
 """
 
 from collections.abc import Sequence

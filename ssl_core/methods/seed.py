@@ -1,7 +1,7 @@
 """SEED: self-supervised distillation (Fang et al., 2021), https://arxiv.org/abs/2101.04731.
 
-A small student learns a frozen, larger teacher's similarities of an image to itself and to a queue of other images. Both
-see the same view. Shi et al. initialise their MoCo with the resulting backbone.
+A small student learns a frozen, larger teacher's similarities of an image to itself and to a queue of other images.
+Both see the same view. Shi et al. initialise their MoCo with the resulting backbone.
 """
 
 import json

@@ -1,7 +1,7 @@
 """SwAV: swapping assignments between views (Caron et al., 2020), https://arxiv.org/abs/2006.09882.
 
-Each global view gets a soft assignment to prototypes, all used equally often; every other view of the image predicts that
-assignment. Prototypes are learned with the network. For small batches a queue of embeddings joins the assignment.
+Each global view gets a soft assignment to prototypes, all used equally often; every other view of the image predicts
+that assignment. Prototypes are learned with the network. For small batches a queue of embeddings joins the assignment.
 """
 
 from collections.abc import Sequence
@@ -32,7 +32,7 @@ from ssl_core.networks.heads import mlp
 
 
 class Config(MultiCrop, MethodConfig):
-    """Defaults: the paper's head and loss on two small views (docs/sources.md#swav); durations are shares of the run."""
+    """Defaults: the paper's head and loss on two small views (docs/sources.md#swav); durations: shares of the run."""
 
     name: Literal["swav"] = "swav"
     preset: Literal["small", "official", "large_batch", "sslight_baseline", "sslight"] = "small"
