@@ -23,7 +23,8 @@ class MomentumTeacher(nn.Sequential):
     def update(self, *student: nn.Module, fraction: float) -> None:
         """Set each parameter to m * teacher + (1 - m) * student, with the momentum m at this fraction of the run.
 
-        Parameters only: the teacher's BatchNorm statistics come from its own forward passes (docs/sources.md#teacher-batchnorm).
+        BatchNorm statistics are not averaged but come from the teacher's forward passes
+        (docs/sources.md#teacher-batchnorm).
         """
         momentum = self.momentum
         if self.final_momentum is not None:
