@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class Mixed(NamedTuple):
-    """Images with a box from their partner: image i shows share `share` of itself, the rest of image partner[i]."""
+    """Mixed images: image i keeps `share` of its pixels and has the rest from image partner[i]."""
 
     images: Tensor  # (batch, 3, height, width)
     partner: Tensor  # (batch,) int64
@@ -17,11 +17,11 @@ class Mixed(NamedTuple):
 
 
 def cutmix(images: Tensor, *, alpha: float | None, generator: np.random.Generator) -> Mixed:
-    """Give every image the same box of its neighbour's; `alpha` None leaves them as they are.
+    """Replace the same box in every image by that of its neighbour; with `alpha` None return the images unchanged.
 
-    Share max(l, 1 - l) with l ~ Beta(alpha, alpha), then exactly what the box leaves inside the image. Neighbours swap,
-    the last of an odd batch stays whole: batches are in random order, and parts of a batch on several processes mix as
-    the whole would on one (the official code permutes at random).
+    The share is max(l, 1 - l) with l ~ Beta(alpha, alpha), corrected for a box that is cut at the image's border.
+    Neighbours 2i and 2i + 1 are partners, and the last image of an odd batch is not mixed. The official code permutes
+    at random; batches are in random order already, and with neighbours N processes mix like one.
     """
     partner = torch.arange(len(images), device=images.device)
     if alpha is None:
@@ -37,6 +37,6 @@ def cutmix(images: Tensor, *, alpha: float | None, generator: np.random.Generato
 
 
 def _span(length: int, share: float, place: float) -> slice:
-    """Cut a span of about `share` of `length` pixels around `place` in [0, 1), less what lies outside."""
+    """Return a span of about `share` of `length` pixels around `place` in [0, 1), cut at the border."""
     half, centre = int(length * share) // 2, int(place * length)
     return slice(max(0, centre - half), min(length, centre + half))

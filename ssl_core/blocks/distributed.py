@@ -44,7 +44,8 @@ def gather_with_gradient(tensor: Tensor) -> Tensor:
 def shuffle(images: Tensor, *, seed: int, step: int) -> tuple[Tensor, Tensor]:
     """Permute the images (batch, ...) of all processes; return this process's part and the order.
 
-    The order depends on seed and step alone, so that a resumed run draws it again (He et al., 2020, section 3.3).
+    For BatchNorm statistics that do not reveal the positive pair (He et al., 2020, section 3.3). The order depends on
+    seed and step only, so that a resumed run draws it again.
     """
     all_images = gather(images)
     generator = torch.Generator().manual_seed(seed * 1_000_003 + step)

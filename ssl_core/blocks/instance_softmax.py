@@ -1,8 +1,8 @@
-"""A softmax over all instances, streamed over the bank: memory O(batch x chunk) where logits would take O(batch x N).
+"""A softmax over all instances, computed chunk by chunk: memory O(batch x chunk) instead of O(batch x N) logits.
 
-Forward adds each chunk of the bank to sums of exponentials about a running maximum (Milakov & Gimelshein, 2018), and to
-the sums of rows that the gradient consists of: then backward has nothing left to do. Where the bank itself is trained,
-or two temperatures need a softmax each, those sums would cost more than computing the logits again; backward does that.
+Forward adds each chunk of the bank to sums of exponentials relative to a running maximum (Milakov & Gimelshein, 2018),
+and to the sums of rows that make up the gradient, so that backward only scales them. If the bank is trained, or if two
+temperatures need two softmaxes, backward computes the logits again, which costs less than those sums.
 """
 
 import math
@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-BITS = 1 / math.log(2)  # a logit's worth of exponents of two: torch's exp2 takes a third of exp's time on CPUs
-CHUNK = {"cpu": 2**18, "cuda": 2**24}  # logits held at once: what fits a core's cache; what fills a graphics card
+from ssl_core.blocks.cutmix import Mixed
+
+BITS = 1 / math.log(2)  # exp(x) = exp2(BITS * x); torch's exp2 takes a third of the time of exp on CPUs
+CHUNK = {"cpu": 2**18, "cuda": 2**24}  # logits in memory at once: fits the cache of a core, fills a GPU
 
 
 class InstanceSoftmax(NamedTuple):
-    """Of the softmax of each embedding over all instances, each (batch,)."""
+    """Properties of the softmax of each embedding over all instances, each (batch,)."""
 
     log_normalizer: Tensor  # logsumexp of the logits
     negative_entropy: Tensor  # sum of p log p, at `entropy_temperature`
@@ -32,29 +34,42 @@ def instance_softmax(
     entropy_temperature: float | None = None,
     chunk: int | None = None,
 ) -> InstanceSoftmax:
-    """Compare `embedding` (batch, dim) with all rows of `bank` (N, dim), `chunk` rows at a time, gradient to both.
+    """Compare `embedding` (batch, dim) with all rows of `bank` (N, dim), `chunk` rows at a time, with gradient to both.
 
-    Without `entropy_temperature` the two entropies are not computed, and 0.
+    Without `entropy_temperature` the two entropies are 0.
     """
     if chunk is None:
         chunk = max(256, CHUNK.get(embedding.device.type, CHUNK["cuda"]) // len(embedding))
     return InstanceSoftmax(*_Stream.apply(embedding, bank, temperature, entropy_temperature, chunk))
 
 
+def instance_loss(
+    softmax: InstanceSoftmax, embedding: Tensor, target: Tensor, *, temperature: float, mixed: Mixed | None = None
+) -> Tensor:
+    """Return the cross-entropy of finding each image's row in the bank, mean over the batch.
+
+    `softmax` is that of `embedding` (batch, dim) over the bank at `temperature`, `target` (batch, dim) has each image's
+    row of the bank. For images combined by CutMix the target is the weighted mean of the two images' rows.
+    """
+    if mixed is not None and mixed.share < 1:
+        target = mixed.share * target + (1 - mixed.share) * target[mixed.partner]
+    return (softmax.log_normalizer - (embedding * target).sum(dim=1) / temperature).mean()
+
+
 class _Space:
-    """Three tensors of batch x chunk that all chunks share: fresh ones would cost a page fault every 4 KB."""
+    """Three buffers of batch x chunk, reused for every chunk: new memory would cost a page fault per 4 KB."""
 
     def __init__(self, embedding: Tensor, chunk: int) -> None:
         self.batch = len(embedding)
         self.buffers = embedding.new_empty(3, self.batch * chunk)
 
     def take(self, number: int, rows: Tensor) -> Tensor:
-        """Return the tensor of this number, (batch, rows)."""
+        """Return buffer `number` as a tensor (batch, rows)."""
         return self.buffers[number, : self.batch * len(rows)].view(self.batch, len(rows))
 
 
 class _Sums:
-    """Sums over the bank of e = exp(logit - maximum), for one temperature."""
+    """Sums over the bank of e = exp(logit - maximum), at one temperature."""
 
     def __init__(self, embedding: Tensor, temperature: float, *, entropy: bool, slopes: bool) -> None:
         self.temperature, self.entropy, self.slopes = temperature, entropy, slopes
@@ -66,7 +81,7 @@ class _Sums:
         self.first_rows = torch.zeros_like(embedding)  # of e * (logit - maximum) * row
 
     def add(self, similarity: Tensor, rows: Tensor, largest: Tensor, space: _Space) -> None:
-        """Add a chunk of `rows`, their `similarity` (batch, chunk) to each embedding and its `largest` (batch, 1)."""
+        """Add a chunk: `similarity` (batch, chunk) of each embedding to `rows`, and their maximum (batch, 1)."""
         maximum = torch.maximum(self.maximum, largest / self.temperature)
         self._move(self.maximum - maximum)
         self.maximum = maximum
@@ -90,7 +105,7 @@ class _Sums:
             self.rows.addmm_(root.square_(), rows)
 
     def _move(self, by: Tensor) -> None:
-        """Refer all sums to a maximum that has risen by -`by`."""
+        """Make all sums relative to a maximum that is higher by -`by`."""
         shrunk = by.exp()
         if self.entropy:
             self.root *= (0.5 * by).exp()

@@ -1,24 +1,34 @@
-"""The momentum teacher: a copy of the student that follows it slowly."""
+"""The momentum teacher: a copy of the student whose parameters are a moving average of the student's."""
 
 import copy
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-Student = TypeVar("Student", bound=nn.Module)
+from ssl_core.blocks.schedules import cosine
 
 
-def make_teacher(student: Student) -> Student:
-    """Return a copy of `student` that no gradient reaches."""
-    return copy.deepcopy(student).requires_grad_(False)
+class MomentumTeacher(nn.Sequential):
+    """Copies of the student's modules, applied in order; no gradient reaches their parameters.
 
-
-@torch.no_grad()
-def update_teacher(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
-    """Set each teacher parameter to momentum * teacher + (1 - momentum) * student.
-
-    Parameters only: the teacher's BatchNorm statistics come from its own forward passes (recipes rule 2).
+    The momentum goes from `momentum` to `final_momentum` on a cosine over the run; None keeps it constant.
     """
-    followers: list[Tensor] = [*teacher.parameters()]
-    torch._foreach_lerp_(followers, [*student.parameters()], 1 - momentum)  # pyright: ignore[reportPrivateImportUsage]
+
+    def __init__(self, *student: nn.Module, momentum: float, final_momentum: float | None = None) -> None:
+        super().__init__(*copy.deepcopy(nn.Sequential(*student)))
+        self.momentum, self.final_momentum = momentum, final_momentum
+        self.requires_grad_(False)
+
+    @torch.no_grad()
+    def update(self, *student: nn.Module, fraction: float) -> None:
+        """Set each parameter to m * teacher + (1 - m) * student, with the momentum m at this fraction of the run.
+
+        BatchNorm statistics are not averaged but come from the teacher's forward passes
+        (docs/sources.md#teacher-batchnorm).
+        """
+        momentum = self.momentum
+        if self.final_momentum is not None:
+            momentum = cosine(self.momentum, self.final_momentum, fraction)
+        averages: list[Tensor] = [*self.parameters()]
+        current: list[Tensor] = [*nn.Sequential(*student).parameters()]
+        torch._foreach_lerp_(averages, current, 1 - momentum)  # pyright: ignore[reportPrivateImportUsage]

@@ -1,7 +1,7 @@
-"""Multi-crop: two global views of an image and many small local ones (Caron et al., 2020), sampled as SSLight says.
+"""Multi-crop: two global views of an image and several small local ones (Caron et al., 2020).
 
-What the methods with such views share: their configuration, one forward pass a size, and what a pair of views counts.
-SSLight: Tan et al., ICLR 2023, https://arxiv.org/abs/2210.02808.
+Shared by MoCo, SwAV and DINO: the settings, the presets of SSLight (Tan et al., ICLR 2023,
+https://arxiv.org/abs/2210.02808), one forward pass per image size, and the weights of the pairs of views.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from ssl_core.data.views import Augmentation, View, Views
 
 
 class MultiCrop(Strict):
-    """How many views there are, what they show, and how the loss weighs them."""
+    """Number, area and size of the views, and their weights in the loss."""
 
     area: tuple[float, float] = (0.14, 1.0)  # of global views, share of the image; SSLight: from 0.3
     num_locals: NonNegativeInt = 0
@@ -36,12 +36,12 @@ class MultiCrop(Strict):
         return self
 
 
-# As methods' presets. The multiple makes local views of 96 pixels at 224 here, of 128 in SSLight's.
+# Parts of the methods' presets. For images of 224 pixels, local views have 96 pixels here and 128 in SSLIGHT.
 SIX_LOCALS = {"area": (0.14, 1.0), "num_locals": 6, "local_area": (0.05, 0.14), "local_multiple": 32}
 SSLIGHT = {"area": (0.3, 1.0), "num_locals": 6, "local_area": (0.05, 0.3), "local_multiple": 32, "alpha": 0.4}
 SSLIGHT_TRAINING = {
     "optimizer": "lars", "weight_decay": 1e-6, "batch_size": 1024, "epochs": 200, "warmup_epochs": 10,
-    "minimum_learning_rate": 0.0048,  # as in the code; the paper says 1e-3 x peak (recipes A12)
+    "minimum_learning_rate": 0.0048,  # the code's; 1e-3 x peak in the paper (docs/sources.md#sslight-minimum-rate)
     "decay_exclusion": "norm_bias_depthwise",
 }  # fmt: skip
 
@@ -49,9 +49,9 @@ SSLIGHT_TRAINING = {
 def local_views(
     config: MultiCrop, image_size: int, augmentation: Augmentation, *, interpolation: str = "linear"
 ) -> Views:
-    """Return the group of local views, empty where there are none.
+    """Return the group of local views, or no group if `num_locals` is 0.
 
-    Raises `ValueError` where they would not be smaller than the global ones, of `image_size` pixels.
+    Raises `ValueError` for local views that are not smaller than the global ones, of `image_size` pixels.
     """
     if config.num_locals == 0:
         return {}
@@ -74,17 +74,18 @@ def local_views(
 def encode(backbone: nn.Module, views: Sequence[Tensor]) -> Tensor:
     """Return the features (views * batch, dim) of `views`, each (batch, 3, size, size), in their order.
 
-    Consecutive views of equal size go through the backbone as one batch, so its BatchNorm sees them together and views
-    of another size apart, as in all multi-crop code; a head that follows sees everything at once (recipes M10).
+    Consecutive views of equal size form one batch of the backbone, so that its BatchNorm sees each size separately.
+    A head that follows sees all views at once (docs/sources.md#multicrop-forward).
     """
     sizes = groupby(views, key=lambda view: view.shape[-1])
     return torch.cat([backbone(torch.cat([*group])) for _, group in sizes])
 
 
 def cross_entropies(targets: Tensor, log_predictions: Tensor) -> Tensor:
-    """Return the mean cross-entropy over the batch of each (target view, predicted view), without gradient to targets.
+    """Return the cross-entropy of each pair (target view, predicted view), mean over the batch.
 
-    `targets` are distributions (target views, batch, outputs), `log_predictions` (views, batch, outputs).
+    `targets` are distributions (target views, batch, outputs), `log_predictions` (views, batch, outputs). No
+    gradient reaches the targets.
     """
     return torch.stack([-(target * log_predictions).sum(dim=2).mean(dim=1) for target in targets.detach()])
 
@@ -92,13 +93,13 @@ def cross_entropies(targets: Tensor, log_predictions: Tensor) -> Tensor:
 def balance(pairs: Tensor, alpha: float | None) -> tuple[Tensor, dict[str, Tensor]]:
     """Return alpha * mean over pairs of global views + (1 - alpha) * mean over pairs with a local one, and both means.
 
-    `pairs` holds the losses (global views, all views), global views first. A view is never paired with itself. Without
-    `alpha` every pair counts the same. Raises `ValueError` where there is no pair.
+    `pairs` holds the losses (global views, all views), global views first. A view is not paired with itself. Without
+    `alpha` all pairs have the same weight. Raises `ValueError` if there is no pair.
     """
     num_globals, num_views = pairs.shape
     if num_views < 2:
         raise ValueError(
-            "views: the loss compares different views of an image, one crop alone has none to compare with"
+            "views: the loss compares different views of an image, found a single one: set a count of 2 or more"
         )
     across, beside = num_globals * (num_globals - 1), num_globals * (num_views - num_globals)
     others = 1 - torch.eye(num_globals, device=pairs.device)

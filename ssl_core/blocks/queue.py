@@ -6,19 +6,20 @@ from torch import Tensor, nn
 
 
 def check_queue_size(size: int, num_images: int) -> None:
-    """Raise `ValueError` for a queue in which most images would meet an old embedding of themselves (recipes rule 5).
+    """Raise `ValueError` for a queue longer than the data set: most images would be their own negatives.
 
-    In a smaller one a share of size² / (2 num_images²) still does: 2 % at a fifth of the data set.
+    In a shorter queue size² / (2 num_images²) of the images still are: 2 % at a fifth of the data set
+    (docs/sources.md#queue-size).
     """
     if size > num_images:
         raise ValueError(
-            f"method.queue_size {size} is larger than the data set ({num_images} images): the queue would hold an "
-            f"image's own old embeddings as if they were others; choose some {max(1, num_images // 5)}"
+            f"method.queue_size {size} is larger than the data set ({num_images} images), so that images would be "
+            f"their own negatives: choose about {max(1, num_images // 5)}"
         )
 
 
 class Queue(nn.Module):
-    """The last `size` embeddings, unit rows, as a buffer; random rows stand in until it is full."""
+    """The last `size` embeddings as unit rows of a buffer, initialised with random rows."""
 
     rows: Tensor
     position: Tensor
@@ -30,9 +31,9 @@ class Queue(nn.Module):
 
     @torch.no_grad()
     def enqueue(self, keys: Tensor) -> None:
-        """Overwrite the oldest rows by `keys` (batch, dim), in order; of more keys than rows the last ones stay.
+        """Overwrite the oldest rows with `keys` (batch, dim) in order; of more keys than rows only the last are kept.
 
-        Works on the device alone, without waiting for the pointer's value.
+        The position is a tensor, so that the device is not synchronised.
         """
         size = len(self.rows)
         kept = keys[-size:]

@@ -1,4 +1,4 @@
-"""Learning rates and momenta as pure functions of the step: nothing is kept, so a resumed run cannot be off by one."""
+"""Learning rates and momenta as pure functions of the step, so that a resumed run needs no state of a schedule."""
 
 import math
 
@@ -6,17 +6,18 @@ from ssl_core.config import Training
 
 
 def effective_learning_rate(training: Training) -> float:
-    """Return the peak learning rate: with linear scaling times batch_size / 256, which counts every process and part.
+    """Return the peak learning rate, multiplied by batch_size / 256 under linear scaling.
 
-    `batch_size` is the global batch of one optimizer step, so neither `gpus` nor `accumulation` enters again.
+    `batch_size` is the global batch of one optimizer step: it includes all processes and accumulation parts.
     """
-    return training.learning_rate * (training.batch_size / 256 if training.learning_rate_scaling == "linear" else 1.0)
+    scale = training.batch_size / 256 if training.learning_rate_scaling == "linear" else 1.0
+    return training.learning_rate * scale
 
 
 def forward_batch_size(training: Training) -> int:
-    """Return how many images one process takes through the network at once.
+    """Return the number of images per forward pass of one process.
 
-    Raises ValueError when the global batch cannot be dealt out evenly.
+    Raises ValueError if the global batch is not a multiple of processes x accumulation parts.
     """
     parts = training.gpus * training.accumulation
     if training.batch_size % parts:
@@ -31,9 +32,9 @@ def forward_batch_size(training: Training) -> int:
 def learning_rate(step: int, *, training: Training, steps_per_epoch: int) -> float:
     """Return the learning rate of optimizer step `step` (from 0): linear warm-up from 0, then the schedule.
 
-    The warm-up moves every step and reaches the peak at its end; cosine time counts only what follows it (recipes 0.4)
-    and moves every step or every epoch (`schedule_unit`). Milestones count epochs from the start of training.
-    Raises ValueError for a warm-up as long as the training and for a minimum above the peak.
+    The warm-up rises every step and reaches the peak at its end. The cosine covers the rest of the run and changes
+    every step or every epoch (`schedule_unit`; docs/sources.md#schedules). Milestones count epochs from the start of
+    training. Raises ValueError for a warm-up as long as the training and for a minimum above the peak.
     """
     peak, lowest = effective_learning_rate(training), training.minimum_learning_rate
     if training.warmup_epochs >= training.epochs:
@@ -55,15 +56,10 @@ def learning_rate(step: int, *, training: Training, steps_per_epoch: int) -> flo
         done = max(0.0, epoch - training.warmup_epochs) / (training.epochs - training.warmup_epochs)
     else:
         done = (step - warmup) / (training.epochs * steps_per_epoch - warmup)
-    return _cosine(peak, lowest, done)
+    return cosine(peak, lowest, done)
 
 
-def cosine_momentum(step: int, total: int, base: float, final: float = 1.0) -> float:
-    """Return the teacher's momentum, from `base` at step 0 to `final` at step `total`, over all steps (recipes 0.4)."""
-    return _cosine(base, final, step / total)
-
-
-def _cosine(start: float, end: float, fraction: float) -> float:
-    """Go from `start` to `end` on half a cosine, exact at both."""
+def cosine(start: float, end: float, fraction: float) -> float:
+    """Return the value at `fraction` of half a cosine from `start` to `end`, exact at both ends."""
     weight = 0.5 * (1 + math.cos(math.pi * min(fraction, 1.0)))
     return start * weight + end * (1 - weight)

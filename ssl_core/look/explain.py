@@ -102,7 +102,7 @@ def _adopted(name: str, spec: Mapping[str, Any], layers: Configuration) -> None:
 
 def _default_origin(resolved: Experiment) -> Origin:
     """Return a function that names the origin of a value that no file sets: the paper's preset or our default."""
-    presets = base.load(resolved.method.name).PRESETS
+    presets = base.load_method_module(resolved.method.name).PRESETS
     chosen = getattr(resolved.method, "preset", next(iter(presets)))
     paper = f"paper default (preset {chosen})"
 

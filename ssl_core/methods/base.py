@@ -1,4 +1,13 @@
-"""What every method is: a configuration, views, a loss, and what happens after a step."""
+"""The contract of a method: its settings, its views, its loss, and the update of its memory after each step.
+
+The training loop calls, for every optimizer step:
+
+1. `forward(batch, progress)` once per accumulation part. It is pure: it changes no parameter, no buffer (except
+   BatchNorm statistics) and no attribute. Tensors that a queue, a bank or a centre needs are returned in
+   `Losses.memory`.
+2. `before_step(progress)`, after the backward passes and before the optimizer's step.
+3. `after_step(progress, memories)`, after the optimizer's step, with the `memory` of every part in order.
+"""
 
 import importlib
 import inspect
@@ -15,123 +24,133 @@ from ssl_core.data.loader import Batch, Loader
 from ssl_core.data.views import Views, adjust
 from ssl_core.networks.backbones import Network
 
+Memory = dict[str, Tensor]  # tensors of one forward pass, without gradient; the keys are the method's own
+
 
 class MethodConfig(Strict):
-    """Hyper-parameters of a method; `name` picks the method, `preset` the paper's setting that the rest starts from."""
+    """Hyper-parameters of a method: `name` selects the method, `preset` the published values to start from."""
 
 
 class Preset(NamedTuple):
-    """A published setting: what it changes in the method's own defaults and in `Training`'s."""
+    """A published setting, as differences from the defaults of the method's `Config` and of `Training`."""
 
     method: Mapping[str, Any]
     training: Mapping[str, Any]
 
 
 class Progress(NamedTuple):
-    """Where a run stands: optimizer steps taken before this one, of how many."""
+    """Position in a run: optimizer steps done, optimizer steps in total, and the accumulation part of this step."""
 
     step: int
     total_steps: int
+    part: int = 0
 
     @property
     def fraction(self) -> float:
-        """Share of the run that lies behind, in [0, 1]."""
+        """Share of the run that is done, in [0, 1]."""
         return self.step / self.total_steps
 
 
 class Losses(NamedTuple):
-    """What `forward` returns: the scalar to minimise, its named parts, and detached embeddings for the monitor."""
+    """Result of `forward`."""
 
-    total: Tensor
-    parts: dict[str, Tensor]
-    embedding: Tensor  # (rows, dim)
+    total: Tensor  # scalar to minimise
+    parts: dict[str, Tensor]  # scalars for the history, without gradient
+    embedding: Tensor  # (rows, dim) for the monitor, without gradient
+    memory: Memory | None = None  # passed on to `after_step`
 
 
 class Method(nn.Module):
-    """A pre-training method around `backbone`; all its state is parameters and buffers from construction on."""
+    """A pre-training method around `backbone`; all its state is parameters and buffers created in `__init__`."""
 
     Config: ClassVar[type[MethodConfig]]
-    constant_rate: tuple[str, ...] = ()  # submodules whose learning rate never falls (SimSiam's predictor)
-    undecayed: tuple[str, ...] = ()  # parameters that weight decay spares, whatever `training.decay_exclusion`
-    fixed_views: tuple[str, ...] = ()  # groups of views of which the loss takes neither more nor fewer
+    constant_rate: tuple[str, ...] = ()  # submodules with a constant learning rate (SimSiam's predictor)
+    undecayed: tuple[str, ...] = ()  # parameters without weight decay, for any `training.decay_exclusion`
+    fixed_views: tuple[str, ...] = ()  # groups of views whose `count` the loss depends on
+    order_matters: ClassVar[bool] = False  # whether the loss depends on the order of the images in a batch
     backbone: Network  # the student's, which evaluations use
 
     def __init__(self, config: Any, backbone: Network, *, num_images: int, batch_size: int, seed: int) -> None:
-        """Build heads and state; `num_images` and the global `batch_size` bound queues and banks."""
+        """Build heads and memory; `num_images` and the global `batch_size` limit queues and banks."""
         super().__init__()
 
     @staticmethod
     def views(config: Any, image_size: int) -> Views:
-        """Say which views of an image are made and who sees them."""
+        """Return the views made of each image, by group."""
         raise NotImplementedError
 
     def prepare(self, loader: Loader, device: torch.device) -> None:
-        """Look at the data once before the first step of a new run; where this leaves the loader is of no account."""
+        """Read the data once before the first step of a new run; the caller resets the loader afterwards."""
 
     def forward(self, batch: Batch, progress: Progress) -> Losses:
-        """Return the losses of one batch, using memory as it stood before this batch."""
+        """Return the losses of one batch, computed with the memory of earlier steps; change nothing."""
         raise NotImplementedError
 
     def before_step(self, progress: Progress) -> None:
-        """Look at the gradients before the optimizer uses them; a parameter whose gradient is None stays as it is."""
+        """Edit gradients before the optimizer's step; a parameter whose gradient is None is not updated."""
 
-    def after_step(self, progress: Progress) -> None:
-        """Move teacher, queue and schedules; called once after every optimizer step."""
+    def after_step(self, progress: Progress, memories: Sequence[Memory]) -> None:
+        """Update teacher, queue or bank after the optimizer's step; `memories` has one entry per accumulation part."""
 
 
 def full_precision(tensor: Tensor) -> torch.autocast:
-    """Return a context in which losses are computed in float32 though networks run in bfloat16 (recipes rule 11)."""
+    """Return a context that disables autocast: losses are computed in float32, networks may run in bfloat16."""
     return torch.autocast(tensor.device.type, enabled=False)
 
 
-def load(name: str) -> ModuleType:
-    """Import `ssl_core.methods.<name>`; an unknown name is a `ValueError` with the nearest one."""
-    names = {path.stem for path in Path(__file__).parent.glob("[a-z]*.py")} - {"base"}
+def method_names() -> list[str]:
+    """Return the names of all methods: every file of `ssl_core/methods/` except this one."""
+    folder = Path(__file__).parent
+    return sorted(path.stem for path in folder.glob("[a-z]*.py") if path.name != Path(__file__).name)
+
+
+def load_method_module(name: str) -> ModuleType:
+    """Import `ssl_core.methods.<name>`; raise `ValueError` with the nearest name for an unknown one."""
+    names = method_names()
     if name not in names:
         raise ValueError(f"method.name: there is no method '{name}'{nearest(name, names)}")
     return importlib.import_module(f"ssl_core.methods.{name}")
 
 
 def method_class(name: str) -> type[Method]:
-    """Return the one `Method` that the file `ssl_core/methods/<name>.py` defines."""
-    module = load(name)
-    (found,) = [
-        member
-        for _, member in inspect.getmembers(module, inspect.isclass)
-        if issubclass(member, Method) and member.__module__ == module.__name__
-    ]
-    return found
+    """Return the only `Method` subclass defined in `ssl_core/methods/<name>.py`."""
+    module = load_method_module(name)
+    classes = [member for _, member in inspect.getmembers(module, inspect.isclass)]
+    (method,) = [kind for kind in classes if issubclass(kind, Method) and kind.__module__ == module.__name__]
+    return method
 
 
 def views_of(experiment: Experiment, image_size: int, *, avoid: Sequence[str] = ()) -> Views:
-    """Return the method's views with the experiment's changes, less what the data set's card avoids.
+    """Return the method's views with the experiment's changes, without the augmentations that the card avoids.
 
-    Raises `ValueError` for an unknown group or key, and for a `count` that the method's loss cannot take.
+    Raises `ValueError` for an unknown group or key, and for a `count` that the method's loss does not accept.
     """
-    kind = method_class(experiment.method.name)
-    own = kind.views(experiment.method, image_size)
-    views = adjust(own, experiment.views, avoid=avoid)
-    for group in kind.fixed_views:
-        if views[group].count != own[group].count:
-            takes = f"{experiment.method.name} takes {own[group].count} of these views"
-            raise ValueError(f"views.{group}.count: {takes}, found {views[group].count}: leave it out")
+    name = experiment.method.name
+    method = method_class(name)
+    defaults = method.views(experiment.method, image_size)
+    views = adjust(defaults, experiment.views, avoid=avoid)
+    for group in method.fixed_views:
+        expected, count = defaults[group].count, views[group].count
+        if count != expected:
+            raise ValueError(
+                f"views.{group}.count: {name} takes {expected} of these views, found {count}: leave it out"
+            )
     return views
 
 
 def resolve(spec: Mapping[str, Any]) -> Experiment:
-    """Fill in everything an experiment leaves unsaid: class defaults, then the method's preset, then the user's words.
+    """Complete an experiment: defaults of the classes, then the method's preset, then the user's settings.
 
-    Raises `ValueError` with the path of the key for anything unknown, missing or out of range.
+    Raises `ValueError` with the path of the key for an unknown or missing key and for a value out of range.
     """
     section = dict(spec.get("method") or {})
     if "name" not in section:
         raise ValueError("method.name: say which method, for example {name: ressl}")
-    module = load(section["name"])
+    module = load_method_module(section["name"])
     preset_name = section.get("preset", next(iter(module.PRESETS)))
     if preset_name not in module.PRESETS:
-        raise ValueError(
-            f"method.preset: there is no preset '{preset_name}'{nearest(str(preset_name), module.PRESETS)}"
-        )
+        suggestion = nearest(str(preset_name), module.PRESETS)
+        raise ValueError(f"method.preset: there is no preset '{preset_name}'{suggestion}")
     preset = module.PRESETS[preset_name]
     method = parse(module.Config, {**preset.method, **section}, "method")
     training = parse(Training, {**preset.training, **(spec.get("training") or {})}, "training")

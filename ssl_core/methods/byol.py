@@ -1,42 +1,43 @@
 """BYOL: bootstrap your own latent (Grill et al., 2020), https://arxiv.org/abs/2006.07733.
 
-The student predicts, from its view, what a momentum teacher makes of another view of the same image. There are no
-negatives: predictor, momentum and BatchNorm keep the embeddings from falling together.
+The student predicts from its view the momentum teacher's embedding of another view of the same image. There are no
+negatives: predictor, momentum and BatchNorm prevent collapse.
 """
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from pydantic import PositiveInt
-from torch import Tensor, nn
+from torch import Tensor
 
 from ssl_core.blocks import distributed
-from ssl_core.blocks.momentum import make_teacher, update_teacher
-from ssl_core.blocks.schedules import cosine_momentum
+from ssl_core.blocks.momentum import MomentumTeacher
 from ssl_core.data.loader import Batch
 from ssl_core.data.views import POLICIES, Augmentation, Probability, View, Views
-from ssl_core.methods.base import Losses, Method, MethodConfig, Preset, Progress, full_precision
+from ssl_core.methods.base import Losses, Memory, Method, MethodConfig, Preset, Progress, full_precision
 from ssl_core.networks.backbones import Network
 from ssl_core.networks.batchnorm import split_batchnorm
 from ssl_core.networks.heads import mlp
 
 
 class Config(MethodConfig):
-    """Defaults are those of SSQL's CIFAR baseline, which Cao & Wu run (recipes M7); `imagenet` is the paper's."""
+    """Defaults: SSQL's CIFAR baseline, also used by Cao & Wu; `imagenet` is the paper's (docs/sources.md#byol)."""
 
     name: Literal["byol"] = "byol"
     preset: Literal["small", "imagenet", "imagenet_300"] = "small"
-    # The paper's 2 - 2 cos summed over both orders, or -cos averaged over them as in SSQL: gradients of a quarter.
+    # regression: 2 - 2 cos, summed over both directions (paper). negative_cosine: -cos, their mean (SSQL); its gradient
+    # is a quarter of the paper's.
     loss: Literal["regression", "negative_cosine"] = "negative_cosine"
     projector_layers: PositiveInt = 3
     projector_hidden: PositiveInt = 2048
     predictor_hidden: PositiveInt = 2048
     embedding_dim: PositiveInt = 512
-    hidden_bias: bool = False  # of layers that a BatchNorm follows
-    batchnorm_splits: PositiveInt = 1  # parts of the global batch with BatchNorm statistics of their own
+    hidden_bias: bool = False  # of layers in front of a BatchNorm
+    batchnorm_splits: PositiveInt = 1  # parts of the global batch with separate BatchNorm statistics
     teacher_momentum: Probability = 0.99
-    final_teacher_momentum: Probability | None = None  # reached on a cosine; None keeps it constant
+    final_teacher_momentum: Probability | None = None  # at the end of a cosine; None: constant
     area: tuple[float, float] = (0.2, 1.0)
     interpolation: Literal["linear", "cubic"] = "linear"
     first_augmentation: Augmentation = POLICIES["contrastive_no_blur"]
@@ -86,11 +87,16 @@ class BYOL(Method):
         self.predictor = mlp([dim, config.predictor_hidden, dim], bias=bias)
         if config.batchnorm_splits > 1:
             split_batchnorm(self, max(1, config.batchnorm_splits // distributed.world_size()))
-        self.teacher = make_teacher(nn.Sequential(self.backbone, self.projector))
+        self.teacher = MomentumTeacher(
+            self.backbone,
+            self.projector,
+            momentum=config.teacher_momentum,
+            final_momentum=config.final_teacher_momentum,
+        )
 
     @staticmethod
     def views(config: Config, image_size: int) -> Views:
-        """Two views of two policies, each seen by student and teacher."""
+        """Return two views with two augmentation policies, both for student and teacher."""
         policies = {"first": config.first_augmentation, "second": config.second_augmentation}
         return {
             group: View(
@@ -104,7 +110,7 @@ class BYOL(Method):
         }
 
     def forward(self, batch: Batch, progress: Progress) -> Losses:
-        """Return what the student's predictions from each view miss of the teacher's embeddings of the other."""
+        """Return the distance of the student's prediction from each view to the teacher's embedding of the other."""
         views = batch.views["first"][0], batch.views["second"][0]
         embeddings = [self.projector(self.backbone(view)) for view in views]  # z: (batch, dim)
         first, second = (self.predictor(embedding) for embedding in embeddings)  # q: (batch, dim)
@@ -115,16 +121,13 @@ class BYOL(Method):
             total = regression if self.config.loss == "regression" else regression / 4 - 1
             return Losses(total, {"regression": regression.detach()}, embedding=embeddings[0].detach().float())
 
-    @torch.no_grad()
-    def after_step(self, progress: Progress) -> None:
-        """Move the teacher towards the student as the optimizer left it."""
-        start, end = self.config.teacher_momentum, self.config.final_teacher_momentum
-        momentum = start if end is None else cosine_momentum(progress.step, progress.total_steps, start, end)
-        update_teacher(self.teacher, nn.Sequential(self.backbone, self.projector), momentum)
+    def after_step(self, progress: Progress, memories: Sequence[Memory]) -> None:
+        """Move the teacher towards the updated student."""
+        self.teacher.update(self.backbone, self.projector, fraction=progress.fraction)
 
 
 def regression_loss(prediction: Tensor, target: Tensor) -> Tensor:
-    """Return the mean squared distance of `prediction` and `target` (batch, dim) as unit rows, 2 - 2 cos (eq. 2).
+    """Return the mean squared distance of the normalised rows of `prediction` and `target` (batch, dim) (eq. 2).
 
     No gradient reaches the target.
     """

@@ -1,9 +1,10 @@
 """DINO: self-distillation with no labels (Caron et al., 2021), https://arxiv.org/abs/2104.14294.
 
-A momentum teacher sees the global views; the student must give every view of an image the teacher's distribution over
-learned outputs. Centring the teacher's outputs keeps one from dominating, sharpening them keeps them apart.
+The student learns, from every view of an image, the momentum teacher's distribution over learned outputs for the global
+views. Centring the teacher's outputs prevents a single output from dominating; sharpening prevents a uniform output.
 """
 
+from collections.abc import Sequence
 from typing import Literal, Self
 
 import torch
@@ -12,7 +13,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from ssl_core.blocks import distributed
-from ssl_core.blocks.momentum import make_teacher, update_teacher
+from ssl_core.blocks.momentum import MomentumTeacher
 from ssl_core.blocks.multicrop import (
     SIX_LOCALS,
     SSLIGHT,
@@ -23,31 +24,33 @@ from ssl_core.blocks.multicrop import (
     encode,
     local_views,
 )
-from ssl_core.blocks.schedules import cosine_momentum
 from ssl_core.data.loader import Batch
 from ssl_core.data.views import POLICIES, Augmentation, View, Views
-from ssl_core.methods.base import Losses, Method, MethodConfig, Preset, Progress, full_precision
+from ssl_core.methods.base import Losses, Memory, Method, MethodConfig, Preset, Progress, full_precision
 from ssl_core.networks.backbones import Network
 from ssl_core.networks.heads import mlp
 
 
 class Config(MultiCrop, MethodConfig):
-    """Defaults are SSLight's for convolutional networks, on two small views as in solo-learn (recipes M10, 5.8)."""
+    """Defaults: SSLight's for convolutional networks, with the two small views of solo-learn.
+
+    See docs/sources.md#dino and docs/sources.md#solo-learn.
+    """
 
     name: Literal["dino"] = "dino"
     preset: Literal["small", "official", "sslight_baseline", "sslight"] = "small"
     student_temperature: PositiveFloat = 0.1
     teacher_temperature: PositiveFloat = 0.07
     initial_teacher_temperature: PositiveFloat = 0.04
-    temperature_warmup: float = Field(default=0.25, ge=0, le=1)  # share of the run: 50 of SSLight's 200 epochs
+    temperature_warmup: float = Field(default=0.25, ge=0, le=1)  # share of the run; SSLight: 50 of 200 epochs
     centre_momentum: float = Field(default=0.9, ge=0, le=1)
-    teacher_momentum: float = Field(default=0.9995, ge=0, le=1)  # rises to 1 on a cosine; lower for large batches
+    teacher_momentum: float = Field(default=0.9995, ge=0, le=1)  # rises to 1 on a cosine
     num_outputs: PositiveInt = 4096
     head_hidden: PositiveInt = 2048
-    head_batchnorm: bool = True  # for convolutional networks; not for transformers
+    head_batchnorm: bool = True  # set false for transformers
     bottleneck_dim: PositiveInt = 256
-    norm_last_layer: bool = True  # logits are cosines; False learns a length for each output
-    freeze: float = Field(default=0.005, ge=0, le=1)  # share of the run before the last layer moves: 1 of 200 epochs
+    norm_last_layer: bool = True  # logits are cosines; False: a learned scale per output
+    freeze: float = Field(default=0.005, ge=0, le=1)  # share of the run with a frozen last layer: 1 of 200 epochs
     area: tuple[float, float] = (0.08, 1.0)  # solo-learn's on CIFAR
     first_augmentation: Augmentation = POLICIES["dino_global_first"].model_copy(update={"blur": 0.0})
     second_augmentation: Augmentation = POLICIES["dino_global_second"].model_copy(update={"blur": 0.0})
@@ -59,7 +62,7 @@ class Config(MultiCrop, MethodConfig):
         if highest >= self.student_temperature:
             raise ValueError(
                 f"the teacher's temperatures, up to {highest}, must be below student_temperature "
-                f"{self.student_temperature}: a target as flat as the prediction ends in one that is uniform"
+                f"{self.student_temperature}: a target as flat as the prediction ends in a uniform output"
             )
         return self
 
@@ -71,9 +74,9 @@ _LARGE = {
 _SSLIGHT = {**SSLIGHT_TRAINING, "learning_rate": 0.48}
 
 PRESETS = {
-    # Nobody's paper: views and momentum as in solo-learn on CIFAR, the rest as in SSLight at a small batch.
+    # Not from a paper: views and momentum as in solo-learn on CIFAR, the rest as in SSLight with a small batch.
     "small": Preset(method={}, training={**_SSLIGHT, "batch_size": 256}),
-    "official": Preset(  # its ResNet-50 command; what that leaves unsaid are its ViT's defaults
+    "official": Preset(  # the repository's ResNet-50 command, completed by its defaults
         method={
             **_LARGE, **SIX_LOCALS, "num_locals": 8, "num_outputs": 65536, "head_batchnorm": False, "freeze": 0.01,
             "teacher_temperature": 0.04, "temperature_warmup": 0.0,
@@ -89,7 +92,7 @@ PRESETS = {
 
 
 class Head(nn.Module):
-    """Three layers to a bottleneck of unit rows, then cosines with one learned direction an output."""
+    """Three layers to a bottleneck of unit rows, then the cosine with one learned direction per output."""
 
     def __init__(self, num_features: int, config: Config) -> None:
         super().__init__()
@@ -108,7 +111,7 @@ class Head(nn.Module):
         return F.normalize(self.layers(features).float(), dim=1)
 
     def classify(self, embedding: Tensor) -> Tensor:
-        """Return logits (rows, outputs) of unit rows, in float32 since temperatures will magnify them."""
+        """Return logits (rows, outputs) of unit rows, in float32 because they are divided by small temperatures."""
         with full_precision(embedding):
             return F.linear(embedding, self.length * F.normalize(self.direction, dim=1))
 
@@ -128,13 +131,12 @@ class DINO(Method):
         self.config = config
         self.backbone: Network = backbone
         self.head = Head(backbone.num_features, config)
-        self.teacher = make_teacher(nn.Sequential(self.backbone, self.head))
+        self.teacher = MomentumTeacher(self.backbone, self.head, momentum=config.teacher_momentum, final_momentum=1.0)
         self.register_buffer("centre", torch.zeros(config.num_outputs))
-        self.means: list[Tensor] = []  # of this step's teacher outputs
 
     @staticmethod
     def views(config: Config, image_size: int) -> Views:
-        """Two differently augmented global views for both networks, local ones for the student."""
+        """Return two global views with different augmentations for both networks, and local views for the student."""
 
         def global_view(augmentation: Augmentation) -> View:
             return View(
@@ -152,7 +154,7 @@ class DINO(Method):
         }
 
     def forward(self, batch: Batch, progress: Progress) -> Losses:
-        """Return the loss of giving, from every view, the teacher's outputs for the global views other than itself."""
+        """Return the loss of predicting, from every view, the teacher's outputs for the other global views."""
         both = [view for group in batch.views if group != "local" for view in batch.views[group]]
         views = [*both, *batch.views.get("local", [])]
         embedding = self.head.embed(encode(self.backbone, views))
@@ -167,46 +169,42 @@ class DINO(Method):
                 teacher_temperature=self._teacher_temperature(progress),
             )
             total, parts = balance(pairs, self.config.alpha)
-        return Losses(total, parts, embedding=embedding[: student.shape[1]].detach())
+        first_view = embedding[: student.shape[1]].detach()
+        return Losses(total, parts, embedding=first_view, memory={"mean": teacher.mean(dim=(0, 1))})
 
     @torch.no_grad()
     def _teach(self, views: list[Tensor]) -> Tensor:
         backbone, head = self.teacher
-        teacher = head(encode(backbone, views)).unflatten(0, (len(views), -1))  # (global views, batch, outputs)
-        self.means.append(teacher.mean(dim=(0, 1)))
-        return teacher
+        return head(encode(backbone, views)).unflatten(0, (len(views), -1))  # (global views, batch, outputs)
 
     def _teacher_temperature(self, progress: Progress) -> float:
-        """Rise linearly, every step (the official code moves every epoch)."""
-        start, end, warmup = (
-            self.config.initial_teacher_temperature,
-            self.config.teacher_temperature,
-            self.config.temperature_warmup,
-        )
-        return start + (end - start) * min(1.0, progress.fraction / warmup) if warmup else end
+        """Return the temperature of a linear warm-up by step (the official code's is by epoch)."""
+        start, end = self.config.initial_teacher_temperature, self.config.teacher_temperature
+        warmup = self.config.temperature_warmup
+        if warmup == 0:
+            return end
+        return start + (end - start) * min(1.0, progress.fraction / warmup)
 
     def before_step(self, progress: Progress) -> None:
-        """Keep the student's last layer as it is at first."""
+        """Freeze the student's last layer for the first part of the run."""
         if progress.step < round(self.config.freeze * progress.total_steps):
             self.head.direction.grad = self.head.length.grad = None
 
     @torch.no_grad()
-    def after_step(self, progress: Progress) -> None:
-        """Move the centre towards the mean of this step's teacher outputs and the teacher towards the student."""
-        mean = distributed.gather(torch.stack(self.means)).mean(dim=0)
-        self.centre.lerp_(mean, 1 - self.config.centre_momentum)
-        self.means.clear()
-        momentum = cosine_momentum(progress.step, progress.total_steps, self.config.teacher_momentum)
-        update_teacher(self.teacher, nn.Sequential(self.backbone, self.head), momentum)
+    def after_step(self, progress: Progress, memories: Sequence[Memory]) -> None:
+        """Move the centre towards the mean of this step's teacher outputs, and the teacher towards the student."""
+        means = torch.stack([memory["mean"] for memory in memories])
+        self.centre.lerp_(distributed.gather(means).mean(dim=0), 1 - self.config.centre_momentum)
+        self.teacher.update(self.backbone, self.head, fraction=progress.fraction)
 
 
 def distillation_loss(
     student: Tensor, teacher: Tensor, centre: Tensor, *, student_temperature: float, teacher_temperature: float
 ) -> Tensor:
-    """Return the cross-entropy (teacher views, student views) from centred, sharpened teacher to student (eq. 2-3).
+    """Return the cross-entropy (teacher views, student views) to the centred, sharpened teacher (eq. 2-3).
 
-    `student` are logits (views, batch, outputs), `teacher` (global views, batch, outputs), `centre` (outputs,); no
-    gradient reaches the teacher. `balance` picks the pairs of different views, two times (1 + local views) of them.
+    `student` holds logits (views, batch, outputs), `teacher` logits (global views, batch, outputs), `centre` is
+    (outputs,). No gradient reaches the teacher. `balance` then leaves out the pairs of a view with itself.
     """
     target = F.softmax((teacher.detach() - centre) / teacher_temperature, dim=2)
     return cross_entropies(target, F.log_softmax(student / student_temperature, dim=2))

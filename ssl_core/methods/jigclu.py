@@ -1,7 +1,7 @@
 """JigClu: jigsaw clustering with a single batch (Chen et al., 2021), https://arxiv.org/abs/2104.00323.
 
-The patches of a batch are shuffled into montages, so that one forward pass of one batch sees every image four times.
-The network has to tell which patches were one image, and which corner of it each patch was.
+The patches of a batch are shuffled into montages of four, so that one forward pass covers four patches of each image.
+The network clusters the patches of the same image and classifies the corner of each patch.
 """
 
 from typing import Literal
@@ -23,15 +23,15 @@ CORNERS = ("top_left", "top_right", "bottom_left", "bottom_right")
 
 
 class Config(MethodConfig):
-    """Defaults are the paper's, the temperature its README's (recipes M12)."""
+    """Defaults: the paper's, with the temperature of the repository's README (docs/sources.md#jigclu)."""
 
     name: Literal["jigclu"] = "jigclu"
     preset: Literal["small", "official"] = "small"
     temperature: PositiveFloat = 0.3  # the code's default is 0.07
-    base_temperature: PositiveFloat = 0.07  # temperature / this multiplies the clustering loss, 4.29 by default
+    base_temperature: PositiveFloat = 0.07  # the clustering loss is multiplied by temperature / base_temperature
     cluster_weight: float = Field(default=1.0, ge=0)
     location_weight: float = Field(default=1.0, ge=0)
-    overlap: float = Field(default=0.3, ge=0, le=0.5)  # how far a patch reaches beyond the middle, share of the side
+    overlap: float = Field(default=0.3, ge=0, le=0.5)  # of a patch beyond the middle, share of the side
     embedding_dim: PositiveInt = 128
     area: tuple[float, float] = (0.2, 1.0)  # of a patch
     augmentation: Augmentation = POLICIES["contrastive"]
@@ -42,17 +42,18 @@ _TRAINING = {
     "schedule_unit": "epoch",
 }  # fmt: skip
 PRESETS = {
-    # Cao & Wu compare with 400 epochs on CIFAR and print no more; blur is what their other methods leave out there.
+    # Cao & Wu report 400 epochs on CIFAR and no other setting; their other methods use no blur there.
     "small": Preset(method={"augmentation": "contrastive_no_blur"}, training={**_TRAINING, "epochs": 400}),
     "official": Preset(method={}, training={**_TRAINING, "epochs": 200}),
 }
 
 
 class JigClu(Method):
-    """A network that sees montages, with a head for clusters and one for locations."""
+    """A backbone on montages, with a head for clusters and one for locations."""
 
     Config = Config
     fixed_views = CORNERS
+    order_matters = True  # the order decides which patches share a montage
 
     def __init__(self, config: Config, backbone: Network, *, num_images: int, batch_size: int, seed: int) -> None:
         super().__init__(config, backbone, num_images=num_images, batch_size=batch_size, seed=seed)
@@ -64,7 +65,7 @@ class JigClu(Method):
 
     @staticmethod
     def views(config: Config, image_size: int) -> Views:
-        """Four overlapping corners of the image, each at half its size and augmented by itself."""
+        """Return the four overlapping corners of the image, each at half its size and with a separate augmentation."""
         first, last = (0.0, 0.5 + config.overlap), (0.5 - config.overlap, 1.0)
         spans = [(first, first), (last, first), (first, last), (last, last)]  # (left and right, top and bottom)
         return {
@@ -78,7 +79,7 @@ class JigClu(Method):
         }
 
     def forward(self, batch: Batch, progress: Progress) -> Losses:
-        """Return the clustering and the location loss of this process's montages."""
+        """Return the clustering and the location loss over the montages of this process."""
         patches = [batch.views[corner][0] for corner in CORNERS]
         total = len(patches[0]) * distributed.world_size()
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + progress.step)
@@ -104,9 +105,10 @@ class JigClu(Method):
 
 @torch.no_grad()
 def montage(patches: list[Tensor], order: Tensor) -> Tensor:
-    """Lay four patches a picture: (4, batch) positions in the patches of all processes, corner by corner.
+    """Return montages (batch, 3, 2 * size, 2 * size) of four patches each.
 
-    `patches` are the corners of images, each (batch, 3, size, size); the montages have twice the side.
+    `patches` has one tensor (batch, 3, size, size) per corner. `order` (4, batch) has, for each slot of each montage,
+    the position of a patch among the patches of all processes, corner by corner.
     """
     everyone = torch.cat([distributed.gather(corner) for corner in patches])
     top_left, top_right, bottom_left, bottom_right = (everyone[slot] for slot in order)
@@ -115,10 +117,11 @@ def montage(patches: list[Tensor], order: Tensor) -> Tensor:
 
 
 def clustering_loss(embedding: Tensor, images: Tensor, *, temperature: float, base_temperature: float = 0.07) -> Tensor:
-    """Return the contrastive loss that pulls the patches of an image together (eq. 2), mean over patches.
+    """Return the supervised contrastive loss with the image as the class (eq. 2), mean over patches.
 
-    `embedding` is (patches, dim) with unit rows, `images` (patches,) says which image each comes from. A patch is left
-    out of its own softmax. As in supervised contrastive learning's code, temperature / base_temperature scales it.
+    `embedding` is (patches, dim) with unit rows, `images` (patches,) the index of each patch's image. A patch is not
+    its own candidate. As in the code of supervised contrastive learning, the loss is scaled by
+    temperature / base_temperature.
     """
     itself = torch.eye(len(embedding), dtype=torch.bool, device=embedding.device)
     logits = (embedding @ embedding.T / temperature).masked_fill(itself, -torch.inf)

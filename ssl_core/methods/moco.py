@@ -1,11 +1,12 @@
 """MoCo v2: momentum contrast (He et al., 2020; Chen et al., 2020), https://arxiv.org/abs/2003.04297.
 
-A query must find its own image's key, made by a slowly moving teacher, among the keys of a queue. Presets add what
-others made of it: multi-crop with SSLight's view sampling (Tan et al., 2023), https://arxiv.org/abs/2210.02808, and the
-settings for small networks of Shi et al. (2022), https://arxiv.org/abs/2107.14762.
+The student's query must match the momentum teacher's key of the same image among the keys of a queue. Presets add
+multi-crop with SSLight's view sampling (Tan et al., 2023, https://arxiv.org/abs/2210.02808) and the settings for small
+networks of Shi et al. (2022, https://arxiv.org/abs/2107.14762).
 """
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -15,42 +16,42 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from ssl_core.blocks import distributed
-from ssl_core.blocks.momentum import make_teacher, update_teacher
+from ssl_core.blocks.losses import info_nce
+from ssl_core.blocks.momentum import MomentumTeacher
 from ssl_core.blocks.multicrop import SIX_LOCALS, SSLIGHT, SSLIGHT_TRAINING, MultiCrop, encode, local_views
 from ssl_core.blocks.queue import Queue, check_queue_size
-from ssl_core.blocks.schedules import cosine_momentum
 from ssl_core.data.loader import Batch
 from ssl_core.data.views import POLICIES, Augmentation, Probability, View, Views
-from ssl_core.methods.base import Losses, Method, MethodConfig, Preset, Progress, full_precision
+from ssl_core.methods.base import Losses, Memory, Method, MethodConfig, Preset, Progress, full_precision
 from ssl_core.networks.backbones import Network, load_strictly, read_tensors
 from ssl_core.networks.batchnorm import split_batchnorm
 from ssl_core.networks.heads import mlp
 
 
 class Config(MultiCrop, MethodConfig):
-    """Defaults are those of the baseline that SSQL and Cao & Wu run on CIFAR (recipes M4); local views are queries."""
+    """Defaults: the CIFAR baseline of SSQL and Cao & Wu (docs/sources.md#moco); local views are further queries."""
 
     name: Literal["moco"] = "moco"
     preset: Literal["small", "moco_v2", "notebook", "sslight_baseline", "sslight", "shi"] = "small"
     temperature: PositiveFloat = 0.2
     queue_size: PositiveInt = 2048
     teacher_momentum: Probability = 0.999
-    final_teacher_momentum: Probability | None = None  # reached on a cosine; None keeps it constant
-    # Both views are query and key: the sum of both directions (MoCo's notebook) or their mean (solo-learn).
+    final_teacher_momentum: Probability | None = None  # at the end of a cosine; None: constant
+    # Each view is query and key: the sum of both directions (MoCo's notebook) or their mean (solo-learn).
     symmetric: Literal["sum", "mean"] | None = None
     projector_layers: PositiveInt = 2
     projector_hidden: PositiveInt | Literal["d", "2d"] = 2048  # d: the width of the features
-    projector_dropout: float = Field(default=0.0, ge=0, lt=1)  # in front of the last layer (an ablation of Shi et al.)
+    projector_dropout: float = Field(default=0.0, ge=0, lt=1)  # in front of the last layer (ablation of Shi et al.)
     projector_weights: Literal["default", "truncated_normal"] = "default"  # the latter with zero biases (SSLight)
     embedding_dim: PositiveInt = 256
-    # Parts of the global batch with BatchNorm statistics of their own, keys shuffled over them; 1: of the whole batch.
+    # Parts of the global batch with separate BatchNorm statistics, with the keys shuffled across them.
     batchnorm_splits: PositiveInt = 4
     area: tuple[float, float] = (0.2, 1.0)
     interpolation: Literal["linear", "cubic"] = "linear"
     query_augmentation: Augmentation = POLICIES["contrastive_no_blur"]
     key_augmentation: Augmentation = POLICIES["contrastive_no_blur"]
     local_augmentation: Augmentation = POLICIES["contrastive_no_blur"]
-    # A backbone.safetensors or model.safetensors to start from, distilled for example (Shi et al., section 3.4).
+    # A backbone.safetensors or model.safetensors with initial weights, e.g. distilled ones (Shi et al., section 3.4).
     initial: Path | None = None
 
 
@@ -61,7 +62,7 @@ _OFFICIAL = {
 _SSLIGHT = {
     "queue_size": 65536, "projector_weights": "truncated_normal", "embedding_dim": 128, "batchnorm_splits": 1,
     "interpolation": "cubic", "key_augmentation": "dino_global_first", "query_augmentation": "dino_global_second",
-    "local_augmentation": "dino_local",  # DINO's colours as in SSLight's code; its paper says MoCo's (recipes A13)
+    "local_augmentation": "dino_local",  # DINO's colours, as in the code (docs/sources.md#sslight-moco-colours)
 }  # fmt: skip
 _SGD = {
     "optimizer": "sgd", "learning_rate_scaling": "none", "weight_decay": 1e-4, "warmup_epochs": 0,
@@ -74,14 +75,14 @@ PRESETS = {
     "moco_v2": Preset(
         method=_OFFICIAL, training={**_SGD, "learning_rate": 0.03, "batch_size": 256, "epochs": 200}
     ),
-    "notebook": Preset(  # Facebook's CIFAR-10 notebook: kNN 82.6 % after 200 epochs, 85.3 with `symmetric: sum`
+    "notebook": Preset(  # the authors' CIFAR-10 notebook: kNN 82.6 % after 200 epochs, 85.3 % with `symmetric: sum`
         method={
             "temperature": 0.1, "queue_size": 4096, "teacher_momentum": 0.99, "projector_layers": 1,
             "embedding_dim": 128, "batchnorm_splits": 8, "area": (0.08, 1.0),
         },
         training={**_SGD, "learning_rate": 0.06, "weight_decay": 5e-4, "batch_size": 512, "epochs": 200},
     ),
-    "sslight_baseline": Preset(method={**_SSLIGHT, **SIX_LOCALS}, training=_LARS),  # its MoCo v2*
+    "sslight_baseline": Preset(method={**_SSLIGHT, **SIX_LOCALS}, training=_LARS),  # MoCo v2* in the paper
     "sslight": Preset(method={**_SSLIGHT, **SSLIGHT}, training=_LARS),
     "shi": Preset(
         method={
@@ -94,7 +95,7 @@ PRESETS = {
 
 
 class MoCo(Method):
-    """Student, momentum teacher and a queue of the teacher's past embeddings, the keys."""
+    """Student, momentum teacher, and a queue of the teacher's past embeddings (keys)."""
 
     Config = Config
     fixed_views = ("query", "key")
@@ -110,19 +111,23 @@ class MoCo(Method):
             start_from(config.initial, self.backbone, self.projector)
         if config.batchnorm_splits > 1:
             split_batchnorm(self, max(1, config.batchnorm_splits // distributed.world_size()))
-        self.teacher = make_teacher(nn.Sequential(self.backbone, self.projector))
+        self.teacher = MomentumTeacher(
+            self.backbone,
+            self.projector,
+            momentum=config.teacher_momentum,
+            final_momentum=config.final_teacher_momentum,
+        )
         self.queue = Queue(config.queue_size, config.embedding_dim)
-        self.keys: list[Tensor] = []  # this step's, enqueued after it
 
     @staticmethod
     def views(config: Config, image_size: int) -> Views:
-        """One view for the key, one for the query and, with multi-crop, small ones for further queries."""
-        queried, answered = ("student",), ("teacher",)
+        """Return one view for the query, one for the key and, with multi-crop, local views for further queries."""
+        query_networks, key_networks = ("student",), ("teacher",)
         if config.symmetric:
-            queried = answered = ("student", "teacher")
+            query_networks = key_networks = ("student", "teacher")
         augmentations = {
-            "query": (config.query_augmentation, queried),
-            "key": (config.key_augmentation, answered),
+            "query": (config.query_augmentation, query_networks),
+            "key": (config.key_augmentation, key_networks),
         }
         views = {
             group: View(
@@ -140,18 +145,21 @@ class MoCo(Method):
         }
 
     def forward(self, batch: Batch, progress: Progress) -> Losses:
-        """Return the contrast of each global view with the other's key, and of local views with every key."""
+        """Return the contrast of each global view with the key of the other, and of local views with every key."""
         (first,), (second,), small = batch.views["query"], batch.views["key"], batch.views.get("local", [])
         query, *locals_ = self._queries([first, *small])
         queries, keys = [query], [self._key(second, progress.step)]
         if self.config.symmetric:
             queries += self._queries([second])
             keys.append(self._key(first, progress.step))
-        self.keys += reversed(keys)  # those of the first view come first, as in MoCo's notebook
         with full_precision(query):
-            return self._losses(queries, locals_, keys)
+            total, parts = self._losses(queries, locals_, keys)
+        stacked = torch.stack(keys[::-1])  # (directions, batch, dim); the first view's first, as in MoCo's notebook
+        return Losses(total, parts, embedding=query.detach(), memory={"keys": stacked})
 
-    def _losses(self, queries: list[Tensor], locals_: list[Tensor], keys: list[Tensor]) -> Losses:
+    def _losses(
+        self, queries: list[Tensor], locals_: list[Tensor], keys: list[Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         total = self._contrast(queries, keys)
         parts = {"global": total.detach()}
         if locals_:
@@ -160,17 +168,14 @@ class MoCo(Method):
             parts["local"] = contrast.detach()
             alpha = 1 / (1 + len(locals_)) if self.config.alpha is None else self.config.alpha
             total = alpha * total + (1 - alpha) * contrast  # SSLight eq. 3
-        return Losses(total, parts, embedding=queries[0].detach())
+        return total, parts
 
     def _contrast(self, queries: list[Tensor], keys: list[Tensor]) -> Tensor:
-        """Return InfoNCE on the queue as it stood before this batch, over the directions."""
-        temperature = self.config.temperature
-        directions = torch.stack(
-            [
-                info_nce(query, key, self.queue.rows, temperature=temperature)
-                for query, key in zip(queries, keys, strict=True)
-            ]
-        )
+        """Return InfoNCE against the queue of earlier batches, over the directions."""
+        losses = []
+        for query, key in zip(queries, keys, strict=True):
+            losses.append(info_nce(query, key, self.queue.rows, temperature=self.config.temperature))
+        directions = torch.stack(losses)
         return directions.sum() if self.config.symmetric == "sum" else directions.mean()
 
     def _queries(self, views: list[Tensor]) -> list[Tensor]:
@@ -185,31 +190,18 @@ class MoCo(Method):
         return distributed.unshuffle(F.normalize(self.teacher(shuffled).float(), dim=1), order)
 
     @torch.no_grad()
-    def after_step(self, progress: Progress) -> None:
-        """Move the teacher towards the student and put this step's keys into the queue."""
-        start, end = self.config.teacher_momentum, self.config.final_teacher_momentum
-        momentum = start if end is None else cosine_momentum(progress.step, progress.total_steps, start, end)
-        update_teacher(self.teacher, nn.Sequential(self.backbone, self.projector), momentum)
-        for keys in self.keys:
-            self.queue.enqueue(distributed.gather(keys))
-        self.keys.clear()
-
-
-def info_nce(query: Tensor, key: Tensor, queue: Tensor, *, temperature: float) -> Tensor:
-    """Cross-entropy that picks each query's own key among the queue's (He et al., 2020, eq. 1).
-
-    `query` and `key` are (batch, dim), `queue` (size, dim), all with unit rows; the positive stands in column 0.
-    """
-    positive = (query * key).sum(dim=1, keepdim=True)
-    logits = torch.cat([positive, query @ queue.T], dim=1) / temperature  # (batch, 1 + size)
-    target = torch.zeros(len(query), dtype=torch.long, device=query.device)
-    return F.cross_entropy(logits, target)
+    def after_step(self, progress: Progress, memories: Sequence[Memory]) -> None:
+        """Move the teacher towards the student and put the keys of this step into the queue."""
+        self.teacher.update(self.backbone, self.projector, fraction=progress.fraction)
+        for memory in memories:
+            for keys in memory["keys"]:
+                self.queue.enqueue(distributed.gather(keys))
 
 
 def start_from(path: Path, backbone: nn.Module, projector: nn.Module) -> None:
-    """Load a backbone.safetensors, or a model.safetensors whose projector is taken too if it fits.
+    """Load a backbone.safetensors, or a model.safetensors including its projector if the shapes agree.
 
-    Raises `ValueError` where the backbone does not fit exactly; says so where the projector starts anew.
+    Raises `ValueError` for a backbone that does not fit; prints a warning if the projector is not loaded.
     """
     weights, header = read_tensors(path)
     if "backbone" in header:
@@ -219,11 +211,14 @@ def start_from(path: Path, backbone: nn.Module, projector: nn.Module) -> None:
         part, _, rest = name.partition(".")
         parts.setdefault(part, {})[rest] = weight
     load_strictly(backbone, parts["backbone"], path)
-    own, found = projector.state_dict(), parts["projector"]
-    if own.keys() == found.keys() and all(weight.shape == found[name].shape for name, weight in own.items()):
-        projector.load_state_dict(found)
+    shapes = {name: weight.shape for name, weight in parts["projector"].items()}
+    if shapes == {name: weight.shape for name, weight in projector.state_dict().items()}:
+        projector.load_state_dict(parts["projector"])
     elif distributed.rank() == 0:
-        print(f"method.initial: {path} has no projector of these shapes; ours starts from random", file=sys.stderr)
+        print(
+            f"method.initial: {path} has no projector of these shapes, the projector's initial weights are random",
+            file=sys.stderr,
+        )
 
 
 def _projector(config: Config, width: int) -> nn.Sequential:

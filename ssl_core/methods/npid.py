@@ -1,10 +1,11 @@
 """NPID: non-parametric instance discrimination (Wu et al., 2018), https://arxiv.org/abs/1805.01978.
 
-Every image is a class of its own, and its class vector is its embedding of earlier epochs, kept in a bank: one view,
-one backward pass. Cao & Wu (2024, https://arxiv.org/abs/2404.19289) start the bank from the untrained network's
-features, move it along the gradient and add SqrtKL, which holds the softmax against its own square root.
+Every image is its own class. Its class vector is its embedding from earlier epochs, stored in a bank. Cao & Wu (2024,
+https://arxiv.org/abs/2404.19289) initialise the bank with the untrained network's features, update it along the
+gradient and add SqrtKL, the divergence of the softmax from its own square root.
 """
 
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -15,10 +16,10 @@ from torch import Tensor
 
 from ssl_core.blocks import distributed
 from ssl_core.blocks.cutmix import Mixed, cutmix
-from ssl_core.blocks.instance_softmax import InstanceSoftmax, instance_softmax
+from ssl_core.blocks.instance_softmax import InstanceSoftmax, instance_loss, instance_softmax
 from ssl_core.data.loader import Batch, Loader
 from ssl_core.data.views import POLICIES, Augmentation, View, Views
-from ssl_core.methods.base import Losses, Method, MethodConfig, Preset, Progress, full_precision
+from ssl_core.methods.base import Losses, Memory, Method, MethodConfig, Preset, Progress, full_precision
 from ssl_core.networks.backbones import Network
 from ssl_core.networks.batchnorm import split_batchnorm
 from ssl_core.networks.heads import mlp
@@ -27,25 +28,30 @@ Term = Literal["l1", "l2"]
 
 
 class Config(MethodConfig):
-    """Defaults are NPID's own for CIFAR (recipes M1); `paper` and `code` are Cao & Wu's, which differ (recipes M3)."""
+    """Defaults: NPID on CIFAR (docs/sources.md#npid); `paper` and `code` are Cao & Wu's (docs/sources.md#cao-wu)."""
 
     name: Literal["npid"] = "npid"
     preset: Literal["npid", "imagenet", "paper", "code"] = "npid"
-    head: Literal["linear", "mlp"] = "linear"  # mlp: three layers with two batch norms (Cao & Wu's code)
-    projector_hidden: PositiveInt = 2048  # of the mlp (code)
-    embedding_dim: PositiveInt = 128  # 2048 in Cao & Wu's code; their paper does not say
-    temperature: PositiveFloat = 0.1  # 0.07 on ImageNet; 0.2 in Cao & Wu's code, their paper has none (recipes A1)
+    head: Literal["linear", "mlp"] = "linear"  # mlp: three layers with two BatchNorms (Cao & Wu's code)
+    projector_hidden: PositiveInt = 2048  # of the mlp (Cao & Wu's code)
+    embedding_dim: PositiveInt = 128  # 2048 in Cao & Wu's code, not given in their paper
+    # 0.07 on ImageNet; 0.2 in Cao & Wu's code, not given in their paper (docs/sources.md#cao-wu-temperature).
+    temperature: PositiveFloat = 0.1
     bank_momentum: float = Field(default=0.5, ge=0, le=1)  # NPID's code and Cao & Wu (best: 0.5-0.7, Fig. 4)
-    update: Literal["moving_average", "gradient"] = "moving_average"  # gradient: Cao & Wu eq. 5-6, not in their code
-    # Rows compared with beside the batch's own, which are always there; None is all N, 0 the batch alone (recipes A4).
+    # gradient: eq. 5-6 of Cao & Wu's paper, not in their code (docs/sources.md#cao-wu-bank-update).
+    update: Literal["moving_average", "gradient"] = "moving_average"
+    # Rows of other images in the softmax; None: all, 0: the batch only (docs/sources.md#cao-wu-candidates).
     negatives: NonNegativeInt | None = None
-    proximal_weight: NonNegativeFloat = 0.0  # NPID's paper has 30, its code no such term (recipes M1)
-    calibrate: bool = False  # start the bank from the untrained network's features (Cao & Wu, section 3.2)
-    calibration_mode: Literal["train", "eval"] = "train"  # of batch norm; eval gives a nearly collinear bank (A7)
-    sqrtkl_weight: NonNegativeFloat = 0.0  # Cao & Wu: 20
-    sqrtkl_temperature: PositiveFloat | None = 1.0  # code; None: that of the cross-entropy, read literally (recipes A2)
-    sqrtkl_terms: tuple[Term, ...] = Field(default=("l1", "l2"), min_length=1)  # the ablation of their Table 8
-    cutmix: PositiveFloat | None = None  # alpha; 0.5 in Cao & Wu's code, not in their paper (recipes A5)
+    proximal_weight: NonNegativeFloat = 0.0  # 30 in NPID's paper, absent from its code (docs/sources.md#npid)
+    calibrate: bool = False  # initialise the bank with the untrained network's features (Cao & Wu, section 3.2)
+    # Mode of BatchNorm; eval gives nearly collinear rows (docs/sources.md#cao-wu-calibration).
+    calibration_mode: Literal["train", "eval"] = "train"
+    sqrtkl_weight: NonNegativeFloat = 0.0  # 20 in Cao & Wu
+    # 1 in the code; None: `temperature`, as in the paper (docs/sources.md#cao-wu-sqrtkl-temperature).
+    sqrtkl_temperature: PositiveFloat | None = 1.0
+    sqrtkl_terms: tuple[Term, ...] = Field(default=("l1", "l2"), min_length=1)  # ablation of Cao & Wu, Table 8
+    # alpha; 0.5 in Cao & Wu's code, absent from their paper (docs/sources.md#cao-wu-cutmix).
+    cutmix: PositiveFloat | None = None
     batchnorm_splits: PositiveInt = 1  # Cao & Wu's code trains on four GPUs without synchronisation
     area: tuple[float, float] = (0.2, 1.0)
     augmentation: Augmentation = POLICIES["npid"]
@@ -64,7 +70,7 @@ PRESETS = {
             "batch_size": 128, "epochs": 200, "warmup_epochs": 0, "schedule": "step", "milestones": (80, 120, 160),
         },
     ),
-    "imagenet": Preset(  # the later release: a softmax over sampled negatives instead of NCE
+    "imagenet": Preset(  # the authors' later release, with a softmax over sampled negatives instead of NCE
         method={"temperature": 0.07, "negatives": 65536, "augmentation": {"policy": "npid", "flip": 0.5}},
         training={
             "optimizer": "sgd", "learning_rate": 0.03, "learning_rate_scaling": "none", "weight_decay": 1e-4,
@@ -89,7 +95,7 @@ PRESETS = {
 
 
 class NPID(Method):
-    """A network, and the bank of what it last said of every image."""
+    """A network, and a bank of its embeddings of all images."""
 
     Config = Config
     fixed_views = ("student",)
@@ -104,22 +110,21 @@ class NPID(Method):
         self.projector = mlp([backbone.num_features, *hidden, config.embedding_dim])
         if config.batchnorm_splits > 1:
             split_batchnorm(self, max(1, config.batchnorm_splits // distributed.world_size()))
-        # NPID's start: rows of about unit length, in no direction.
+        # NPID's initialisation: random rows of about unit length.
         bound = (3 / config.embedding_dim) ** 0.5
         self.register_buffer("bank", torch.empty(num_images, config.embedding_dim).uniform_(-bound, bound))
-        self.moves: list[tuple[Tensor, Tensor]] = []  # this step's: images, and where their rows go after it
 
     @staticmethod
     def views(config: Config, image_size: int) -> Views:
-        """One view, of which there is no second."""
+        """Return a single view."""
         return {"student": View(size=image_size, area=config.area, augmentation=config.augmentation)}
 
     @torch.no_grad()
     def prepare(self, loader: Loader, device: torch.device) -> None:
-        """Fill the bank with the untrained network's embeddings, epoch after epoch until no image is left out.
+        """Fill the bank with the untrained network's embeddings.
 
-        An epoch drops its last incomplete batch; the images in it would start from rows that mean nothing. The batch
-        norms' running statistics stay those of the untrained network.
+        Epochs are repeated until every image was seen, because each epoch drops its last incomplete batch. The running
+        statistics of BatchNorm are restored afterwards.
         """
         if not self.config.calibrate:
             return
@@ -142,7 +147,7 @@ class NPID(Method):
     def forward(self, batch: Batch, progress: Progress) -> Losses:
         """Return L = cross-entropy + sqrtkl_weight * SqrtKL (Cao & Wu, eq. 7) + NPID's proximal term."""
         (images,) = batch.views["student"]
-        generator = np.random.default_rng([self.seed, progress.step, len(self.moves)])  # the same on all processes
+        generator = np.random.default_rng([self.seed, progress.step, progress.part])  # the same in all processes
         mixed = cutmix(images, alpha=self.config.cutmix, generator=generator)
         embedding = self._embed(mixed.images)
         with full_precision(embedding):
@@ -153,124 +158,82 @@ class NPID(Method):
 
     def _losses(self, embedding: Tensor, indices: Tensor, mixed: Mixed, generator: np.random.Generator) -> Losses:
         config = self.config
-        everyone = distributed.gather(indices)  # images of the batches of all processes
+        images = distributed.gather(indices)  # of the batches of all processes
         place = torch.arange(len(indices), device=indices.device) + distributed.rank() * len(indices)
         bank = self.bank
         if config.negatives is not None:
-            bank = self.bank[torch.cat([everyone, self._sample(everyone, generator)])]
-        own = self.bank[everyone]  # (batch of all processes, dim)
-        softmax = instance_softmax(
-            embedding,
-            bank,
-            temperature=config.temperature,
-            entropy_temperature=(config.sqrtkl_temperature or config.temperature) if config.sqrtkl_weight else None,
-        )
-        total = instance = _cross_entropy(embedding, own[place], softmax, config.temperature, mixed)
-        parts = {"instance": instance.detach()}
+            bank = self.bank[torch.cat([images, self._sample(images, generator)])]
+        rows = self.bank[images]  # (batch of all processes, dim)
+        entropy_temperature = None
         if config.sqrtkl_weight:
-            divergence = _sqrt_kl(softmax, config.sqrtkl_terms)
+            entropy_temperature = config.sqrtkl_temperature or config.temperature
+        softmax = instance_softmax(
+            embedding, bank, temperature=config.temperature, entropy_temperature=entropy_temperature
+        )
+        total = instance_loss(softmax, embedding, rows[place], temperature=config.temperature, mixed=mixed)
+        parts = {"instance": total.detach()}
+        if config.sqrtkl_weight:
+            divergence = sqrt_kl(softmax, config.sqrtkl_terms)
             parts["sqrt_kl"] = divergence.detach()
             total = total + config.sqrtkl_weight * divergence
         if config.proximal_weight:
-            proximal = (embedding - own[place]).square().sum(dim=1).mean()
+            proximal = (embedding - rows[place]).square().sum(dim=1).mean()
             parts["proximal"] = proximal.detach()
             total = total + config.proximal_weight * proximal
-        self._note(embedding.detach(), everyone, own, place, softmax.log_normalizer.detach(), mixed)
-        return Losses(total, parts, embedding=embedding.detach())
+        target = self._bank_target(embedding.detach(), rows, place, softmax.log_normalizer.detach(), mixed)
+        return Losses(total, parts, embedding=embedding.detach(), memory={"images": images, "target": target})
 
-    def _sample(self, everyone: Tensor, generator: np.random.Generator) -> Tensor:
-        """Draw images outside the batch, each at most once; all there are if they are fewer than `negatives`."""
-        others = len(self.bank) - len(everyone)
+    def _sample(self, images: Tensor, generator: np.random.Generator) -> Tensor:
+        """Draw up to `negatives` different images outside the batch."""
+        others = len(self.bank) - len(images)
         count = min(self.config.negatives or 0, others)
         drawn = torch.from_numpy(generator.choice(others, count, replace=False, shuffle=False))
-        drawn = drawn.to(everyone.device, non_blocking=True)
-        # Number r outside the batch is image r plus as many as the batch has up to there.
-        skipped = everyone.sort().values - torch.arange(len(everyone), device=everyone.device)
+        drawn = drawn.to(images.device, non_blocking=True)
+        # The image with rank r outside the batch is r plus the number of batch images in front of it.
+        skipped = images.sort().values - torch.arange(len(images), device=images.device)
         return drawn + torch.searchsorted(skipped, drawn, right=True)
 
     @torch.no_grad()
-    def _note(
-        self, embedding: Tensor, everyone: Tensor, own: Tensor, place: Tensor, log_normalizer: Tensor, mixed: Mixed
-    ) -> None:
-        """Keep for after the step where the rows of the batch are to move."""
-        target = everyone_embedding = distributed.gather(embedding)
-        if self.config.update == "gradient":
-            probability = (embedding @ own.T / self.config.temperature - log_normalizer[:, None]).exp()
-            label = torch.zeros_like(probability)
-            label[torch.arange(len(place)), place] = mixed.share
-            label[torch.arange(len(place)), place[mixed.partner]] += 1 - mixed.share
-            target = gradient_update(
-                everyone_embedding, distributed.gather(probability), label=distributed.gather(label)
-            )
-        self.moves.append((everyone, target))
+    def _bank_target(
+        self, embedding: Tensor, rows: Tensor, place: Tensor, log_normalizer: Tensor, mixed: Mixed
+    ) -> Tensor:
+        """Return the vectors towards which the bank's `rows` of all processes move after the step."""
+        everyone = distributed.gather(embedding)
+        if self.config.update == "moving_average":
+            return everyone
+        probability = (embedding @ rows.T / self.config.temperature - log_normalizer[:, None]).exp()
+        label = torch.zeros_like(probability)
+        label[torch.arange(len(place)), place] = mixed.share
+        label[torch.arange(len(place)), place[mixed.partner]] += 1 - mixed.share
+        return gradient_update(everyone, distributed.gather(probability), label=distributed.gather(label))
 
     @torch.no_grad()
-    def after_step(self, progress: Progress) -> None:
-        """Move the rows of this step's images, and only those, towards their targets (Cao & Wu, eq. 6)."""
+    def after_step(self, progress: Progress, memories: Sequence[Memory]) -> None:
+        """Move the bank's rows of this step's images towards their targets (Cao & Wu, eq. 6)."""
         momentum = self.config.bank_momentum
-        for images, target in self.moves:
-            moved = momentum * self.bank[images] + (1 - momentum) * target
+        for memory in memories:
+            images = memory["images"]
+            moved = momentum * self.bank[images] + (1 - momentum) * memory["target"]
             self.bank.index_copy_(0, images, F.normalize(moved, dim=1))
-        self.moves.clear()
 
 
-def instance_loss(
-    embedding: Tensor,
-    bank: Tensor,
-    target: Tensor,
-    *,
-    temperature: float,
-    mixed: Mixed | None = None,
-    chunk: int | None = None,
-) -> Tensor:
-    """Cross-entropy that picks row target[i] of `bank` (N, dim) for embedding[i] (batch, dim), mean over the batch.
+def sqrt_kl(softmax: InstanceSoftmax, terms: tuple[Term, ...] = ("l1", "l2")) -> Tensor:
+    """Return the KL divergence of the softmax p from u ~ sqrt(p), mean over the batch (Cao & Wu, eq. 7-9).
 
-    Equals F.cross_entropy(embedding @ bank.T / temperature, target) in memory O(batch x chunk); of images that CutMix
-    has `mixed`, the mean of this and of their partners' by the shares.
+    l1 is the sum of p log p, l2 is minus the sum of p log u (Table 8). No gradient reaches u, otherwise its sign would
+    flip. log u is half of log p plus a constant, so that the gradient of l2 is -1/2 of that of l1.
     """
-    softmax = instance_softmax(embedding, bank, temperature=temperature, chunk=chunk)
-    return _cross_entropy(embedding, bank[target], softmax, temperature, mixed)
-
-
-def sqrt_kl(
-    embedding: Tensor,
-    bank: Tensor,
-    *,
-    temperature: float,
-    terms: tuple[Term, ...] = ("l1", "l2"),
-    chunk: int | None = None,
-) -> Tensor:
-    """KL divergence of p, softmax over the bank, from u ~ sqrt(p), mean over the batch (Cao & Wu, eq. 7-9).
-
-    No gradient reaches u, or its sign would flip. l1 is sum of p log p, l2 is -sum of p log u (Table 8).
-    """
-    softmax = instance_softmax(embedding, bank, temperature=temperature, entropy_temperature=temperature, chunk=chunk)
-    return _sqrt_kl(softmax, terms)
+    l1 = softmax.negative_entropy
+    values = {"l1": l1, "l2": softmax.to_square_root - 0.5 * (l1 - l1.detach())}
+    return torch.stack([values[term] for term in terms]).sum(dim=0).mean()
 
 
 def gradient_update(embedding: Tensor, probability: Tensor, *, label: Tensor | None = None) -> Tensor:
-    """Where the class vectors of a batch go on the gradient of its cross-entropy, temperature left out (eq. 5).
+    """Return the negative gradient of a batch's cross-entropy with respect to its class vectors, times the temperature.
 
-    probability[b, i] is the share of image i's class in the softmax of image b, both of the batch (batch, batch): the
-    p_j of the paper's sum over j is of class i under image j (recipes M3). `label` (batch, batch) is what it should be:
-    1 on the diagonal, or the shares of CutMix.
+    This is Cao & Wu's eq. 5. probability[b, i] (batch, batch) is the probability of image i's class for image b
+    (docs/sources.md#cao-wu-bank-update), `label` (batch, batch) its target: the identity, or the shares of CutMix.
     """
     if label is None:
         return embedding - probability.T @ embedding
     return (label - probability).T @ embedding
-
-
-def _cross_entropy(
-    embedding: Tensor, own: Tensor, softmax: InstanceSoftmax, temperature: float, mixed: Mixed | None
-) -> Tensor:
-    """Cross-entropy to the images' `own` rows (batch, dim), or by the shares to theirs and their partners'."""
-    if mixed is not None and mixed.share < 1:
-        own = mixed.share * own + (1 - mixed.share) * own[mixed.partner]
-    return (softmax.log_normalizer - (embedding * own).sum(dim=1) / temperature).mean()
-
-
-def _sqrt_kl(softmax: InstanceSoftmax, terms: tuple[Term, ...]) -> Tensor:
-    """Add the terms up; as log u is half of log p plus a constant, l2's gradient is -1/2 of l1's."""
-    l1 = softmax.negative_entropy
-    values = {"l1": l1, "l2": softmax.to_square_root - 0.5 * (l1 - l1.detach())}
-    return torch.stack([values[term] for term in terms]).sum(dim=0).mean()

@@ -1,7 +1,7 @@
 """PID: parametric instance discrimination (Exemplar-CNN, Dosovitskiy et al., 2014), https://arxiv.org/abs/1406.6909.
 
-Every image is a class of its own with a trained class vector: plain classification into as many classes as images. PIC
-(Cao et al., 2020, https://arxiv.org/abs/2006.14618) compares by cosine, behind a projector.
+Classification with one class, and one trained class vector, per image. PIC (Cao et al., 2020,
+https://arxiv.org/abs/2006.14618) adds a projector and uses cosines as logits.
 """
 
 from typing import Literal, Self
@@ -13,27 +13,27 @@ from pydantic import PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from ssl_core.blocks.cutmix import Mixed, cutmix
+from ssl_core.blocks.instance_softmax import instance_loss, instance_softmax
 from ssl_core.data.loader import Batch
 from ssl_core.data.views import POLICIES, Augmentation, View, Views
 from ssl_core.methods.base import Losses, Method, MethodConfig, Preset, Progress, full_precision
-from ssl_core.methods.npid import instance_loss
 from ssl_core.networks.backbones import Network
 from ssl_core.networks.heads import mlp
 
 
 class Config(MethodConfig):
-    """Defaults are the frame of Cao & Wu's other baselines, since they do not document PID's (recipes M2)."""
+    """Defaults: those of Cao & Wu's other baselines, since theirs for PID are not published (docs/sources.md#pid)."""
 
     name: Literal["pid"] = "pid"
     preset: Literal["pid", "pic"] = "pid"
-    head: Literal["none", "linear", "mlp"] = "none"  # none: class vectors lie among the backbone's features
+    head: Literal["none", "linear", "mlp"] = "none"  # none: class vectors have the width of the backbone's features
     projector_hidden: PositiveInt = 2048  # of the mlp
     embedding_dim: PositiveInt = 128  # of linear and mlp (PIC)
     cosine: bool = False  # PIC: unit features and class vectors
     temperature: PositiveFloat = 1.0
-    bias: bool = False  # one number a class beside its vector
+    bias: bool = False  # one number per class, added to its logit
     weight_init: PositiveFloat | None = None  # standard deviation, 0.01 in PIC; None is nn.Linear's
-    # Decay shrinks every class vector at every step, also those of images that are not in the batch.
+    # Weight decay shrinks every class vector at every step, including those of images outside the batch.
     decay_weights: bool = True
     cutmix: PositiveFloat | None = None  # alpha; 0.5 in Cao's code for 2040 images
     area: tuple[float, float] = (0.2, 1.0)
@@ -42,7 +42,7 @@ class Config(MethodConfig):
     @model_validator(mode="after")
     def _cosine_has_no_bias(self) -> Self:
         if self.cosine and self.bias:
-            raise ValueError("a cosine has no bias: set cosine or bias, not both")
+            raise ValueError("found cosine: true and bias: true, but a cosine has no bias: set one of them")
         return self
 
 
@@ -54,7 +54,7 @@ PRESETS = {
             "batch_size": 512, "epochs": 400, "warmup_epochs": 0, "schedule_unit": "epoch",
         },
     ),
-    "pic": Preset(  # without its sliding window over the data, which makes an image come back soon (recipes M2)
+    "pic": Preset(  # without its sliding window, an order of the data that repeats images soon (docs/sources.md#pid)
         method={
             "head": "mlp", "cosine": True, "temperature": 0.2, "weight_init": 0.01, "area": (0.08, 1.0),
             "augmentation": {"policy": "contrastive"},
@@ -68,7 +68,7 @@ PRESETS = {
 
 
 class PID(Method):
-    """A network and one trained vector a training image."""
+    """A network and one trained class vector per training image."""
 
     Config = Config
 
@@ -82,24 +82,22 @@ class PID(Method):
         self.projector = (
             nn.Identity() if config.head == "none" else mlp([backbone.num_features, *hidden, dim], batch_norm=False)
         )
-        weights = torch.empty(num_images, dim + config.bias)  # the bias is the weight of a feature that is always 1
+        weights = torch.empty(num_images, dim + config.bias)  # the bias is the weight of a constant feature 1
         if config.weight_init is None:
             nn.init.uniform_(weights, -(dim**-0.5), dim**-0.5)
         else:
             nn.init.normal_(weights, std=config.weight_init)
         self.weights = nn.Parameter(weights)
         self.undecayed = () if config.decay_weights else ("weights",)
-        self.parts = 0  # forwards since the last step
 
     @staticmethod
     def views(config: Config, image_size: int) -> Views:
-        """One view; an experiment may ask for more of it."""
+        """Return a single view; experiments may set a larger count."""
         return {"student": View(size=image_size, area=config.area, augmentation=config.augmentation)}
 
     def forward(self, batch: Batch, progress: Progress) -> Losses:
         """Return the cross-entropy over all images, averaged over the views."""
-        generator = np.random.default_rng([self.seed, progress.step, self.parts])  # the same on all processes
-        self.parts += 1
+        generator = np.random.default_rng([self.seed, progress.step, progress.part])  # the same in all processes
         losses, embeddings = [], []
         for images in batch.views["student"]:
             mixed = cutmix(images, alpha=self.config.cutmix, generator=generator)
@@ -116,8 +114,6 @@ class PID(Method):
             embedding, weights = F.normalize(embedding, dim=1), F.normalize(weights, dim=1)
         if self.config.bias:
             embedding = F.pad(embedding, (0, 1), value=1.0)
-        return instance_loss(embedding, weights, indices, temperature=self.config.temperature, mixed=mixed)
-
-    def after_step(self, progress: Progress) -> None:
-        """Count the next step's forwards from 0."""
-        self.parts = 0
+        temperature = self.config.temperature
+        softmax = instance_softmax(embedding, weights, temperature=temperature)
+        return instance_loss(softmax, embedding, weights[indices], temperature=temperature, mixed=mixed)

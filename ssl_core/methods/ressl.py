@@ -1,9 +1,10 @@
 """ReSSL: relational self-supervised learning (Zheng et al., 2021), https://arxiv.org/abs/2107.09282.
 
-A teacher that sees a weak view says how similar an image is to those in a queue; the student, which sees a strong view,
-learns to say the same. Unlike with a contrastive loss, images that resemble each other are not pushed apart.
+The student, on a strongly augmented view, learns the momentum teacher's similarities of a weak view to a queue of other
+images. Unlike with a contrastive loss, similar images are not pushed apart.
 """
 
+from collections.abc import Sequence
 from typing import Literal, Self
 
 import torch
@@ -12,38 +13,39 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from ssl_core.blocks import distributed
-from ssl_core.blocks.momentum import make_teacher, update_teacher
+from ssl_core.blocks.losses import info_nce
+from ssl_core.blocks.momentum import MomentumTeacher
 from ssl_core.blocks.queue import Queue, check_queue_size
-from ssl_core.blocks.schedules import cosine_momentum
 from ssl_core.data.loader import Batch
 from ssl_core.data.views import POLICIES, Augmentation, View, Views
-from ssl_core.methods.base import Losses, Method, MethodConfig, Preset, Progress, full_precision
-from ssl_core.methods.moco import info_nce
+from ssl_core.methods.base import Losses, Memory, Method, MethodConfig, Preset, Progress, full_precision
 from ssl_core.networks.backbones import Network
 from ssl_core.networks.batchnorm import split_batchnorm
 from ssl_core.networks.heads import mlp
 
 
 class Config(MethodConfig):
-    """Defaults are the journal version's for small images (recipes M13, "Small/medium recipe")."""
+    """Defaults: the journal version's for small images (docs/sources.md#ressl)."""
 
     name: Literal["ressl"] = "ressl"
     preset: Literal["small", "imagenet", "neurips"] = "small"
     crops: Literal["one", "two", "multi"] = "one"
-    strong: bool = False  # RandAugment as in CLSA behind the student's augmentation
+    strong: bool = False  # append CLSA's RandAugment to the student's augmentation
     student_temperature: PositiveFloat = 0.1
-    teacher_temperature: PositiveFloat = 0.04  # sharper than the student's, else the target says nothing (Table 1)
+    teacher_temperature: PositiveFloat = 0.04  # must be sharper than the student's (Table 1)
     queue_size: PositiveInt = 4096
     projector_hidden: PositiveInt = 4096
     projector_batchnorm: bool = True
     embedding_dim: PositiveInt = 256
     predictor: bool = True
-    # Without a predictor a view must not recognise its batch by its statistics; 8 as in MoCo's CIFAR notebook.
+    # None: 1 with a predictor, else 8 as in MoCo's CIFAR notebook, so that statistics do not reveal the positive pair.
     batchnorm_splits: PositiveInt | None = None
     teacher_momentum: float = Field(default=0.99, ge=0, le=1)
-    final_teacher_momentum: float | None = Field(default=None, ge=0, le=1)  # on a cosine; None: constant
-    warmup: float = Field(default=0.1, ge=0, le=1)  # share of the run on which InfoNCE fades out (eq. 7; recipes A8)
-    warmup_temperature: PositiveFloat = 0.2  # nobody says; MoCo v2's (recipes A8)
+    final_teacher_momentum: float | None = Field(default=None, ge=0, le=1)  # at the end of a cosine; None: constant
+    # Share of the run over which InfoNCE fades out (eq. 7), and its temperature: MoCo v2's, as the paper has none
+    # (docs/sources.md#ressl-warmup).
+    warmup: float = Field(default=0.1, ge=0, le=1)
+    warmup_temperature: PositiveFloat = 0.2
     student_area: tuple[float, float] = (0.2, 1.0)
     student_augmentation: Augmentation = POLICIES["contrastive"]
     # Smallest areas of the five views of `crops: multi`.
@@ -54,7 +56,7 @@ class Config(MethodConfig):
         if self.teacher_temperature >= self.student_temperature:
             raise ValueError(
                 f"teacher_temperature {self.teacher_temperature} must be below student_temperature "
-                f"{self.student_temperature}: a flatter target teaches nothing (the paper's best is 0.04 against 0.1)"
+                f"{self.student_temperature}: the target must be the sharper one (0.04 and 0.1 in the paper)"
             )
         return self
 
@@ -77,7 +79,7 @@ PRESETS = {
             "warmup_epochs": 10, "decay_exclusion": "norm_bias",
         },
     ),
-    "neurips": Preset(  # the released code, which differs from the journal (recipes M13)
+    "neurips": Preset(  # the released code, which differs from the journal version (docs/sources.md#ressl)
         method={
             "predictor": False, "warmup": 0.0, "projector_batchnorm": False, "embedding_dim": 512, "queue_size": 131072,
             "teacher_momentum": 0.999, "multi_smallest": (0.2, 0.172, 0.143, 0.114, 0.086),
@@ -111,13 +113,17 @@ class ReSSL(Method):
         self.splits = config.batchnorm_splits or (1 if config.predictor else 8)
         if self.splits > 1:
             split_batchnorm(self, max(1, self.splits // distributed.world_size()))
-        self.teacher = make_teacher(nn.Sequential(self.backbone, self.projector))
+        self.teacher = MomentumTeacher(
+            self.backbone,
+            self.projector,
+            momentum=config.teacher_momentum,
+            final_momentum=config.final_teacher_momentum,
+        )
         self.queue = Queue(config.queue_size, dim)
-        self.keys: list[Tensor] = []  # this step's, enqueued after it
 
     @staticmethod
     def views(config: Config, image_size: int) -> Views:
-        """One weak view for the teacher; one, two or five differently sized strong ones for the student."""
+        """Return one weak view for the teacher, and one, two or five strong views for the student."""
         augmentation = config.student_augmentation
         if config.strong:
             augmentation = augmentation.model_copy(update={"randaugment": 5})
@@ -138,24 +144,23 @@ class ReSSL(Method):
         """Return L = alpha * L_relation + (1 - alpha) * L_InfoNCE (eq. 7), averaged over the student's views."""
         teacher = self._teach(batch.views["teacher"][0], progress.step)
         students = [self._learn(view) for group in batch.views if group != "teacher" for view in batch.views[group]]
-        self.keys.append(teacher)
         with full_precision(teacher):
-            return self._losses(students, teacher, progress)
+            total, parts = self._losses(students, teacher, progress)
+        return Losses(total, parts, embedding=students[0].detach(), memory={"keys": teacher})
 
-    def _losses(self, students: list[Tensor], teacher: Tensor, progress: Progress) -> Losses:
-        queue = self.queue.rows.clone()  # as it stood before this batch, whatever is enqueued before backward
+    def _losses(self, students: list[Tensor], teacher: Tensor, progress: Progress) -> tuple[Tensor, dict[str, Tensor]]:
+        queue = self.queue.rows
         alpha = min(1.0, progress.fraction / self.config.warmup) if self.config.warmup else 1.0
         relation = torch.stack([self._relation(student, teacher, queue) for student in students]).mean()
         parts = {"relation": relation.detach()}
         total = alpha * relation
         if alpha < 1:
             temperature = self.config.warmup_temperature
-            contrast = torch.stack(
-                [info_nce(student, teacher, queue, temperature=temperature) for student in students]
-            ).mean()
+            contrasts = [info_nce(student, teacher, queue, temperature=temperature) for student in students]
+            contrast = torch.stack(contrasts).mean()
             parts["contrast"] = contrast.detach()
             total = total + (1 - alpha) * contrast
-        return Losses(total, parts, embedding=students[0].detach())
+        return total, parts
 
     def _relation(self, student: Tensor, teacher: Tensor, queue: Tensor) -> Tensor:
         return relation_loss(
@@ -178,20 +183,17 @@ class ReSSL(Method):
         return distributed.unshuffle(F.normalize(self.teacher(shuffled).float(), dim=1), order)
 
     @torch.no_grad()
-    def after_step(self, progress: Progress) -> None:
-        """Move the teacher towards the student and put this step's teacher embeddings into the queue."""
-        start, end = self.config.teacher_momentum, self.config.final_teacher_momentum
-        momentum = start if end is None else cosine_momentum(progress.step, progress.total_steps, start, end)
-        update_teacher(self.teacher, nn.Sequential(self.backbone, self.projector), momentum)
-        for keys in self.keys:
-            self.queue.enqueue(distributed.gather(keys))
-        self.keys.clear()
+    def after_step(self, progress: Progress, memories: Sequence[Memory]) -> None:
+        """Move the teacher towards the student and put the teacher's embeddings of this step into the queue."""
+        self.teacher.update(self.backbone, self.projector, fraction=progress.fraction)
+        for memory in memories:
+            self.queue.enqueue(distributed.gather(memory["keys"]))
 
 
 def relation_loss(
     student: Tensor, teacher: Tensor, queue: Tensor, *, student_temperature: float, teacher_temperature: float
 ) -> Tensor:
-    """Cross-entropy from the teacher's similarities over the queue to the student's (eq. 5), mean over the batch.
+    """Return the cross-entropy of the student's and the teacher's similarities to the queue (eq. 5), batch mean.
 
     `student` and `teacher` are (batch, dim), `queue` (size, dim), all with unit rows; no gradient reaches the teacher.
     """

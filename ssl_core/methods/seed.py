@@ -1,11 +1,12 @@
 """SEED: self-supervised distillation (Fang et al., 2021), https://arxiv.org/abs/2101.04731.
 
-A frozen, larger teacher says how similar an image is to itself and to a queue of others; a small student that sees the
-same picture learns to say the same. Its backbone is also what the improved MoCo of Shi et al. starts from.
+A small student learns a frozen, larger teacher's similarities of an image to itself and to a queue of other images.
+Both see the same view. Shi et al. initialise their MoCo with the resulting backbone.
 """
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple, Self
 
@@ -19,24 +20,24 @@ from ssl_core.blocks.queue import Queue
 from ssl_core.config import Backbone, Strict
 from ssl_core.data.loader import Batch, Loader
 from ssl_core.data.views import POLICIES, Augmentation, View, Views
-from ssl_core.methods.base import Losses, Method, MethodConfig, Preset, Progress, full_precision
+from ssl_core.methods.base import Losses, Memory, Method, MethodConfig, Preset, Progress, full_precision
 from ssl_core.networks.backbones import Network, build_backbone, load_backbone, load_weights, read_tensors
 from ssl_core.networks.heads import mlp
 
 
 class Teacher(Strict):
-    """Whose embeddings are learned."""
+    """The frozen network whose embeddings are distilled."""
 
-    weights: str  # a backbone.safetensors of ours or, with `backbone`, one of torchvision's or timm's
-    backbone: Backbone | None = None  # the network in a file that does not say; ours do
+    weights: str  # a backbone.safetensors of this project or, with `backbone`, a file of torchvision or timm
+    backbone: Backbone | None = None  # the network, for a file without that entry in its header
     projector: str | None = None  # the model.safetensors of the same run; None: pooled features are the embeddings
-    size: PositiveInt | None = None  # the pixels it sees; None: as many as the student
-    mean: tuple[float, float, float] | None = None  # of its normalisation; None: what its file says, else ImageNet's
+    size: PositiveInt | None = None  # side of its input in pixels; None: the student's
+    mean: tuple[float, float, float] | None = None  # normalisation; None: from the file's header, else ImageNet's
     std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] | None = None
 
 
 class Config(MethodConfig):
-    """Defaults are the paper's (recipes M15)."""
+    """Defaults: the paper's (docs/sources.md#seed)."""
 
     name: Literal["seed"] = "seed"
     preset: Literal["paper", "code"] = "paper"
@@ -54,7 +55,7 @@ _TRAINING = {
 }  # fmt: skip
 PRESETS = {
     "paper": Preset(method={}, training=_TRAINING),
-    "code": Preset(method={"teacher_temperature": 1e-4}, training=_TRAINING),  # the target is all but one-hot
+    "code": Preset(method={"teacher_temperature": 1e-4}, training=_TRAINING),  # an almost one-hot target
 }
 
 
@@ -62,7 +63,7 @@ IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
 
 class SEED(Method):
-    """Student, frozen teacher and a queue of the teacher's past embeddings."""
+    """Student, frozen teacher, and a queue of the teacher's past embeddings."""
 
     Config = Config
     fixed_views = ("both",)
@@ -78,45 +79,45 @@ class SEED(Method):
         self.register_buffer("scale", torch.ones(3, 1, 1))  # from the data's normalisation to the teacher's
         self.register_buffer("shift", torch.zeros(3, 1, 1))
         self.queue = Queue(config.queue_size, dim)
-        self.keys: list[Tensor] = []  # this step's, enqueued after it
 
     @staticmethod
     def views(config: Config, image_size: int) -> Views:
-        """One view, which both networks see."""
+        """Return a single view for both networks."""
         seen_by = ("student", "teacher")
         view = View(size=image_size, area=config.area, augmentation=config.augmentation, seen_by=seen_by)
         return {"both": view}
 
     def prepare(self, loader: Loader, device: torch.device) -> None:
-        """Find out how the teacher's normalisation, in which it must see the pictures, differs from the data's."""
-        mean, std, own_mean, own_std = (
-            torch.tensor(values, device=device).view(3, 1, 1)
-            for values in (*loader.normalisation, self.normalisation.mean, self.normalisation.std)
-        )
-        self.scale.copy_(std / own_std)
-        self.shift.copy_((mean - own_mean) / own_std)
+        """Compute the map from the data's normalisation to the teacher's."""
+
+        def per_channel(values: Sequence[float]) -> Tensor:
+            return torch.tensor(values, device=device).view(3, 1, 1)
+
+        mean, std = map(per_channel, loader.normalisation)
+        teacher_mean, teacher_std = map(per_channel, self.normalisation)
+        self.scale.copy_(std / teacher_std)
+        self.shift.copy_((mean - teacher_mean) / teacher_std)
 
     def train(self, mode: bool = True) -> Self:
-        """Set the student's mode; the teacher stays in evaluation mode."""
+        """Set the student's mode; the teacher remains in evaluation mode."""
         super().train(mode)
         self.teacher.eval()
         return self
 
     def forward(self, batch: Batch, progress: Progress) -> Losses:
-        """Return the loss over the teacher's embedding of each image and the queue as it stood before this batch."""
+        """Return the loss over the teacher's embedding of each image and the queue of earlier batches."""
         (view,) = batch.views["both"]
         student = F.normalize(self.projector(self.backbone(view)).float(), dim=1)  # (batch, dim)
         teacher = self._teach(view)
-        self.keys.append(teacher)
         with full_precision(student):
             loss = seed_loss(
                 student,
                 teacher,
-                self.queue.rows.clone(),
+                self.queue.rows,
                 student_temperature=self.config.student_temperature,
                 teacher_temperature=self.config.teacher_temperature,
             )
-        return Losses(loss, {}, embedding=student.detach())
+        return Losses(loss, {}, embedding=student.detach(), memory={"keys": teacher})
 
     @torch.no_grad()
     def _teach(self, view: Tensor) -> Tensor:
@@ -126,50 +127,49 @@ class SEED(Method):
         return F.normalize(self.teacher(view * self.scale + self.shift).float(), dim=1)
 
     @torch.no_grad()
-    def after_step(self, progress: Progress) -> None:
-        """Put this step's teacher embeddings into the queue."""
-        for keys in self.keys:
-            self.queue.enqueue(distributed.gather(keys))
-        self.keys.clear()
+    def after_step(self, progress: Progress, memories: Sequence[Memory]) -> None:
+        """Put the teacher's embeddings of this step into the queue."""
+        for memory in memories:
+            self.queue.enqueue(distributed.gather(memory["keys"]))
 
 
 class Normalisation(NamedTuple):
-    """By channel, of pixels in 0..1."""
+    """Mean and standard deviation per channel, of pixels in 0..1."""
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
 
 def load_teacher(config: Teacher) -> tuple[nn.Module, int, Normalisation]:
-    """Load backbone and, if asked, projector as one frozen network; return it, its width and its normalisation.
+    """Load backbone and optional projector as one frozen network; return it, its width and its normalisation.
 
     Raises ValueError for a file that is missing or does not fit.
     """
-    path, said = Path(config.weights), {}
+    path, normalisation = Path(config.weights), dict(IMAGENET)
     if config.backbone is None:
         backbone, header = load_backbone(path)
-        said = {name: json.loads(header[name]) for name in ("mean", "std") if name in header}
+        normalisation |= {name: json.loads(header[name]) for name in ("mean", "std") if name in header}
     else:
         backbone = build_backbone(config.backbone, config.size or 224)
         load_weights(backbone, path)
-    said = {**IMAGENET, **said, **config.model_dump(include={"mean", "std"}, exclude_none=True)}
+    normalisation |= config.model_dump(include={"mean", "std"}, exclude_none=True)
     projector, dim = nn.Identity(), backbone.num_features
     if config.projector is not None:
         projector, dim = load_projector(Path(config.projector), dim)
     teacher = nn.Sequential(backbone, projector).requires_grad_(False).eval()
-    return teacher, dim, Normalisation(tuple(said["mean"]), tuple(said["std"]))
+    return teacher, dim, Normalisation(tuple(normalisation["mean"]), tuple(normalisation["std"]))
 
 
 def load_projector(path: Path, num_features: int) -> tuple[nn.Module, int]:
-    """Rebuild the `projector` of a model.safetensors of ours from its shapes: linear layers, batch norms, ReLU between.
+    """Rebuild the `projector` of a model.safetensors from its shapes: linear layers and BatchNorms, ReLU in between.
 
-    Returns it with the width of its output. Raises ValueError where there is none behind `num_features` features.
+    Returns it with its output width. Raises ValueError if there is none, or none for `num_features` features.
     """
     tensors, _ = read_tensors(path)
     weights = {name.removeprefix("projector."): rows for name, rows in tensors.items() if name.startswith("projector.")}
     if any(re.fullmatch(r"\d+\.\w+", name) is None for name in weights) or not weights:
         raise ValueError(
-            f"{path} holds no projector of plain layers: leave out teacher.projector to distil pooled features"
+            f"{path} has no projector of plain layers: leave out teacher.projector to distil pooled features"
         )
     layers: list[nn.Module] = []
     dim = num_features
@@ -192,10 +192,10 @@ def load_projector(path: Path, num_features: int) -> tuple[nn.Module, int]:
 def seed_loss(
     student: Tensor, teacher: Tensor, queue: Tensor, *, student_temperature: float, teacher_temperature: float
 ) -> Tensor:
-    """Cross-entropy from the teacher's similarities to the student's (eq. 5), mean over the batch.
+    """Return the cross-entropy of the student's and the teacher's similarities (eq. 5), mean over the batch.
 
-    They are compared over the teacher's own embedding of the image, first, and the queue. `student` and `teacher` are
-    (batch, dim), `queue` (size, dim), all with unit rows; no gradient reaches the teacher.
+    The similarities are to the teacher's embedding of the same image, in column 0, and to the queue. `student` and
+    `teacher` are (batch, dim), `queue` (size, dim), all with unit rows; no gradient reaches the teacher.
     """
     teacher = teacher.detach()
     own, learned = (teacher * teacher).sum(dim=1, keepdim=True), (student * teacher).sum(dim=1, keepdim=True)

@@ -1,7 +1,7 @@
 """SimCLR: contrast within the batch (Chen et al., 2020), https://arxiv.org/abs/2002.05709.
 
-Each view must find the other view of its image among all views of the batch. No memory and no teacher, so the batch
-must be large; negatives come from all processes, with gradient.
+Each view must match the other view of its image among all views of the batch. There is no memory and no teacher, so the
+batch must be large; negatives come from all processes, with gradient.
 """
 
 from typing import Literal
@@ -21,25 +21,25 @@ from ssl_core.networks.heads import mlp
 
 
 class Config(MethodConfig):
-    """Defaults are those of the official command for CIFAR-10 (recipes M6)."""
+    """Defaults: the official command for CIFAR-10 (docs/sources.md#simclr)."""
 
     name: Literal["simclr"] = "simclr"
     preset: Literal["cifar", "imagenet", "cao_wu"] = "cifar"
     temperature: PositiveFloat = 0.5
-    # Each view plays anchor once. The official code adds the mean losses of first and second views, others average all.
+    # Anchors are the first and the second views. The official code sums their two mean losses, others average them.
     directions: Literal["sum", "mean"] = "sum"
-    # Parts of the global batch that see no negatives of each other: what several processes without a gather do.
+    # Parts of the global batch without negatives from each other, as on several processes without a gather.
     negative_groups: PositiveInt = 1
     projector_hidden: PositiveInt = 2048
-    projector_batchnorm: bool = True  # behind both layers, as in the code; the paper does not say
+    projector_batchnorm: bool = True  # after both layers, as in the code; not given in the paper
     embedding_dim: PositiveInt = 128
-    batchnorm_splits: PositiveInt = 1  # parts of the global batch with BatchNorm statistics of their own
+    batchnorm_splits: PositiveInt = 1  # parts of the global batch with separate BatchNorm statistics
     area: tuple[float, float] = (0.08, 1.0)
     augmentation: Augmentation = POLICIES["simclr_small"]
 
 
 PRESETS = {
-    "cifar": Preset(  # about 91 % linear after 1,000 epochs of ResNet-18, says its README
+    "cifar": Preset(  # about 91 % linear accuracy after 1,000 epochs of ResNet-18, according to its README
         method={},
         training={
             "optimizer": "lars", "learning_rate": 1.0, "weight_decay": 1e-4, "batch_size": 512, "epochs": 1000,
@@ -53,7 +53,7 @@ PRESETS = {
             "warmup_epochs": 10, "decay_exclusion": "norm_bias",
         },
     ),
-    "cao_wu": Preset(  # SSQL's code on four GPUs, which Cao & Wu run: negatives and statistics of 128 images
+    "cao_wu": Preset(  # SSQL's code on four GPUs, used by Cao & Wu: negatives and statistics of 128 images
         method={
             "directions": "mean", "negative_groups": 4, "batchnorm_splits": 4, "projector_batchnorm": False,
             "embedding_dim": 256, "area": (0.2, 1.0), "augmentation": "contrastive_no_blur",
@@ -93,11 +93,11 @@ class SimCLR(Method):
 
     @staticmethod
     def views(config: Config, image_size: int) -> Views:
-        """Two views made alike."""
+        """Return two views with the same augmentation."""
         return {"student": View(count=2, size=image_size, area=config.area, augmentation=config.augmentation)}
 
     def forward(self, batch: Batch, progress: Progress) -> Losses:
-        """Return the NT-Xent loss over the negatives of all processes, or of groups within this one."""
+        """Return the NT-Xent loss with the negatives of all processes, or of groups within this process."""
         first, second = (self._embed(view) for view in batch.views["student"])
         with full_precision(first):
             loss = self._contrast(first, second)
@@ -125,10 +125,10 @@ def nt_xent(
     everyone: tuple[Tensor, Tensor] | None = None,
     start: int = 0,
 ) -> Tensor:
-    """Cross-entropy that picks each view's partner among all other views (Chen et al., 2020, eq. 1), over 2 * batch.
+    """Return the cross-entropy of finding each view's partner among all other views (eq. 1), mean over 2 * batch.
 
-    `first` and `second` are (batch, dim) with unit rows. With `everyone`, the views of all processes, they are the
-    rows from `start` on, and the candidates are all of those.
+    `first` and `second` are (batch, dim) with unit rows. `everyone` has the views of all processes, which are then the
+    candidates; `first` and `second` are its rows from `start` on.
     """
     all_first, all_second = everyone or (first, second)
     total = len(all_first)

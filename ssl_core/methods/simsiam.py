@@ -1,7 +1,7 @@
 """SimSiam: simple Siamese networks (Chen & He, 2021), https://arxiv.org/abs/2011.10566.
 
-A predictor turns one view's embedding into the other's, which gets no gradient. No negatives, memory or teacher: what
-keeps the embeddings apart is the stop-gradient together with the predictor.
+A predictor maps the embedding of one view to that of the other, which gets no gradient. There are no negatives, no
+memory and no teacher: predictor and stop-gradient prevent collapse.
 """
 
 from typing import Literal, cast
@@ -21,16 +21,16 @@ from ssl_core.networks.heads import mlp
 
 
 class Config(MethodConfig):
-    """Defaults are those of the paper's CIFAR experiments (appendix D; recipes M8)."""
+    """Defaults: the paper's CIFAR experiments (appendix D; docs/sources.md#simsiam)."""
 
     name: Literal["simsiam"] = "simsiam"
     preset: Literal["cifar", "imagenet", "cao_wu"] = "cifar"
     projector_layers: PositiveInt = 2
     embedding_dim: PositiveInt = 2048  # also the width of the projector's hidden layers
     predictor_hidden: PositiveInt = 512
-    constant_predictor_rate: bool = True  # the predictor's learning rate never falls (Table 1 c)
-    zero_initial_residual: bool = True  # ResNets start with identical blocks, as in the code; others stay as they are
-    batchnorm_splits: PositiveInt = 1  # parts of the global batch with BatchNorm statistics of their own
+    constant_predictor_rate: bool = True  # constant learning rate of the predictor (Table 1 c)
+    zero_initial_residual: bool = True  # residual blocks of ResNets are initialised as identities, as in the code
+    batchnorm_splits: PositiveInt = 1  # parts of the global batch with separate BatchNorm statistics
     area: tuple[float, float] = (0.2, 1.0)
     augmentation: Augmentation = POLICIES["contrastive_no_blur"]
 
@@ -38,14 +38,14 @@ class Config(MethodConfig):
 _SGD = {"optimizer": "sgd", "batch_size": 512, "warmup_epochs": 0, "schedule_unit": "epoch"}
 
 PRESETS = {
-    "cifar": Preset(  # 91.8 % linear (appendix D)
+    "cifar": Preset(  # 91.8 % linear accuracy (appendix D)
         method={}, training={**_SGD, "learning_rate": 0.03, "weight_decay": 5e-4, "epochs": 800}
     ),
     "imagenet": Preset(
         method={"projector_layers": 3, "augmentation": "contrastive"},
         training={**_SGD, "learning_rate": 0.05, "weight_decay": 1e-4, "epochs": 100},
     ),
-    "cao_wu": Preset(  # SSQL's code, which Cao & Wu run: rates absolute, BatchNorm of each of four GPUs
+    "cao_wu": Preset(  # SSQL's code, used by Cao & Wu: absolute learning rate, BatchNorm per GPU of four
         method={
             "projector_layers": 3, "predictor_hidden": 2048, "constant_predictor_rate": False, "batchnorm_splits": 4,
         },
@@ -81,7 +81,7 @@ class SimSiam(Method):
 
     @staticmethod
     def views(config: Config, image_size: int) -> Views:
-        """Two views made alike."""
+        """Return two views with the same augmentation."""
         return {"student": View(count=2, size=image_size, area=config.area, augmentation=config.augmentation)}
 
     def forward(self, batch: Batch, progress: Progress) -> Losses:
@@ -89,9 +89,9 @@ class SimSiam(Method):
         first, second = (self.projector(self.backbone(view)) for view in batch.views["student"])  # z: (batch, dim)
         predictions = self.predictor(first), self.predictor(second)  # p: (batch, dim)
         with full_precision(first):
-            forth = negative_cosine(predictions[0], second)
-            back = negative_cosine(predictions[1], first)
-            total = (forth + back) / 2
+            forward = negative_cosine(predictions[0], second)
+            backward = negative_cosine(predictions[1], first)
+            total = (forward + backward) / 2
             return Losses(total, {"negative_cosine": total.detach()}, embedding=first.detach().float())
 
 

@@ -1,9 +1,10 @@
 """SwAV: swapping assignments between views (Caron et al., 2020), https://arxiv.org/abs/2006.09882.
 
-Each global view is assigned to prototypes, all of which must be used equally often; every other view of the image has
-to predict that assignment. Prototypes are learned with the network, and small batches borrow embeddings from a queue.
+Each global view gets a soft assignment to prototypes, all used equally often; every other view of the image predicts
+that assignment. Prototypes are learned with the network. For small batches a queue of embeddings joins the assignment.
 """
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -25,13 +26,13 @@ from ssl_core.blocks.multicrop import (
 from ssl_core.blocks.queue import Queue
 from ssl_core.data.loader import Batch
 from ssl_core.data.views import POLICIES, Augmentation, View, Views
-from ssl_core.methods.base import Losses, Method, MethodConfig, Preset, Progress, full_precision
+from ssl_core.methods.base import Losses, Memory, Method, MethodConfig, Preset, Progress, full_precision
 from ssl_core.networks.backbones import Network
 from ssl_core.networks.heads import mlp
 
 
 class Config(MultiCrop, MethodConfig):
-    """Defaults are the paper's head and loss on two small views; lengths are shares of its 200 epochs (recipes M9)."""
+    """Defaults: the paper's head and loss on two small views (docs/sources.md#swav); durations: shares of the run."""
 
     name: Literal["swav"] = "swav"
     preset: Literal["small", "official", "large_batch", "sslight_baseline", "sslight"] = "small"
@@ -39,33 +40,33 @@ class Config(MultiCrop, MethodConfig):
     epsilon: PositiveFloat = 0.05  # smoothness of the assignment
     sinkhorn_iterations: PositiveInt = 3
     num_prototypes: PositiveInt = 3000
-    freeze: float = Field(default=0.005, ge=0, le=1)  # share of the run before prototypes move: 1 of 200 epochs
-    queue_size: NonNegativeInt = 3840  # past embeddings of each of the two global views; 0 for none
-    queue_start: float = Field(default=0.075, ge=0, le=1)  # share of the run before it fills: 15 of 200 epochs
+    freeze: float = Field(default=0.005, ge=0, le=1)  # share of the run with frozen prototypes: 1 of 200 epochs
+    queue_size: NonNegativeInt = 3840  # past embeddings of each of the two global views; 0: no queue
+    queue_start: float = Field(default=0.075, ge=0, le=1)  # share of the run without the queue: 15 of 200 epochs
     projector_hidden: PositiveInt = 2048
     embedding_dim: PositiveInt = 128
-    area: tuple[float, float] = (0.08, 1.0)  # solo-learn's on CIFAR (recipes 5.8)
+    area: tuple[float, float] = (0.08, 1.0)  # solo-learn's on CIFAR (docs/sources.md#solo-learn)
     interpolation: Literal["linear", "cubic"] = "linear"
     augmentation: Augmentation = POLICIES["swav"]
 
 
-# LARS as SSLight has it is within rounding of the paper's SGD with LARC; that one spares nothing from decay.
+# SSLight's LARS equals the paper's SGD with LARC up to rounding; the latter decays all parameters.
 _LARS = {"optimizer": "lars", "weight_decay": 1e-6}
-# SSLight's code: wider, 3,840 cut to whole batches, and bicubic crops as for its other methods.
+# SSLight's code: a wider head, a queue of whole batches (3,072 instead of 3,840) and bicubic crops.
 _HEAD = {"projector_hidden": 4096, "queue_size": 3072, "interpolation": "cubic"}
 _SSLIGHT = {**SSLIGHT_TRAINING, "learning_rate": 0.3}
 
 PRESETS = {
-    # Nobody's paper: views as in solo-learn on CIFAR, optimisation as in SSLight at the batch of small data sets.
+    # Not from a paper: views as in solo-learn on CIFAR, optimisation as in SSLight with a small batch.
     "small": Preset(method={}, training={**_SSLIGHT, "batch_size": 256}),
-    "official": Preset(  # its command for small batches
+    "official": Preset(  # the repository's command for small batches
         method=SIX_LOCALS,
         training={
             **_LARS, "learning_rate": 0.6, "minimum_learning_rate": 0.0006, "batch_size": 256, "epochs": 200,
             "warmup_epochs": 0,
         },
     ),
-    "large_batch": Preset(  # its main command
+    "large_batch": Preset(  # the repository's main command
         method={**SIX_LOCALS, "queue_size": 0, "freeze": 1 / 800},
         training={
             **_LARS, "learning_rate": 0.3, "minimum_learning_rate": 0.0048, "batch_size": 4096, "epochs": 800,
@@ -91,12 +92,11 @@ class SwAV(Method):
         self.prototypes = nn.Parameter(F.normalize(torch.randn(config.num_prototypes, config.embedding_dim), dim=1))
         queues = 2 if config.queue_size else 0
         self.queues = nn.ModuleList(Queue(config.queue_size, config.embedding_dim) for _ in range(queues))
-        self.embeddings: list[Tensor] = []  # this step's of global views, enqueued after it
 
     @staticmethod
     def views(config: Config, image_size: int) -> Views:
-        """Two global views and the local ones, all augmented alike."""
-        two = View(
+        """Return two global views and the local ones, all with the same augmentation."""
+        global_views = View(
             count=2,
             size=image_size,
             area=config.area,
@@ -104,75 +104,73 @@ class SwAV(Method):
             augmentation=config.augmentation,
         )
         return {
-            "global": two,
+            "global": global_views,
             **local_views(config, image_size, config.augmentation, interpolation=config.interpolation),
         }
 
     def forward(self, batch: Batch, progress: Progress) -> Losses:
-        """Return the loss of predicting, from every view, the codes of the global views other than itself."""
+        """Return the loss of predicting, from every view, the codes of the other global views."""
         views = [*batch.views["global"], *batch.views.get("local", [])]
         rows = F.normalize(self.projector(encode(self.backbone, views)).float(), dim=1)
         embeddings = rows.unflatten(0, (len(views), -1))  # z: (views, batch, dim)
-        self.embeddings.append(embeddings[:2].detach())
         with full_precision(embeddings):
             scores = embeddings @ self.prototypes.T  # (views, batch, prototypes)
-            total, parts = balance(
-                swapped_prediction(scores, self._assign(scores[:2], progress), temperature=self.config.temperature),
-                self.config.alpha,
-            )
-        return Losses(total, parts, embedding=embeddings[0].detach())
+            codes = self._assign(scores[:2], progress)
+            pairs = swapped_prediction(scores, codes, temperature=self.config.temperature)
+            total, parts = balance(pairs, self.config.alpha)
+        memory = {"embeddings": embeddings[:2].detach()}
+        return Losses(total, parts, embedding=embeddings[0].detach(), memory=memory)
 
     @torch.no_grad()
     def _assign(self, scores: Tensor, progress: Progress) -> Tensor:
-        """Return the codes (2, batch, prototypes) of the global views, with the queues' help once these are full."""
+        """Return the codes (2, batch, prototypes) of the global views, computed with the queues once these are full."""
         codes = []
-        for view, own in enumerate(scores):
+        for view, view_scores in enumerate(scores):
             if self._queues_are_full(progress):
-                # each process has the whole queue and takes its part, so that together they count every row once
+                # Each process has the whole queue and uses a part, so that every row counts once.
                 rows = self.queues[view].get_buffer("rows")[distributed.rank() :: distributed.world_size()]
-                own = torch.cat([rows @ self.prototypes.T, own])
-            assigned = sinkhorn(own, epsilon=self.config.epsilon, iterations=self.config.sinkhorn_iterations)
+                view_scores = torch.cat([rows @ self.prototypes.T, view_scores])
+            assigned = sinkhorn(view_scores, epsilon=self.config.epsilon, iterations=self.config.sinkhorn_iterations)
             codes.append(assigned[-scores.shape[1] :])
         return torch.stack(codes)
 
     def _queues_are_full(self, progress: Progress) -> bool:
-        """Tell by arithmetic, since asking the device would wait for it."""
-        return bool(self.queues) and (progress.step - self._filled_from(progress)) * self.batch_size >= (
-            self.config.queue_size
-        )
+        """Compute it from the step, because reading the queue's position would synchronise the device."""
+        enqueued = (progress.step - self._first_enqueued_step(progress)) * self.batch_size
+        return len(self.queues) > 0 and enqueued >= self.config.queue_size
 
-    def _filled_from(self, progress: Progress) -> int:
+    def _first_enqueued_step(self, progress: Progress) -> int:
         return round(self.config.queue_start * progress.total_steps)
 
     def _frozen(self, progress: Progress) -> bool:
         return progress.step < round(self.config.freeze * progress.total_steps)
 
     def before_step(self, progress: Progress) -> None:
-        """Keep the prototypes as they are at first, out of weight decay and momentum's reach, too."""
+        """Freeze the prototypes for the first part of the run, including weight decay and momentum."""
         if self._frozen(progress):
             self.prototypes.grad = None
 
     @torch.no_grad()
-    def after_step(self, progress: Progress) -> None:
-        """Make the prototypes unit rows again and put this step's embeddings into the queues."""
+    def after_step(self, progress: Progress, memories: Sequence[Memory]) -> None:
+        """Normalise the prototypes and put the embeddings of this step into the queues."""
         if not self._frozen(progress):
             self.prototypes.copy_(F.normalize(self.prototypes, dim=1))
-        if progress.step >= self._filled_from(progress):
-            for queue, view in zip(self.queues, range(2)):
-                for embeddings in self.embeddings:
-                    queue.enqueue(distributed.gather(embeddings[view]))  # pyright: ignore[reportCallIssue]
-        self.embeddings.clear()
+        if progress.step < self._first_enqueued_step(progress):
+            return
+        for view, queue in enumerate(self.queues):
+            for memory in memories:
+                queue.enqueue(distributed.gather(memory["embeddings"][view]))  # pyright: ignore[reportCallIssue]
 
 
 @torch.no_grad()
 def sinkhorn(scores: Tensor, *, epsilon: float, iterations: int) -> Tensor:
-    """Return soft assignments (batch, prototypes) that sum to 1 a row and nearly use all prototypes alike (eq. 3-5).
+    """Return soft assignments (batch, prototypes) with rows of sum 1 and nearly equal use of all prototypes (eq. 3-5).
 
-    `scores` are cosines (batch, prototypes) of this process; prototypes are equally used over those of all processes.
-    The paper's divisions by counts and by the grand sum cancel against the next normalisation and are left out.
+    `scores` are the cosines (batch, prototypes) of this process; the use of prototypes is equal over all processes. The
+    paper's divisions by counts and by the total are omitted, because the next normalisation cancels them.
     """
     scores = scores.float() / epsilon
-    largest = distributed.gather(scores.max()[None]).max()  # changes nothing but that exp stays finite
+    largest = distributed.gather(scores.max()[None]).max()  # subtracted to keep exp finite
     codes = (scores - largest).exp()
     smallest = torch.finfo(codes.dtype).tiny
     for _ in range(iterations):

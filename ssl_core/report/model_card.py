@@ -13,7 +13,7 @@ import yaml
 from ssl_core.config import Backbone
 from ssl_core.data.card import Card
 from ssl_core.experiments.sweeps import weight_files
-from ssl_core.methods.base import load, resolve
+from ssl_core.methods.base import load_method_module, resolve
 from ssl_core.networks.backbones import Network
 from ssl_core.networks.families import architecture, describe_stem, rebuilding_code
 
@@ -64,7 +64,7 @@ def _front_matter(spec: Mapping[str, Any], config: Backbone) -> str:
 def _pretraining(spec: Mapping[str, Any], card: Card) -> list[str]:
     """Describe the method, its settings and its data."""
     resolved = resolve(spec)
-    title = (load(resolved.method.name).__doc__ or resolved.method.name).splitlines()[0].rstrip(".")
+    title = (load_method_module(resolved.method.name).__doc__ or resolved.method.name).splitlines()[0].rstrip(".")
     settings = yaml.safe_dump(resolved.model_dump(mode="json", serialize_as_any=True), sort_keys=False)
     for file in weight_files(spec).values():  # without the folders of this machine
         settings = settings.replace(file, Path(file).name)

@@ -35,7 +35,7 @@ from ssl_core.training.checkpoint import Identity, load_checkpoint, remove_check
 from ssl_core.training.loop import Trainer
 from ssl_core.training.monitor import online_knn
 
-HEADLINES = ("loss/total", "embedding/effective_rank", "online/knn")  # beside the evaluations' numbers
+HEADLINES = ("loss/total", "embedding/rankme", "online/knn")  # beside the evaluations' numbers
 PROBE_IMAGES = 5000  # the online kNN looks at no more
 OUTPUTS = ("model.safetensors", "history.csv", "pretrain.json", "backbone.safetensors")
 

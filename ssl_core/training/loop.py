@@ -1,4 +1,4 @@
-"""The training loop: steps, schedules, checkpoints, one progress line; nothing here knows which method it trains."""
+"""The training loop, the same for every method: steps, schedules, checkpoints and one progress line."""
 
 import signal
 import time
@@ -15,22 +15,22 @@ from ssl_core.blocks import distributed
 from ssl_core.blocks.schedules import learning_rate
 from ssl_core.config import Training
 from ssl_core.data.loader import Batch, Loader
-from ssl_core.methods.base import Losses, Method, Progress
+from ssl_core.methods.base import Losses, Memory, Method, Progress
 from ssl_core.progress import progress_bar
-from ssl_core.training.monitor import Alarm, effective_rank, spread
+from ssl_core.training.monitor import Alarm, rankme, spread
 from ssl_core.training.optimizers import build_optimizer, set_learning_rate
 from ssl_core.training.precision import autocast_type
 
-LOG_STEPS = 50  # a look at losses and embeddings at least this often: the only moments the loop waits for the device
-RANK_ROWS = 512  # rows of an embedding that the effective rank is taken from
+LOG_STEPS = 50  # at most this many steps between two rows of the history; only then the loop waits for the device
+RANK_ROWS = 512  # rows of the embedding used for RankMe
 
 
 class Stop(SystemExit):
-    """The run was told to stop and has saved its state; the exit status is the shell's for that signal."""
+    """Raised after a signal to stop, with the state saved; the exit status is the shell's for that signal."""
 
 
 class Trainer:
-    """Trains `method` on `loader`; `state()` and `restore()` make an interrupted run continue exactly."""
+    """Trains `method` on `loader`; a run continued with `state()` and `restore()` equals an uninterrupted one."""
 
     def __init__(self, method: Method, loader: Loader, training: Training, *, device: torch.device) -> None:
         self.method: Method = method.to(device=device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
@@ -44,35 +44,35 @@ class Trainer:
             raise ValueError(
                 f"training.batch_size {training.batch_size} is larger than the data set ({loader.num_images} images)"
             )
-        never = [milestone for milestone in training.milestones if milestone >= training.epochs]
-        if training.schedule == "step" and never:
+        late = [milestone for milestone in training.milestones if milestone >= training.epochs]
+        if training.schedule == "step" and late:
             raise ValueError(
-                f"training.milestones {', '.join(map(str, never))} lie at or after the end, epoch {training.epochs}: "
-                "the learning rate would not come down; give others, or training.schedule cosine"
+                f"training.milestones {', '.join(map(str, late))} are not below training.epochs {training.epochs}: "
+                "lower them, or set training.schedule to cosine"
             )
         self.total_steps = training.epochs * self.steps_per_epoch
         self.log_steps = min(LOG_STEPS, self.steps_per_epoch)
         self.step = 0
         self.history: list[dict[str, float]] = []
-        self.seconds = self.waited = 0.0  # over all sittings of the run
+        self.seconds = self.waited = 0.0  # over all processes that continued this run
         self._alarm = Alarm()
-        self._sums: dict[str, Tensor] = {}  # of each part of the loss since the last look: (sum, count)
+        self._sums: dict[str, Tensor] = {}  # (sum, count) of each part of the loss since the last row of the history
         self._module: nn.Module = self.method
         if training.compile:
             self._module.compile()
         if distributed.is_distributed():
-            # Methods keep their buffers (queues, BatchNorm statistics) equal; syncing them would hide faults.
+            # Methods keep their buffers (queues, BatchNorm statistics) equal; synchronising them would hide errors.
             self._module = DistributedDataParallel(self._module, forward_sync_buffers=False)
 
     def state(self) -> dict[str, Any]:
-        """Return everything that the steps to come depend on."""
-        own = {"loader": self.loader.state(), "rng": torch.get_rng_state()}
+        """Return everything that later steps depend on."""
+        rank_state = {"loader": self.loader.state(), "rng": torch.get_rng_state()}
         if self.device.type == "cuda":
-            own["rng_cuda"] = torch.cuda.get_rng_state()
-        ranks: list[Any] = [own]
+            rank_state["rng_cuda"] = torch.cuda.get_rng_state()
+        ranks: list[Any] = [rank_state]
         if distributed.is_distributed():
             ranks = [None] * distributed.world_size()
-            dist.all_gather_object(ranks, own)
+            dist.all_gather_object(ranks, rank_state)
         return {
             "method": self.method.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -92,20 +92,20 @@ class Trainer:
                 f"the checkpoint was written by {len(state['ranks'])} processes, "
                 f"training.gpus is {distributed.world_size()}"
             )
-        own = state["ranks"][distributed.rank()]
+        rank_state = state["ranks"][distributed.rank()]
         self.method.load_state_dict(state["method"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.loader.restore(own["loader"])
-        torch.set_rng_state(own["rng"])
-        if "rng_cuda" in own:
-            torch.cuda.set_rng_state(own["rng_cuda"])
+        self.loader.restore(rank_state["loader"])
+        torch.set_rng_state(rank_state["rng"])
+        if "rng_cuda" in rank_state:
+            torch.cuda.set_rng_state(rank_state["rng_cuda"])
         self.step, self.history = state["step"], state["history"]
         self.seconds, self.waited = state["seconds"], state["waited"]
         self._alarm.collapsed_looks = state["collapsed_looks"]
         self._sums = {name: value.to(self.device) for name, value in state["sums"].items()}
 
     def run(self, *, save: Callable[[], None], log: Callable[[dict[str, float]], None]) -> None:
-        """Train to the end: `log` gets each row of the history, `save` is called now and then and before a `Stop`."""
+        """Train to the end; call `log` with each row of the history, and `save` every few minutes and before `Stop`."""
         self.method.train()
         saved = time.monotonic()
         others = distributed.rank() > 0
@@ -117,32 +117,33 @@ class Trainer:
                 start = time.monotonic()
                 self._one_step()
                 self.step += 1
-                row = self._look() if self._is_time_to_look() else None
+                row = self._append_row() if self._row_is_due() else None
                 self.seconds += time.monotonic() - start
                 bar.update(1)
                 if row is not None:
                     log(row)
                     bar.set_postfix_str(self._postfix(row), refresh=False)
-                if row is not None or not distributed.is_distributed():  # agreeing would hold up every step
+                if row is not None or not distributed.is_distributed():  # `agree` synchronises: not at every step
                     due = time.monotonic() - saved > self.training.checkpoint_minutes * 60
                     if distributed.agree(due, self.device) and self.step < self.total_steps:
                         save()
                         saved = time.monotonic()
                 if stop and self.step < self.total_steps:
-                    if not distributed.is_distributed():  # other processes may be a step away: keep the last checkpoint
+                    if not distributed.is_distributed():  # other processes may be a step behind: no checkpoint here
                         save()
                     raise Stop(128 + stop[0])
 
-    def _is_time_to_look(self) -> bool:
-        watched = self.training.monitor_epochs * self.steps_per_epoch  # the online kNN goes into a row
+    def _row_is_due(self) -> bool:
+        watched = self.training.monitor_epochs * self.steps_per_epoch  # online kNN needs a row
         return self.step % self.log_steps == 0 or self.step % watched == 0 or self.step == self.total_steps
 
     def _one_step(self) -> None:
-        """Accumulate gradients over the micro-batches, step, and let the method move its memory."""
-        progress = Progress(self.step, self.total_steps)
+        """Accumulate gradients over the parts, take an optimizer step, and update the method's memory."""
         rate = learning_rate(self.step, training=self.training, steps_per_epoch=self.steps_per_epoch)
         set_learning_rate(self.optimizer, rate)
+        memories: list[Memory] = []
         for part in range(self.training.accumulation):
+            progress = Progress(self.step, self.total_steps, part)
             started = time.monotonic()
             batch = self._to_device(self.loader.next())
             self.waited += time.monotonic() - started
@@ -151,16 +152,18 @@ class Trainer:
                 with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None):
                     losses: Losses = self._module(batch, progress)
                 (losses.total / self.training.accumulation).backward()
-            self._note(losses)
+            self._add_to_sums(losses)
+            memories.append(losses.memory or {})
+        progress = Progress(self.step, self.total_steps)
         if self.training.gradient_clip is not None:
             nn.utils.clip_grad_norm_(self.method.parameters(), self.training.gradient_clip)
         self.method.before_step(progress)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.method.after_step(progress)
+        self.method.after_step(progress, memories)
 
     def _unsynchronised(self) -> AbstractContextManager[None]:
-        """Let processes add up their own gradients; the last part of a step exchanges them."""
+        """Return a context without gradient exchange; only the last part of a step exchanges gradients."""
         return self._module.no_sync() if isinstance(self._module, DistributedDataParallel) else nullcontext()
 
     def _to_device(self, batch: Batch) -> Batch:
@@ -171,15 +174,15 @@ class Trainer:
         }
         return Batch(views, batch.labels, batch.indices.to(self.device, non_blocking=True))
 
-    def _note(self, losses: Losses) -> None:
-        """Add to the sums since the last look, on the device, so that no step waits for a number."""
+    def _add_to_sums(self, losses: Losses) -> None:
+        """Add the losses to the sums on the device, so that no step waits for a value."""
         self._embedding = losses.embedding
         for name, value in {"total": losses.total, **losses.parts}.items():
             addend = torch.stack([value.detach(), torch.ones_like(value)])
             self._sums[name] = self._sums[name] + addend if name in self._sums else addend
 
-    def _look(self) -> dict[str, float]:
-        """Return the next row of the history, means over processes; raise where the run has diverged or collapsed."""
+    def _append_row(self) -> dict[str, float]:
+        """Append the next row, means over processes, to the history; raise if the run has diverged or collapsed."""
         row = {"step": self.step, "epoch": round(self.step / self.steps_per_epoch, 4)}
         losses = {f"loss/{name}": total / count for name, (total, count) in self._sums.items()}
         values = torch.stack([*losses.values(), spread(self._embedding)])
@@ -187,8 +190,7 @@ class Trainer:
         row["schedule/learning_rate"] = self.optimizer.param_groups[0]["lr"]
         self._sums = {}
         self._alarm.check(self.step, row["loss/total"], row["embedding/spread"])
-        rank = effective_rank(self._embedding[:RANK_ROWS])
-        row["embedding/effective_rank"] = distributed.average(rank).item()
+        row["embedding/rankme"] = distributed.average(rankme(self._embedding[:RANK_ROWS])).item()
         self.history.append(row)
         return row
 
@@ -200,7 +202,7 @@ class Trainer:
 
 @contextmanager
 def _stop_signals() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM in a list instead of dying in the middle of a step."""
+    """Collect SIGINT and SIGTERM in a list, so that a step in progress is completed."""
     received: list[int] = []
     previous = {
         number: signal.signal(number, lambda number, _: received.append(number))

@@ -1,4 +1,4 @@
-"""Numbers that tell whether a run is healthy, and the alarm when it is not."""
+"""Diagnostics of the embedding, and errors for runs that diverge or collapse."""
 
 import math
 
@@ -8,46 +8,44 @@ from torch import Tensor, nn
 
 from ssl_core.data.loader import Loader
 
-COLLAPSED = (
-    0.02  # spread below which embeddings are all but equal; 1 is uniform on the sphere, ~0.8 an untrained network
-)
+COLLAPSED = 0.02  # spread of almost equal embeddings; 1 is uniform on the sphere, about 0.8 an untrained network
 NEIGHBOURS = 20
 TEMPERATURE = 0.07
 
 
 def spread(embedding: Tensor) -> Tensor:
-    """Return the mean standard deviation per channel of unit rows (batch, dim) times sqrt(dim): 1 healthy, 0 collapsed.
+    """Return the mean standard deviation per channel of the normalised rows (batch, dim), times sqrt(dim).
 
-    SimSiam's collapse monitor (Chen & He, 2021, section 4.1).
+    1 is healthy, 0 collapsed (Chen & He, 2021, section 4.1).
     """
     rows = F.normalize(embedding.float(), dim=1)
     return rows.std(dim=0).mean() * math.sqrt(rows.shape[1])
 
 
-def effective_rank(embedding: Tensor) -> Tensor:
-    """Return RankMe: the exponential of the entropy of the singular values of (batch, dim) (Garrido et al., 2023)."""
+def rankme(embedding: Tensor) -> Tensor:
+    """Return exp(entropy) of the normalised singular values of `embedding` (batch, dim) (Garrido et al., 2023)."""
     values = torch.linalg.svdvals(embedding.float())
     share = values / values.sum().clamp_min(1e-12) + 1e-7
     return torch.exp(-(share * share.log()).sum())
 
 
 class Alarm:
-    """Stops a run that has diverged or collapsed, with words on what to do."""
+    """Raises an error with advice for a run that has diverged or collapsed."""
 
     def __init__(self) -> None:
         self.collapsed_looks = 0
 
     def check(self, step: int, loss: float, spread: float) -> None:
-        """Raise `ValueError` at a loss that is no number, or at the third look in a row with equal embeddings."""
+        """Raise `ValueError` for a loss that is not finite, or at the third consecutive check with equal embeddings."""
         if not math.isfinite(loss) or not math.isfinite(spread):
             raise ValueError(
-                f"training diverged: the loss is {loss} at step {step}; lower training.learning_rate, lengthen "
+                f"training diverged: the loss is {loss} at step {step}; lower training.learning_rate, increase "
                 "training.warmup_epochs or set training.gradient_clip"
             )
         self.collapsed_looks = self.collapsed_looks + 1 if spread < COLLAPSED else 0
         if self.collapsed_looks == 3:
             raise ValueError(
-                f"training collapsed: at step {step} all embeddings are (nearly) equal, spread {spread:.4f} of 1; "
+                f"training collapsed: embeddings are nearly equal at step {step}, spread {spread:.4f} of 1; "
                 "sharpen the teacher, lower training.learning_rate or use more BatchNorm (predictor, batchnorm_splits)"
             )
 
@@ -56,7 +54,7 @@ class Alarm:
 def online_knn(backbone: nn.Module, loader: Loader, device: torch.device) -> float:
     """Return the leave-one-out kNN accuracy in percent of `backbone` on the loader's labelled images.
 
-    A thermometer for the run, on training images: not comparable with the `knn` evaluation.
+    These are training images, so it is not comparable with the `knn` evaluation.
     """
     training = backbone.training
     backbone.eval()

@@ -1,9 +1,9 @@
-"""What the tests of all methods share: a tiny backbone, batches, and the proofs of T6 (resume) and T7 (processes)."""
+"""Shared by the tests of methods: a tiny backbone, batches of noise, and proofs of exact resume and of distribution."""
 
 import io
 import multiprocessing
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,24 +19,25 @@ from ssl_core.blocks import distributed
 from ssl_core.config import Training
 from ssl_core.data.loader import Batch
 from ssl_core.data.views import Views
-from ssl_core.methods.base import Method, MethodConfig, Progress
-from ssl_core.networks.batchnorm import synchronise_batchnorm
+from ssl_core.methods.base import Losses, Method, MethodConfig, Progress
+from ssl_core.networks.batchnorm import SplitBatchNorm1d, SplitBatchNorm2d, synchronise_batchnorm
 from ssl_core.training.loop import Trainer
 from ssl_core.training.monitor import Alarm, spread
 
 NUM_IMAGES = 80
 BATCH = 16  # of all processes
 PIXELS = 8
+SIZES = (PIXELS, 16, 32, 64, 96)
 EPOCHS = 2
 START = Progress(0, 100)
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[2]
-# Processes are forked from one that has imported this much, instead of each spending seconds on it.
+# Processes are forked from a server that has imported these modules, which saves seconds per process.
 multiprocessing.get_context("forkserver").set_forkserver_preload(["torch._dynamo", "ssl_core.training.loop"])
 
 
 class Tiny(nn.Module):
-    """A backbone of one convolution that notes the shapes it has seen."""
+    """A backbone of one convolution that records the shapes of its inputs."""
 
     num_features = 6
 
@@ -58,13 +59,23 @@ class Tiny(nn.Module):
 
 
 def make(method: type[Method], config: MethodConfig, *, num_images: int = NUM_IMAGES, batch_size: int = BATCH) -> Any:
-    """Build `method` around `Tiny`, the same every time; `Any`, since tests look into what only their method has."""
+    """Build `method` around `Tiny` from a fixed seed; `Any`, because tests use attributes of particular methods."""
     torch.manual_seed(0)
     return method(config, Tiny(), num_images=num_images, batch_size=batch_size, seed=0)  # pyright: ignore[reportArgumentType]
 
 
+def smallest_views(method: type[Method], config: MethodConfig) -> Views:
+    """Return the views at the smallest image size that the method accepts (multi-crop presets refuse small ones)."""
+    for size in SIZES[:-1]:
+        try:
+            return method.views(config, size)
+        except ValueError:
+            continue
+    return method.views(config, SIZES[-1])
+
+
 def batch(views: Views, *, images: int = BATCH, seed: int = 0, num_images: int = NUM_IMAGES) -> Batch:
-    """Draw a batch of different images, noise in every view."""
+    """Draw a batch of different images with noise in every view."""
     generator = torch.Generator().manual_seed(seed)
     drawn = {
         group: [torch.randn(images, 3, view.size, view.size, generator=generator) for _ in range(view.count)]
@@ -74,12 +85,23 @@ def batch(views: Views, *, images: int = BATCH, seed: int = 0, num_images: int =
     return Batch(drawn, torch.zeros(images, dtype=torch.long), indices)
 
 
-def collapse_alarms(method: type[Method], config: MethodConfig, *, pixels: int = PIXELS) -> float:
-    """Assert that a backbone that gives every image the same features raises the alarm; return its loss (T19)."""
+def select(whole: Batch, rows: Any) -> Batch:
+    """Return the given images of a batch: a slice, or a list of positions."""
+    views = {group: [view[rows] for view in many] for group, many in whole.views.items()}
+    return Batch(views, whole.labels[rows], whole.indices[rows])
+
+
+def remember(model: Method, *losses: Losses, progress: Progress = START) -> None:
+    """Call `after_step` with the memory of these forward passes, as the training loop does."""
+    model.after_step(progress, [each.memory or {} for each in losses])
+
+
+def collapse_alarms(method: type[Method], config: MethodConfig) -> float:
+    """Assert that a backbone with constant features raises the alarm; return the loss."""
     model: Method = make(method, config).train()
     for parameter in model.backbone.parameters():
         nn.init.zeros_(parameter)
-    losses = model(batch(method.views(config, pixels)), START)
+    losses = model(batch(smallest_views(method, config)), START)
     alarm, total, width = Alarm(), losses.total.item(), spread(losses.embedding).item()
     alarm.check(1, total, width)
     alarm.check(2, total, width)
@@ -89,7 +111,7 @@ def collapse_alarms(method: type[Method], config: MethodConfig, *, pixels: int =
 
 
 class Noise:
-    """A loader of noise, as exact as the real one: batch `step` is always the same."""
+    """A loader of noise with exact state: batch number `step` is always the same."""
 
     normalisation = ((0.5, 0.4, 0.3), (0.2, 0.25, 0.3))
 
@@ -114,48 +136,49 @@ class Noise:
         self.step = state["step"]
 
 
-def trainer(method: type[Method], config: MethodConfig, *, pixels: int = PIXELS, **training: Any) -> Trainer:
-    """Return the project's own training loop, ready to train `method` on noise for `EPOCHS` epochs."""
+def trainer(method: type[Method], config: MethodConfig, **training: Any) -> Trainer:
+    """Return the training loop of the project, ready to train `method` on noise for `EPOCHS` epochs."""
     settings = Training(
         **{"epochs": EPOCHS, "batch_size": BATCH, "warmup_epochs": 0.5, "precision": "fp32", **training}
     )
-    loader = Noise(method.views(config, pixels), BATCH // settings.accumulation)
+    loader = Noise(smallest_views(method, config), BATCH // settings.accumulation)
     result = Trainer(make(method, config), loader, settings, device=CPU)  # pyright: ignore[reportArgumentType]
     result.log_steps = 1
     return result
 
 
 def resume_is_exact(
-    method: type[Method],
-    config: MethodConfig,
-    *,
-    stops: Collection[int] = (3, 5),
-    pixels: int = PIXELS,
-    **training: Any,
+    method: type[Method], config: MethodConfig, *, stops: Collection[int] = (3, 5), **training: Any
 ) -> None:
-    """Assert that a run broken off within and after the first epoch ends bit for bit as one undisturbed (T6).
+    """Assert that a run interrupted within and after the first epoch ends bit for bit like an uninterrupted one.
 
     `training` overrides `Training`'s defaults.
     """
-    whole = trainer(method, config, pixels=pixels, **training)
+    whole = trainer(method, config, **training)
     states: dict[int, bytes] = {}
 
-    def note(row: dict[str, float]) -> None:
+    def keep_state(row: dict[str, float]) -> None:
         if row["step"] in stops:
             states[int(row["step"])] = _dump(whole.state())
 
     start = whole.loader.state()
     whole.method.prepare(whole.loader, whole.device)
     whole.loader.restore(start)
-    whole.run(save=lambda: None, log=note)
+    _run(whole, log=keep_state)
     assert sorted(states) == sorted(stops)
-    for saved in states.values():
-        second = trainer(method, config, pixels=pixels, **training)
-        second.restore(torch.load(io.BytesIO(saved), weights_only=True))
-        second.run(save=lambda: None, log=lambda row: None)
-        assert _dump(second.method.state_dict()) == _dump(whole.method.state_dict()), _first_difference(second, whole)
+    for state in states.values():
+        second = trainer(method, config, **training)
+        second.restore(torch.load(io.BytesIO(state), weights_only=True))
+        _run(second, log=lambda row: None)
+        assert _dump(second.method.state_dict()) == _dump(whole.method.state_dict()), _differences(second, whole)
         assert _dump(second.optimizer.state_dict()) == _dump(whole.optimizer.state_dict())
         assert second.history == whole.history
+
+
+def _run(trainer: Trainer, log: Callable[[dict[str, float]], None]) -> None:
+    """Train without the alarm for collapse, since small heads on noise may have almost equal embeddings."""
+    with patch("ssl_core.training.monitor.COLLAPSED", -1.0):
+        trainer.run(save=lambda: None, log=log)
 
 
 def _dump(state: Any) -> bytes:
@@ -164,83 +187,77 @@ def _dump(state: Any) -> bytes:
     return file.getvalue()
 
 
-def _first_difference(second: Trainer, whole: Trainer) -> list[str]:
+def _differences(second: Trainer, whole: Trainer) -> list[str]:
     expected = whole.method.state_dict()
     return [name for name, value in second.method.state_dict().items() if not torch.equal(value, expected[name])]
 
 
-def two_processes_equal_one(
-    method: type[Method],
-    config: MethodConfig,
-    folder: Path,
-    *,
-    steps: int = 3,
-    pixels: int = PIXELS,
-    ignore: Collection[str] = (),
-    atol: float = 1e-10,
-    rtol: float = 1e-8,
-) -> None:
-    """Assert that two gloo processes see the losses, gradients and state of one on the concatenated batch (T7).
-
-    BatchNorm is synchronised. State whose name holds a word of `ignore` may differ ("running" under split BatchNorm).
-    `folder` is the test's `tmp_path`.
-    """
-    path = folder / "two.pt"
-    with patch.object(sys, "path", [*sys.path, str(ROOT)]):  # so that the processes find this file
-        start_processes(_as_rank, (method, config, steps, pixels, str(path)), nprocs=2, start_method="forkserver")
-    two, one = torch.load(path), _train(method, config, steps, pixels)
-    assert two.keys() == one.keys()
-    for name, value in one.items():
-        if not any(word in name for word in ignore):
-            torch.testing.assert_close(two[name], value, atol=atol, rtol=rtol, msg=lambda m, name=name: f"{name}: {m}")
-
-
-def _as_rank(rank: int, method: type[Method], config: MethodConfig, steps: int, pixels: int, path: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{path}.rendezvous", rank=rank, world_size=2)
-    result = _train(method, config, steps, pixels)
-    if rank == 0:
-        torch.save(result, path)
-    dist.destroy_process_group()
-
-
-def _train(kind: type[Method], config: MethodConfig, steps: int, pixels: int) -> dict[str, Tensor]:
-    """Train on this process's share of noise; return losses of the whole batch, gradients of the last step, state."""
-    with float64():
-        return _train_steps(kind, config, steps, pixels)
-
-
 @contextmanager
 def float64() -> Iterator[None]:
-    """Compute everything in float64, losses included, so that rounding on no processor hides or feigns a difference."""
+    """Compute in float64, also where the code casts to float32, so that rounding is the same on every processor."""
+    default = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
         with patch.object(Tensor, "float", Tensor.double):
             yield
     finally:
-        torch.set_default_dtype(torch.float32)
+        torch.set_default_dtype(default)
 
 
-def _train_steps(kind: type[Method], config: MethodConfig, steps: int, pixels: int) -> dict[str, Tensor]:
+def two_processes_equal_one(method: type[Method], *configs: MethodConfig, folder: Path, steps: int = 4) -> None:
+    """Assert that two gloo processes have the losses, gradients and state of one on the concatenated batch.
+
+    BatchNorm is synchronised, all is computed in float64. `folder` is the test's `tmp_path`.
+    """
+    path = folder / "two.pt"
+    with patch.object(sys, "path", [*sys.path, str(ROOT)]):  # so that the processes find this file
+        start_processes(_as_rank, (method, configs, steps, str(path)), nprocs=2, start_method="forkserver")
+    for config, two in zip(configs, torch.load(path), strict=True):
+        one = _train(method, config, steps)
+        assert two.keys() == one.keys()
+        for name, value in one.items():
+            torch.testing.assert_close(two[name], value, atol=1e-9, rtol=1e-7, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def _as_rank(rank: int, method: type[Method], configs: Collection[MethodConfig], steps: int, path: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{path}.rendezvous", rank=rank, world_size=2)
+    results = [_train(method, config, steps) for config in configs]
+    if rank == 0:
+        torch.save(results, path)
+    dist.destroy_process_group()
+
+
+def _train(kind: type[Method], config: MethodConfig, steps: int) -> dict[str, Tensor]:
+    """Train on this process's part of the noise; return losses of the whole batch, last gradients, and the state."""
+    with float64():
+        return _train_in_default_type(kind, config, steps)
+
+
+def _train_in_default_type(kind: type[Method], config: MethodConfig, steps: int) -> dict[str, Tensor]:
     method: Method = make(kind, config)
     module: nn.Module = method
     if distributed.is_distributed():
         synchronise_batchnorm(method, cuda=False)
         module = nn.parallel.DistributedDataParallel(method, forward_sync_buffers=False)
-    torch.manual_seed(distributed.rank())  # as in training: what must be equal on all ranks may not be drawn from this
+    torch.manual_seed(distributed.rank())  # values that must be equal on all ranks may not be drawn from this
     optimizer = torch.optim.SGD(method.parameters(), lr=0.1)
-    own = slice(*(BATCH * part // distributed.world_size() for part in (distributed.rank(), distributed.rank() + 1)))
+    share = BATCH // distributed.world_size()
+    rows = slice(share * distributed.rank(), share * (distributed.rank() + 1))
     losses = []
     for step in range(steps):
-        whole, progress = batch(method.views(config, pixels), seed=step), Progress(step, 10)
-        views = {group: [view[own] for view in many] for group, many in whole.views.items()}
+        progress = Progress(step, 10)
+        whole = batch(smallest_views(kind, config), seed=step)
         optimizer.zero_grad()
-        loss = module(Batch(views, whole.labels[own], whole.indices[own]), progress).total
-        loss.backward()
+        result = module(select(whole, rows), progress)
+        result.total.backward()
         method.before_step(progress)
         optimizer.step()
-        method.after_step(progress)
-        losses.append(distributed.gather(loss.detach()[None]).mean())
+        remember(method, result, progress=progress)
+        losses.append(distributed.gather(result.total.detach()[None]).mean())
     gradients = {f"gradient of {name}": p.grad for name, p in method.named_parameters() if p.grad is not None}
     state = {name: value.detach().clone() for name, value in method.state_dict().items()}
+    for path, layer in method.named_modules():
+        if isinstance(layer, SplitBatchNorm1d | SplitBatchNorm2d):  # each process has those of its own parts
+            del state[f"{path}.running_mean"], state[f"{path}.running_var"]
     return {"losses": torch.stack(losses), **gradients, **state}

@@ -7,12 +7,12 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ssl_core.blocks.cutmix import Mixed, cutmix
-from ssl_core.blocks.instance_softmax import instance_softmax
+from ssl_core.blocks.instance_softmax import instance_loss, instance_softmax
 from ssl_core.config import Dataset, Subset
 from ssl_core.data.loader import Batch, Loader
 from ssl_core.data.shards import Manifest
 from ssl_core.methods.base import Progress, resolve
-from ssl_core.methods.npid import NPID, Config, gradient_update, instance_loss, sqrt_kl
+from ssl_core.methods.npid import NPID, Config, gradient_update, sqrt_kl
 from ssl_core.stages import pretrain, shard
 from tests.methods import harness
 
@@ -42,7 +42,17 @@ def rows(*shape, seed=0, dtype=torch.float64):
     return F.normalize(torch.randn(*shape, generator=generator, dtype=dtype), dim=-1)
 
 
-# The streamed softmax against the one that everybody would write
+def instance_loss_over(embedding, bank, target, *, temperature, mixed=None, chunk=None):
+    softmax = instance_softmax(embedding, bank, temperature=temperature, chunk=chunk)
+    return instance_loss(softmax, embedding, bank[target], temperature=temperature, mixed=mixed)
+
+
+def sqrt_kl_over(embedding, bank, *, temperature, terms=("l1", "l2"), chunk=None):
+    softmax = instance_softmax(embedding, bank, temperature=temperature, entropy_temperature=temperature, chunk=chunk)
+    return sqrt_kl(softmax, terms)
+
+
+# The streamed softmax against the plain one
 
 
 def naive(embedding, bank, target, temperature, sqrtkl_temperature):
@@ -70,14 +80,11 @@ def test_streaming_is_exact_forward_and_backward(chunk, sqrtkl_temperature, trai
 
 
 def streamed(embedding, bank, target, temperature, sqrtkl_temperature, chunk):
-    """Both losses from one pass, as the method takes them."""
+    """Return both losses from one pass, as in the method."""
     softmax = instance_softmax(
         embedding, bank, temperature=temperature, entropy_temperature=sqrtkl_temperature, chunk=chunk
     )
-    own = (embedding * bank[target]).sum(dim=1) / temperature
-    l1 = softmax.negative_entropy
-    divergence = l1 + softmax.to_square_root - 0.5 * (l1 - l1.detach())
-    return (softmax.log_normalizer - own).mean(), divergence.mean()
+    return instance_loss(softmax, embedding, bank[target], temperature=temperature), sqrt_kl(softmax)
 
 
 @pytest.mark.parametrize("trained", [False, True])
@@ -94,22 +101,22 @@ def test_streaming_passes_gradcheck(entropy_temperature, trained):
 def test_the_two_pure_losses_are_the_naive_ones():
     embedding, bank, target = rows(4, 6), rows(50, 6, seed=1), torch.tensor([3, 0, 49, 3])
     instance, divergence = naive(embedding, bank, target, 0.2, 0.3)
-    assert torch.allclose(instance_loss(embedding, bank, target, temperature=0.2, chunk=7), instance)
-    assert torch.allclose(sqrt_kl(embedding, bank, temperature=0.3, chunk=7), divergence)
+    assert torch.allclose(instance_loss_over(embedding, bank, target, temperature=0.2, chunk=7), instance)
+    assert torch.allclose(sqrt_kl_over(embedding, bank, temperature=0.3, chunk=7), divergence)
 
 
 @pytest.mark.parametrize("size", [1e-3, 1e4])
 def test_logits_of_any_size_stay_finite(size):
     embedding, bank = (rows(4, 6) * size).requires_grad_(), rows(50, 6, seed=1)
-    loss = instance_loss(embedding, bank, torch.arange(4), temperature=1.0, chunk=7)
-    divergence = sqrt_kl(embedding, bank, temperature=1.0, chunk=7)
+    loss = instance_loss_over(embedding, bank, torch.arange(4), temperature=1.0, chunk=7)
+    divergence = sqrt_kl_over(embedding, bank, temperature=1.0, chunk=7)
     (loss + divergence).backward()
     assert torch.isfinite(torch.stack([loss, divergence, embedding.grad.sum()])).all()
     assert torch.allclose(loss, F.cross_entropy(embedding @ bank.T, torch.arange(4)))
 
 
 class Largest(TorchDispatchMode):
-    """Notes the number of elements of the largest tensor that any operation makes, views of old ones left out."""
+    """Records the number of elements of the largest new tensor, not counting views of existing ones."""
 
     elements = 0
 
@@ -131,12 +138,12 @@ def test_nothing_larger_than_batch_times_chunk_is_ever_made(sqrtkl_temperature):
     assert largest.elements == 3 * 8 * 64  # three buffers
 
 
-# SqrtKL (recipes section 7, fixtures 1 and 2)
+# SqrtKL (docs/sources.md#worked-sqrtkl)
 
 
 def test_sqrt_kl_has_the_value_and_gradient_of_the_papers_example():
     logits = torch.tensor([0.91, *[0.01] * 9], dtype=torch.float64).log()[:, None].requires_grad_()
-    loss = sqrt_kl(torch.ones(1, 1, dtype=torch.float64), logits, temperature=1.0, chunk=3)
+    loss = sqrt_kl_over(torch.ones(1, 1, dtype=torch.float64), logits, temperature=1.0, chunk=3)
     (gradient,) = torch.autograd.grad(loss, logits)
     assert abs(loss.item() - 0.3671687) < 1e-7
     assert np.allclose(gradient[:, 0], [0.1847, *[-0.0205] * 9], atol=1e-4)  # attached: -0.0130, +0.0014
@@ -152,7 +159,7 @@ def test_sqrt_kl_matches_a_numpy_oracle_term_by_term():
         ("l1", "l2"): (p * np.log(p / u)).sum(1).mean(),
     }
     for terms, value in expected.items():
-        assert abs(sqrt_kl(embedding, bank, temperature=0.3, terms=terms).item() - value) < 1e-12
+        assert abs(sqrt_kl_over(embedding, bank, temperature=0.3, terms=terms).item() - value) < 1e-12
 
 
 @pytest.mark.parametrize("terms", [("l1",), ("l2",), ("l1", "l2")])
@@ -165,24 +172,24 @@ def test_no_gradient_reaches_the_square_root(terms):
         log_u = F.log_softmax(one.detach() @ bank.T / 0.6, dim=1)
         l1, l2 = (log_p.exp() * log_p).sum(dim=1), -(log_p.exp() * log_u).sum(dim=1)
         reference = torch.stack([{"l1": l1, "l2": l2}[term] for term in terms]).sum(dim=0).mean()
-        (sqrt_kl(one, bank, temperature=0.3, terms=terms, chunk=9) if ours else reference).backward()
+        (sqrt_kl_over(one, bank, temperature=0.3, terms=terms, chunk=9) if ours else reference).backward()
         gradients.append(one.grad)
     torch.testing.assert_close(*gradients, atol=1e-12, rtol=1e-12)
 
 
 def test_sqrt_kl_of_equal_probabilities_is_0_and_the_root_never_sums_to_more_than_that_of_n():
-    assert abs(sqrt_kl(rows(3, 4), torch.zeros(9, 4, dtype=torch.float64), temperature=0.1).item()) < 1e-12
+    assert abs(sqrt_kl_over(rows(3, 4), torch.zeros(9, 4, dtype=torch.float64), temperature=0.1).item()) < 1e-12
     for seed in range(5):
         p = F.softmax(5 * rows(1, 30, seed=seed), dim=1)
         assert 1 <= p.sqrt().sum() <= math.sqrt(30)
-        assert sqrt_kl(rows(3, 6, seed=seed), rows(30, 6, seed=9), temperature=0.1) > 0
+        assert sqrt_kl_over(rows(3, 6, seed=seed), rows(30, 6, seed=9), temperature=0.1) > 0
 
 
 # The update of the bank (eq. 5 and 6)
 
 
 def test_gradient_update_is_the_negative_gradient_of_the_batchs_rows():
-    # recipes section 7, fixture 3
+    # docs/sources.md#worked-bank
     embedding, bank, own = rows(8, 16), rows(50, 16, seed=1).requires_grad_(), torch.arange(8) * 6
     logits = embedding @ bank.T / 0.2
     (gradient,) = torch.autograd.grad(F.cross_entropy(logits, own, reduction="sum"), bank, retain_graph=True)
@@ -200,7 +207,7 @@ def test_gradient_update_weighs_others_by_the_class_under_them_not_by_their_own_
 def test_gradient_update_under_cutmix_is_the_negative_gradient_too():
     embedding, bank, own = rows(4, 16), rows(50, 16, seed=1).requires_grad_(), torch.tensor([5, 9, 2, 30])
     mixed = Mixed(torch.empty(0), torch.tensor([1, 0, 3, 2]), 0.7)
-    (gradient,) = torch.autograd.grad(4 * instance_loss(embedding, bank, own, temperature=0.2, mixed=mixed), bank)
+    (gradient,) = torch.autograd.grad(4 * instance_loss_over(embedding, bank, own, temperature=0.2, mixed=mixed), bank)
     probability = F.softmax(embedding @ bank.detach().T / 0.2, dim=1)[:, own]
     label = 0.7 * torch.eye(4, dtype=torch.float64) + 0.3 * torch.eye(4, dtype=torch.float64)[mixed.partner]
     found = gradient_update(embedding, probability, label=label)
@@ -211,20 +218,20 @@ def test_gradient_update_under_cutmix_is_the_negative_gradient_too():
 def test_only_the_batchs_rows_move_after_the_step_and_come_out_with_unit_length(variant):
     model, one = build(**VARIANTS[variant]), batch()
     before = model.bank.clone()
-    model(one, harness.START)
+    losses = model(one, harness.START)
     assert torch.equal(model.bank, before)
-    model.after_step(harness.START)
+    harness.remember(model, losses)
     others = [image for image in range(harness.NUM_IMAGES) if image not in one.indices]
     assert torch.equal(model.bank[others], before[others])
     assert not torch.isclose(model.bank[one.indices], before[one.indices]).all(dim=1).any()
     assert torch.allclose(model.bank[one.indices].norm(dim=1), torch.ones(harness.BATCH))
-    assert model.moves == []
 
 
 def test_a_moving_average_moves_by_one_minus_the_momentum():
     model, one = build(bank_momentum=0.7), batch()
-    expected = F.normalize(0.7 * model.bank[one.indices] + 0.3 * model(one, harness.START).embedding, dim=1)
-    model.after_step(harness.START)
+    losses = model(one, harness.START)
+    expected = F.normalize(0.7 * model.bank[one.indices] + 0.3 * losses.embedding, dim=1)
+    harness.remember(model, losses)
     assert torch.allclose(model.bank[one.indices], expected)
 
 
@@ -235,11 +242,11 @@ def test_the_methods_gradient_update_uses_the_probabilities_of_its_loss(negative
     candidates = torch.arange(harness.NUM_IMAGES)
     if negatives:
         candidates = torch.cat([own, model._sample(own, np.random.default_rng([0, 0, 0]))])
-    embedding = model(one, harness.START).embedding
-    logits = embedding @ bank.T / 0.1
+    losses = model(one, harness.START)
+    logits = losses.embedding @ bank.T / 0.1
     normalizer = logits[:, candidates].logsumexp(dim=1, keepdim=True)
-    expected = gradient_update(embedding, (logits[:, own] - normalizer).exp())
-    model.after_step(harness.START)
+    expected = gradient_update(losses.embedding, (logits[:, own] - normalizer).exp())
+    harness.remember(model, losses)
     assert torch.allclose(model.bank[own], F.normalize(0.5 * bank[own] + 0.5 * expected, dim=1), atol=1e-6)
 
 
@@ -247,9 +254,7 @@ def test_each_part_of_an_accumulated_step_moves_its_own_rows():
     model = build()
     parts = [batch(images=4, seed=seed) for seed in (0, 1)]
     before = model.bank.clone()
-    for part in parts:
-        model(part, harness.START)
-    model.after_step(harness.START)
+    harness.remember(model, *[model(part, harness.START) for part in parts])
     moved = set((model.bank != before).any(dim=1).nonzero()[:, 0].tolist())
     assert moved == {*parts[0].indices.tolist(), *parts[1].indices.tolist()}
 
@@ -259,7 +264,7 @@ def test_each_part_of_an_accumulated_step_moves_its_own_rows():
 
 @pytest.mark.parametrize("negatives", [None, harness.NUM_IMAGES - harness.BATCH, harness.NUM_IMAGES])
 def test_the_loss_is_the_cross_entropy_over_all_rows_as_they_were(negatives):
-    # T17: a sample of everything is the full softmax.
+    # A sample of all other images gives the full softmax.
     model, one = build(negatives=negatives), batch()
     losses = model(one, harness.START)
     expected = F.cross_entropy(losses.embedding @ model.bank.T / 0.1, one.indices)
@@ -274,7 +279,6 @@ def test_without_negatives_the_batch_is_all_there_is():
 
 
 def test_sampled_rows_are_never_the_batchs_and_all_others_are_equally_likely():
-    # T17: the positive is never among the negatives.
     model = build(negatives=20)
     indices = batch().indices
     counts = torch.zeros(harness.NUM_IMAGES)
@@ -292,9 +296,8 @@ def test_sampled_rows_are_never_the_batchs_and_all_others_are_equally_likely():
 def test_samples_differ_from_step_to_step_and_part_to_part_and_come_again_after_a_restart():
     def losses():
         model, one = build(negatives=5).eval(), batch()
-        found = [model(one, Progress(step, 9)).total for step in (0, 0)]
-        model.after_step(harness.START)
-        return torch.stack([*found, model(one, Progress(1, 9)).total])
+        positions = [Progress(0, 9), Progress(0, 9, part=1), Progress(1, 9)]
+        return torch.stack([model(one, progress).total for progress in positions])
 
     first = losses()
     assert len(first.unique()) == 3
@@ -307,7 +310,7 @@ def test_parts_add_up_to_the_total():
     own = model.bank[one.indices].clone()
     losses = model(one, harness.START)
     assert torch.allclose(losses.parts["proximal"], (losses.embedding - own).square().sum(dim=1).mean())
-    assert torch.allclose(losses.parts["sqrt_kl"], sqrt_kl(losses.embedding, model.bank, temperature=1.0))
+    assert torch.allclose(losses.parts["sqrt_kl"], sqrt_kl_over(losses.embedding, model.bank, temperature=1.0))
     instance, divergence, proximal = (losses.parts[name] for name in ("instance", "sqrt_kl", "proximal"))
     assert torch.allclose(losses.total, instance + 3 * divergence + 2 * proximal)
 
@@ -338,37 +341,15 @@ def test_no_temperature_of_its_own_means_the_cross_entropys():
     assert torch.equal(losses.total, same.total)
 
 
-def test_a_collapsed_network_raises_the_alarm():
-    harness.collapse_alarms(NPID, small())
-
-
-def test_a_constant_encoder_pays_the_logarithm_of_the_number_of_images():
-    # T19
+def test_a_bank_of_equal_rows_gives_the_log_of_the_number_of_images():
     model = build()
     model.bank.copy_(model.bank[:1].expand_as(model.bank))
     assert abs(model(batch(), harness.START).total.item() - math.log(harness.NUM_IMAGES)) < 1e-5
 
 
-def test_distinct_images_that_their_rows_know_pay_nothing():
-    # T2
+def test_embeddings_equal_to_their_distinct_rows_have_almost_no_loss():
     eye = torch.eye(8)
-    assert instance_loss(eye[:4], eye, torch.arange(4), temperature=0.05) < 1e-2
-
-
-def test_permuting_the_batch_permutes_the_losses():
-    embedding, bank, target = rows(4, 6), rows(50, 6, seed=1), torch.tensor([3, 0, 49, 7])
-    order = torch.tensor([2, 0, 3, 1])
-    each = [instance_loss(embedding[i : i + 1], bank, target[i : i + 1], temperature=0.1) for i in order]
-    whole = instance_loss(embedding[order], bank, target[order], temperature=0.1)
-    assert torch.allclose(torch.stack(each).mean(), whole)
-
-
-def test_the_bank_is_a_buffer_that_no_gradient_reaches():
-    model = build(update="gradient", sqrtkl_weight=1.0)
-    model(batch(), harness.START).total.backward()
-    assert "bank" in dict(model.named_buffers())
-    assert model.bank.grad is None
-    assert "bank" in model.state_dict()
+    assert instance_loss_over(eye[:4], eye, torch.arange(4), temperature=0.05) < 1e-2
 
 
 def test_the_bank_starts_at_about_unit_length():
@@ -390,14 +371,7 @@ def test_losses_are_computed_in_full_precision_under_autocast():
     model, one = build(), batch()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         losses = model(one, harness.START)
-    assert torch.equal(losses.total, instance_loss(losses.embedding, model.bank, one.indices, temperature=0.1))
-
-
-def test_evaluation_mode_leaves_the_state_as_it_is():
-    model = build(update="gradient").eval()
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    model(batch(), harness.START)
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert torch.equal(losses.total, instance_loss_over(losses.embedding, model.bank, one.indices, temperature=0.1))
 
 
 # CutMix
@@ -425,16 +399,18 @@ def test_cutmix_off_is_the_identity():
 def test_the_loss_of_mixed_images_is_shared_between_both_labels():
     embedding, bank, target = rows(4, 6), rows(50, 6, seed=1), torch.tensor([3, 0, 49, 7])
     mixed = Mixed(torch.empty(0), torch.tensor([1, 0, 3, 2]), 0.7)
-    expected = [instance_loss(embedding, bank, label, temperature=0.2) for label in (target, target[mixed.partner])]
-    found = instance_loss(embedding, bank, target, temperature=0.2, mixed=mixed)
+    expected = [
+        instance_loss_over(embedding, bank, label, temperature=0.2) for label in (target, target[mixed.partner])
+    ]
+    found = instance_loss_over(embedding, bank, target, temperature=0.2, mixed=mixed)
     assert torch.allclose(found, 0.7 * expected[0] + 0.3 * expected[1])
 
 
 def test_a_mixed_image_moves_the_row_of_its_first_label():
     model, one = build(cutmix=0.5, bank_momentum=0.0), batch()
-    embedding = model(one, harness.START).embedding
-    model.after_step(harness.START)
-    assert torch.allclose(model.bank[one.indices], embedding, atol=1e-6)
+    losses = model(one, harness.START)
+    harness.remember(model, losses)
+    assert torch.allclose(model.bank[one.indices], losses.embedding, atol=1e-6)
 
 
 # Calibration
@@ -500,20 +476,13 @@ def test_without_calibration_the_data_are_not_touched():
     assert torch.equal(model.bank, before)
 
 
-# Resume, processes, presets
+# Switches that no preset combines, and presets
 
 
-@pytest.mark.parametrize(
-    ("variant", "training"), [("paper", {}), ("code", {"accumulation": 2}), ("mixed gradient", {"optimizer": "lars"})]
-)
-def test_a_resumed_run_is_the_undisturbed_one(variant, training):
-    harness.resume_is_exact(NPID, small(**VARIANTS[variant]), **training)
-
-
-@pytest.mark.parametrize("variant", ["paper", "mixed gradient"])
-def test_two_processes_equal_one(variant, tmp_path):
-    # Gently: at the paper's temperature twelve channels' rounding errors grow a thousandfold in three steps.
-    harness.two_processes_equal_one(NPID, small(**VARIANTS[variant], temperature=1.0), tmp_path)
+def test_the_gradient_update_of_sampled_mixed_images_resumes_and_runs_in_two_processes(tmp_path):
+    config = small(**VARIANTS["mixed gradient"])
+    harness.resume_is_exact(NPID, config, optimizer="lars")
+    harness.two_processes_equal_one(NPID, config, folder=tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -533,7 +502,7 @@ def test_two_processes_equal_one(variant, tmp_path):
         ),
     ],
 )
-def test_presets_say_what_paper_and_code_say(preset, method, training):
+def test_presets_have_the_values_of_paper_and_code(preset, method, training):
     spec = {
         "dataset": {"name": "demo"},
         "backbone": {"name": "resnet18"},

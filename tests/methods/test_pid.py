@@ -67,23 +67,21 @@ def test_gradients_reach_the_network_and_all_class_vectors_as_autograd_has_them(
 
 
 def test_the_first_loss_is_about_the_logarithm_of_the_number_of_images():
-    # Recipes M2: a learning rate made for ten classes meets 10.8 at 50,000 images.
+    # A learning rate tuned for ten classes meets a loss of 10.8 at 50,000 images (docs/sources.md#pid).
     model = harness.make(PID, Config(weight_init=1e-6), num_images=3000)
     assert abs(model(batch(), harness.START).total.item() - math.log(3000)) < 1e-4
 
 
-def test_images_that_their_class_vectors_know_pay_nothing():
-    # T2
+def test_embeddings_equal_to_their_distinct_class_vectors_have_almost_no_loss():
     model = build(cosine=True, temperature=0.05, head="linear", embedding_dim=harness.NUM_IMAGES)
     with torch.no_grad():
         model.weights.copy_(torch.eye(harness.NUM_IMAGES))
-    known = torch.eye(harness.NUM_IMAGES)[:4]
+    embedding = torch.eye(harness.NUM_IMAGES)[:4]
     unmixed = cutmix(torch.zeros(4, 3, 2, 2), alpha=None, generator=np.random.default_rng(0))
-    assert model._classify(known, torch.arange(4), unmixed) < 1e-2
+    assert model._classify(embedding, torch.arange(4), unmixed) < 1e-2
 
 
-def test_a_constant_encoder_pays_the_logarithm_and_raises_the_alarm():
-    # T19: no features, no bias, so all classes are equally likely.
+def test_constant_features_without_a_bias_give_the_log_of_the_number_of_images():
     assert abs(harness.collapse_alarms(PID, Config()) - math.log(harness.NUM_IMAGES)) < 1e-5
 
 
@@ -112,7 +110,7 @@ def test_several_views_are_averaged():
 
 
 @pytest.mark.parametrize("decay", [True, False])
-def test_class_vectors_are_spared_from_decay_where_asked_and_nothing_else_is(decay):
+def test_decay_weights_false_excludes_only_the_class_vectors_from_decay(decay):
     model = build(decay_weights=decay)
     optimizer = build_optimizer(model, Training(weight_decay=0.1), undecayed=model.undecayed)
     decays = {parameter: group["weight_decay"] for group in optimizer.param_groups for parameter in group["params"]}
@@ -141,21 +139,17 @@ def test_losses_are_computed_in_full_precision_under_autocast():
 
 
 def test_a_cosine_with_a_bias_is_refused():
-    with pytest.raises(ValueError, match=r"method: a cosine has no bias"):
+    with pytest.raises(ValueError, match=r"a cosine has no bias: set one of them"):
         parse(Config, {"cosine": True, "bias": True}, "method")
 
 
-@pytest.mark.parametrize(("variant", "training"), [("pid", {"accumulation": 2}), ("pic", {"optimizer": "lars"})])
-def test_a_resumed_run_is_the_undisturbed_one(variant, training):
-    harness.resume_is_exact(PID, Config(**SMALL, **VARIANTS[variant]), **training)
+def test_mixed_images_with_a_bias_resume_and_run_in_two_processes(tmp_path):
+    config = Config(**SMALL, **VARIANTS["pid"])
+    harness.resume_is_exact(PID, config, accumulation=2)
+    harness.two_processes_equal_one(PID, config, folder=tmp_path)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_two_processes_equal_one(variant, tmp_path):
-    harness.two_processes_equal_one(PID, Config(**SMALL, **VARIANTS[variant]), tmp_path)
-
-
-def test_presets_say_what_the_recipes_say():
+def test_presets_have_the_values_of_their_sources():
     spec = {"dataset": {"name": "demo"}, "backbone": {"name": "resnet18"}, "method": {"name": "pid"}}
     pid, pic = resolve(spec), resolve({**spec, "method": {"name": "pid", "preset": "pic"}})
     assert (pid.training.learning_rate, pid.training.epochs, pid.training.batch_size) == (0.1, 400, 512)

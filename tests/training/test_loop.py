@@ -1,4 +1,4 @@
-"""A run that stops anywhere and resumes is bit for bit an undisturbed one."""
+"""An interrupted and resumed run equals an uninterrupted one bit for bit, with the real loader."""
 
 import contextlib
 import io
@@ -108,15 +108,26 @@ def test_accumulation_takes_one_step_and_one_teacher_update_for_all_parts(traine
     assert int(accumulated.method.queue.position) == 12 * 16 % 40
 
 
-def test_the_end_of_each_watched_epoch_is_looked_at(trainer):
+def test_each_part_of_a_step_has_its_number_and_hands_its_memory_to_after_step(trainer):
+    run = trainer(accumulation=2)
+    positions, memories = [], []
+    run.method.register_forward_hook(lambda module, inputs, losses: positions.append(inputs[1]))
+    run.method.register_forward_hook(lambda module, inputs, losses: memories.append(losses.memory))
+    run.method.after_step = lambda progress, received: positions.append((progress, received == memories))
+    run._one_step()
+    assert [position.part for position in positions[:2]] == [0, 1]
+    assert positions[2] == ((0, 12, 0), True)
+
+
+def test_the_history_has_a_row_at_the_end_of_each_monitored_epoch(trainer):
     run = trainer(epochs=4, monitor_epochs=2)
     run.log_steps = 5  # 6 steps an epoch
     run.run(save=lambda: None, log=lambda row: None)
     assert [row["step"] for row in run.history] == [5, 10, 12, 15, 20, 24]
 
 
-def test_milestones_that_are_never_reached_are_refused(trainer):
-    with pytest.raises(ValueError, match=r"training\.milestones 3, 8 lie at or after the end, epoch 3"):
+def test_milestones_after_the_end_are_refused(trainer):
+    with pytest.raises(ValueError, match=r"training\.milestones 3, 8 are not below training\.epochs 3"):
         trainer(epochs=3, schedule="step", milestones=(2, 3, 8))
 
 

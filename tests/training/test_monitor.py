@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from ssl_core.training.monitor import Alarm, effective_rank, spread
+from ssl_core.training.monitor import Alarm, rankme, spread
 
 
 def test_spread_is_one_on_the_sphere_and_zero_for_a_constant():
@@ -12,16 +12,16 @@ def test_spread_is_one_on_the_sphere_and_zero_for_a_constant():
     assert spread(torch.ones(16, 64)).item() < 1e-6
 
 
-def test_effective_rank_counts_equal_directions():
-    assert abs(effective_rank(torch.eye(5)).item() - 5) < 1e-3
-    assert abs(effective_rank(torch.ones(16, 8)).item() - 1) < 1e-3
+def test_rankme_counts_equal_directions():
+    assert abs(rankme(torch.eye(5)).item() - 5) < 1e-3
+    assert abs(rankme(torch.ones(16, 8)).item() - 1) < 1e-3
 
 
 def test_a_constant_encoder_sets_off_the_alarm_at_the_third_look():
     alarm, value = Alarm(), spread(torch.ones(16, 64)).item()
     alarm.check(10, 1.0, value)
     alarm.check(20, 1.0, value)
-    with pytest.raises(ValueError, match="collapsed: at step 30"):
+    with pytest.raises(ValueError, match="collapsed: embeddings are nearly equal at step 30"):
         alarm.check(30, 1.0, value)
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from ssl_core.blocks.schedules import cosine_momentum, effective_learning_rate, forward_batch_size, learning_rate
+from ssl_core.blocks.schedules import cosine, effective_learning_rate, forward_batch_size, learning_rate
 from ssl_core.config import Training
 
 
@@ -14,11 +14,11 @@ def training(**changes: Any) -> Training:
     return Training.model_validate(plain | changes)
 
 
-# (processes, accumulation) -> images per forward. The learning rate depends on the global batch only.
+# (processes, accumulation) -> images per forward pass; the learning rate depends on the global batch only.
 @pytest.mark.parametrize(
     ("gpus", "accumulation", "images"), [(1, 1, 512), (1, 4, 128), (2, 1, 256), (4, 2, 64), (8, 1, 64)]
 )
-def test_batch_is_divided_and_the_rate_scaled_once(gpus: int, accumulation: int, images: int):
+def test_the_batch_is_divided_and_the_learning_rate_scaled_once(gpus: int, accumulation: int, images: int):
     plan = training(
         batch_size=512, gpus=gpus, accumulation=accumulation, learning_rate=0.06, learning_rate_scaling="linear"
     )
@@ -31,7 +31,7 @@ def test_unscaled_rates_are_absolute():
     assert effective_learning_rate(training(batch_size=1024)) == 0.8
 
 
-def test_batch_that_cannot_be_dealt_out_is_refused():
+def test_a_batch_that_cannot_be_divided_is_refused():
     with pytest.raises(ValueError, match=r"multiple of gpus x accumulation \(2 x 3\): choose 96"):
         forward_batch_size(training(batch_size=100, gpus=2, accumulation=3))
 
@@ -51,7 +51,7 @@ def test_minimum_is_absolute_under_scaling():
     assert learning_rate(50, training=plan, steps_per_epoch=5) == 0.0048
 
 
-def test_cosine_by_epoch_is_constant_within_one():
+def test_the_cosine_by_epoch_is_constant_within_an_epoch():
     plan = training(schedule_unit="epoch", warmup_epochs=0)
     rates = [learning_rate(step, training=plan, steps_per_epoch=3) for step in range(30)]
     closed = [0.4 * (1 + math.cos(math.pi * (step // 3) / 10)) for step in range(30)]
@@ -84,9 +84,9 @@ def test_impossible_schedules_are_refused():
         learning_rate(0, training=training(minimum_learning_rate=1.0), steps_per_epoch=5)
 
 
-def test_t11_momentum_is_exact_at_both_ends_and_a_cosine_between():
-    momenta = [cosine_momentum(step, 100, 0.996) for step in range(101)]
+def test_the_cosine_is_exact_at_both_ends():
+    momenta = [cosine(0.996, 1.0, step / 100) for step in range(101)]
     assert (momenta[0], momenta[100]) == (0.996, 1.0)
     closed = [1 - 0.004 * 0.5 * (1 + math.cos(math.pi * step / 100)) for step in range(101)]
     assert momenta == pytest.approx(closed, abs=1e-15)
-    assert cosine_momentum(50, 100, 0.9, 0.99) == pytest.approx(0.945)
+    assert cosine(0.9, 0.99, 0.5) == pytest.approx(0.945)
