@@ -43,7 +43,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 # Started first and in this order, so that no process is left with a slow file when the others have finished.
-SLOWEST = ("workflow", "test_tracking.py", "training", "stages", "evaluations", "faults")
+SLOWEST = ("workflow", "tracking", "training", "stages", "evaluations", "faults")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
