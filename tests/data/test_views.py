@@ -18,7 +18,7 @@ def views() -> Views:
     }
 
 
-# Policy: flip, jitter, (brightness, contrast, saturation, hue), grayscale, blur, solarize; docs/sources.md#augmentations.
+# flip, jitter, (brightness, contrast, saturation, hue), grayscale, blur, solarize (docs/sources.md#augmentations)
 @pytest.mark.parametrize(
     ("name", "numbers"),
     [
