@@ -1,4 +1,4 @@
-"""A run that stops anywhere and resumes is bit for bit an undisturbed one."""
+"""Stopping anywhere and going on changes no bit (T6)."""
 
 import contextlib
 import io
@@ -139,7 +139,7 @@ def test_another_number_of_processes_is_refused(trainer):
         one.restore(state)
 
 
-def test_precision_names_the_computation():
+def test_precision_says_what_it_does():
     cpu = torch.device("cpu")
     assert autocast_type("fp32", cpu) is None
     assert autocast_type("bf16", cpu) is torch.bfloat16
