@@ -61,6 +61,12 @@ def test_links_lead_to_files_and_headings_that_there_are(page: Path) -> None:
         assert not anchor or anchor in anchors(target), link
 
 
+@each_page
+def test_modules_that_a_page_names_exist(page: Path) -> None:
+    named = re.findall(r"`(ssl_core/[\w/]+\.py)`", page.read_text(encoding="utf-8"))
+    assert [name for name in named if name not in files(page) and not (ROOT / name).is_file()] == []
+
+
 @pages_with_commands
 def test_commands_can_be_understood(page: Path, project: Path) -> None:
     register_methods(page)

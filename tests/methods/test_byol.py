@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from ssl_core.data.loader import Batch
 from ssl_core.methods.base import Progress, resolve
 from ssl_core.methods.byol import BYOL, Config, regression_loss
-from tests.methods.harness import START, batch, make, remember
+from tests.methods.harness import START, batch, float64, make, remember
 
 SMALL: dict[str, Any] = {"projector_hidden": 12, "predictor_hidden": 12, "embedding_dim": 5}
 
