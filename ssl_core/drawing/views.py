@@ -1,4 +1,4 @@
-"""Picture of the input of each network: one column per image, one row per view."""
+"""The picture of the views that each network gets: one column per image, one row per view."""
 
 import textwrap
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from ssl_core.data.shards import Manifest
 from ssl_core.data.views import POLICIES, Augmentation, View, Views
 from ssl_core.files import atomic
 
-IMAGES = 8  # drawn of a data set or batch
+IMAGES = 8  # drawn per data set or batch
 CELL = 1.45  # inches of the largest view; others are smaller, but never less than half of it
 GAP, MARGIN = 0.06, 0.2  # inches
 HEADER = 0.65  # inches above each group of views
@@ -48,7 +48,7 @@ def draw_views(
             for column, pixels in enumerate(_pixels(seen[:count], mean, std)):
                 left = MARGIN + column * (max(sides.values()) + GAP)
                 axes = figure.add_axes((left / width, bottom / height, sides[group] / width, sides[group] / height))
-                axes.imshow(pixels, interpolation="nearest")  # 16 px are shown as 16 px
+                axes.imshow(pixels, interpolation="nearest")  # without smoothing
                 axes.set_axis_off()
         top -= heights[group]
     FigureCanvasAgg(figure)
@@ -63,7 +63,7 @@ def _pixels(images: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -
 
 
 def _title(figure: Figure, group: str, view: View, top: float) -> None:
-    """Write above a group its name and, in small print, size, crop, augmentation and who sees it."""
+    """Write the name of a group above it and, in small print, its size, crop, augmentation and networks."""
     width, height = figure.get_figwidth(), figure.get_figheight()
     crop = "center" if view.crop == "center" else f"area {view.area[0]:g}-{view.area[1]:g}"
     parts = [f"{view.size} px, {crop}", _augmentation_name(view.augmentation)]
@@ -76,7 +76,7 @@ def _title(figure: Figure, group: str, view: View, top: float) -> None:
 
 
 def _augmentation_name(augmentation: Augmentation) -> str:
-    """Return the policy's name, or the enabled augmentations if no policy matches."""
+    """Return the policy's name, or for an unnamed policy the augmentations in use."""
     for name, policy in POLICIES.items():
         if policy == augmentation:
             return name

@@ -1,4 +1,4 @@
-"""The picture of what accuracy costs: each experiment's over the time of its pre-training (Cao & Wu, Figure 1)."""
+"""The picture of accuracy over the time of pre-training, one point per experiment (Cao & Wu, Figure 1)."""
 
 from collections.abc import Mapping, Sequence
 
@@ -16,9 +16,9 @@ LINE_HEIGHT = 11.0  # points between two labels
 
 @styled
 def draw_costs(rows: Sequence[Row], panels: Mapping[str, Sequence[Priced]], *, title: str) -> Figure:
-    """Draw a panel an evaluation of these rows of one data set, as `results.priced` found them.
+    """Draw one panel per evaluation of one data set; `panels` comes from `results.priced`.
 
-    The arms of crosses are standard deviations over seeds; lines are the baselines, averaged over the experiments.
+    Error bars are standard deviations over seeds; lines are the baselines, averaged over the experiments.
     """
     most = max(point.seconds.mean for points in panels.values() for point in points)
     unit, length = next((unit for unit in UNITS if most >= 2 * unit[1]), UNITS[-1])
@@ -48,7 +48,7 @@ def draw_costs(rows: Sequence[Row], panels: Mapping[str, Sequence[Priced]], *, t
             )
         axes.set_xlim(0, 1.3 * most / length)  # room for the last name
         axes.grid(color=FAINT, linewidth=0.5)
-    figure.draw_without_rendering()  # settles where the points are
+    figure.draw_without_rendering()  # fixes the positions of the points
     figure.set_layout_engine("none")
     for axes, points in zip(grid, panels.values()):
         _name(axes, {shorten(p.name, 20): (p.seconds.mean / length, p.accuracy.mean) for p in points})
@@ -57,8 +57,9 @@ def draw_costs(rows: Sequence[Row], panels: Mapping[str, Sequence[Priced]], *, t
 
 def _lines(axes: Axes, rows: Sequence[Row], group: str) -> None:
     for name in baselines(rows, group):
-        found = (row.summary(group, name, headline(row.results[group][0])) for row in rows if group in row.results)
-        over_all = summarise(one and one.mean for one in found)
+        with_group = [row for row in rows if group in row.results]
+        summaries = [row.summary(group, name, headline(row.results[group][0])) for row in with_group]
+        over_all = summarise(summary and summary.mean for summary in summaries)
         if over_all is None:
             continue
         colour, dashes = LINES[name]
@@ -69,13 +70,13 @@ def _lines(axes: Axes, rows: Sequence[Row], group: str) -> None:
 
 
 def _name(axes: Axes, points: dict[str, tuple[float, float]]) -> None:
-    """Write each point's name to its right, and below where another name stands in the way."""
+    """Write each point's name to its right, lower where another name is in the way."""
     scale = 72 / axes.figure.dpi
     taken: list[tuple[float, float, float]] = []  # left, right, height of names, in points
     for name, place in sorted(points.items(), key=lambda item: -item[1][1]):
         across, up = axes.transData.transform(place) * scale
         left, right, height = across + 7, across + 9 + 4.6 * len(name), up
-        for other_left, other_right, other in sorted(taken, key=lambda one: -one[2]):
+        for other_left, other_right, other in sorted(taken, key=lambda name: -name[2]):
             if left < other_right and other_left < right and abs(height - other) < LINE_HEIGHT:
                 height = other - LINE_HEIGHT
         taken.append((left, right, height))
@@ -88,5 +89,5 @@ def _name(axes: Axes, points: dict[str, tuple[float, float]]) -> None:
             fontsize=8,
             va="center",
             arrowprops=arrow,
-            path_effects=[withStroke(linewidth=2, foreground="white")],  # else error bars strike it through
+            path_effects=[withStroke(linewidth=2, foreground="white")],  # else error bars cross the name
         )

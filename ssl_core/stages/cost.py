@@ -1,4 +1,4 @@
-"""The stage `cost`: cost of a network's pre-training and inference, as a result beside the percentages."""
+"""The stage `cost`: the cost of a network's pre-training and of its use, as a result like the others."""
 
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,9 @@ def run(
     pretrain: Path | None,
     output: Path,
 ) -> None:
-    """Measure `backbone` and its export `onnx` by the section `spec` and write the results to `output`.
+    """Measure `backbone` and its export `onnx` with the configuration `spec` and write the results to `output`.
 
-    `pretrain` is the summary of the pre-training; None for weights that were trained elsewhere.
+    `pretrain` is the summary of the pre-training, or None for weights that were trained elsewhere.
     """
     torch.set_num_threads(1)
     config = parse(cost.Config, spec, f"evaluations.{evaluation}")

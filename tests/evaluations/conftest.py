@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from ssl_core.config import Backbone
 from ssl_core.data.shards import Manifest, Shard, Split, new_shard
-from ssl_core.evaluations.parts.features import Pixels, Subjects
+from ssl_core.evaluations.base import Subjects
+from ssl_core.evaluations.parts.features import Pixels
 from ssl_core.files import write_text
 from ssl_core.networks.backbones import build_backbone, save_backbone
 
@@ -21,7 +22,7 @@ SEED = 3
 
 
 class Tiny(nn.Module):
-    """A convolution, batch norm that would like to move, and pooling: (batch, 3, h, w) -> (batch, 8)."""
+    """A convolution, batch norm that training mode would move, and pooling: (batch, 3, h, w) -> (batch, 8)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -33,7 +34,7 @@ class Tiny(nn.Module):
 
 
 def write_shards(folder: Path, *, train: list[int], test: list[int], labelled: bool = True) -> Path:
-    """Write 16x16 squares whose colour is their index modulo 3, labelled as `train` and `test` say."""
+    """Write 16x16 squares whose colour is their index modulo 3, with the labels `train` and `test`."""
     splits = {}
     for name, labels in (("train", train), ("test", test)):
         generator = np.random.default_rng(len(labels))
@@ -78,7 +79,7 @@ def manifest(manifest_path: Path) -> Manifest:
 
 @pytest.fixture(scope="session")
 def backbone_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A backbone file as the pre-training writes it; its weights differ from those its seed gives."""
+    """A backbone file as the pre-training writes it; its weights differ from those of its seed."""
     path = tmp_path_factory.mktemp("backbone") / "backbone.safetensors"
     config = Backbone(name="mobilenet_v3_small", stem="small", hidden_layer=False)
     torch.manual_seed(SEED + 1)

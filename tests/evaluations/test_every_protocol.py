@@ -196,9 +196,7 @@ def test_the_schema_has_the_contract(name, schema):
 
 @pytest.mark.parametrize("name", MEASURING)
 def test_the_dry_run_refuses_a_data_set_without_a_test_split(name, schema):
-    message = (
-        r"^evaluations\.mine: for experiment 'first': data set 'squares' has no test or val split \(it has train\)"
-    )
+    message = r"^evaluations\.mine: for experiment 'first': data set 'squares' has no test or val split"
     with pytest.raises(ValueError, match=message):
         dry_run(schema, {"protocol": name}, {"train": "one"})
 
@@ -211,9 +209,7 @@ def test_the_dry_run_refuses_equal_splits(name, schema):
 
 @pytest.mark.parametrize("name", LABELS_NEEDED)
 def test_the_dry_run_refuses_unlabelled_data(name, schema):
-    with pytest.raises(
-        ValueError, match=r"^evaluations\.mine: .*split 'train' has no labels: use a labelled split: te"
-    ):
+    with pytest.raises(ValueError, match=r"^evaluations\.mine: .*split 'train' has no labels: use a labelled split"):
         dry_run(schema, {"protocol": name}, {"train": "none", "test": "one"})
 
 

@@ -4,22 +4,21 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ssl_core.config import Backbone, Dataset
-from ssl_core.data.shards import Manifest
+from ssl_core.evaluations.base import Precision
 from ssl_core.evaluations.parts.features import (
+    GROUP,
     Pixels,
-    Precision,
+    accuracies,
     build_untrained,
     center_view,
-    correct,
     extract,
-    find_test_split,
     gather_subjects,
     make_loader,
     read_split,
 )
 from ssl_core.networks.backbones import build_backbone, load_backbone
 
-from .conftest import SEED, Tiny, write_shards
+from .conftest import SEED, Tiny
 
 TRAIN = Dataset(name="squares")
 KINDS: tuple[Precision, Precision] = ("fp32", "bf16")
@@ -35,11 +34,11 @@ def test_bfloat16_moves_features_by_its_rounding_alone(backbone_path, manifest):
     subjects = gather_subjects(*load_backbone(backbone_path), image_size=None, threads=1)
     plain, fast = (read_split(subjects, manifest, TRAIN, center_view(16), "", precision=kind) for kind in KINDS)
     assert torch.equal(plain.indices, fast.indices)
-    assert torch.equal(plain.of["pixels"], fast.of["pixels"])
+    assert torch.equal(plain.by_network["pixels"], fast.by_network["pixels"])
     for name in ("pretrained", "untrained"):
-        assert not torch.equal(plain.of[name], fast.of[name])
-        assert torch.cosine_similarity(plain.of[name], fast.of[name]).min() > 0.999
-        assert fast.of[name].dtype == torch.float32
+        assert not torch.equal(plain.by_network[name], fast.by_network[name])
+        assert torch.cosine_similarity(plain.by_network[name], fast.by_network[name]).min() > 0.999
+        assert fast.by_network[name].dtype == torch.float32
 
 
 def test_extraction_leaves_weights_statistics_and_modes_alone(subjects, manifest):
@@ -57,7 +56,7 @@ def test_extraction_leaves_weights_statistics_and_modes_alone(subjects, manifest
 def test_pixels_are_the_normalised_image(subjects, manifest):
     loader = make_loader(subjects, manifest, TRAIN, center_view(16), batch_size=60)
     batch = next(loader.epoch())
-    (images,) = batch.views["probe"]
+    (images,) = batch.views[GROUP]
     assert torch.equal(Pixels()(images), images.reshape(60, -1))
 
 
@@ -95,20 +94,7 @@ def test_weights_that_do_not_fit_are_an_error(backbone_path, tmp_path, change):
         load_backbone(tmp_path / "backbone.safetensors")
 
 
-def test_a_data_set_without_labels_is_a_clear_error(tmp_path):
-    manifest = Manifest.load(write_shards(tmp_path, train=[0] * 4, test=[0] * 4, labelled=False))
-    with pytest.raises(ValueError, match="'squares': split 'test' has no labels"):
-        find_test_split(manifest, None, training=None)
-
-
-def test_a_split_that_trains_does_not_test(tmp_path):
-    manifest = Manifest.load(write_shards(tmp_path, train=[0] * 4, test=[0] * 4))
-    assert find_test_split(manifest, None, training="train") == "test"
-    with pytest.raises(ValueError, match="'squares': the split 'train' would train and test"):
-        find_test_split(manifest, "train", training="train")
-
-
 def test_top5_counts_hits_among_the_five_highest_from_ten_classes_on():
     logits = torch.arange(10.0).repeat(4, 1)  # class 9 highest, 5 the fifth, 4 the sixth
-    assert correct(logits, torch.tensor([9, 5, 4, 0])) == {"top1": 25.0, "top5": 50.0}
-    assert correct(logits[:, :9], torch.tensor([8, 5, 4, 0])) == {"top1": 25.0}
+    assert accuracies(logits, torch.tensor([9, 5, 4, 0])) == {"top1": 25.0, "top5": 50.0}
+    assert accuracies(logits[:, :9], torch.tensor([8, 5, 4, 0])) == {"top1": 25.0}

@@ -5,12 +5,12 @@ import pytest
 import torch
 
 from ssl_core.config import Dataset
-from ssl_core.data.shards import Manifest
+from ssl_core.evaluations.base import Subjects
 from ssl_core.evaluations.knn import (
     BEST_K,
     Config,
-    _best,
-    _weighted,
+    _score_best,
+    _score_weighted,
     into_space,
     neighbours,
     run,
@@ -18,9 +18,9 @@ from ssl_core.evaluations.knn import (
     vote_weights,
     votes,
 )
-from ssl_core.evaluations.parts.features import Features, Subjects
+from ssl_core.evaluations.parts.features import Features
 
-from .conftest import MEAN, STD, write_shards
+from .conftest import MEAN, STD
 
 TRAIN = Dataset(name="squares")
 
@@ -62,15 +62,15 @@ def test_weighted_knn_agrees_with_brute_force(rows, k, temperature):
     bank, queries, labels, truth = rows
     config = Config(dataset=TRAIN, k=k, temperature=temperature)
     subjects = Subjects({"pretrained": torch.nn.Identity()}, 16, MEAN, STD)
-    metrics, _ = _weighted(config, subjects, make_features(bank, labels), make_features(queries, truth), 4)
+    metrics, _ = _score_weighted(config, subjects, make_features(bank, labels), make_features(queries, truth), 4)
     hits = oracle(bank, queries, labels, k, temperature=temperature) == truth.numpy()
     assert metrics["pretrained"]["top1"] == pytest.approx(100 * hits.mean(), abs=1e-3)
 
 
-def test_best_nn_agrees_with_brute_force_and_says_that_k_is_chosen_on_test(rows):
+def test_best_nn_agrees_with_brute_force_and_states_that_k_is_chosen_on_test(rows):
     bank, queries, labels, truth = rows
     subjects = Subjects({"pretrained": torch.nn.Identity()}, 16, MEAN, STD)
-    metrics, settings = _best(
+    metrics, settings = _score_best(
         Config(dataset=TRAIN, variant="best"), subjects, make_features(bank, labels), make_features(queries, truth), 4
     )
     expected = {k: 100 * (oracle(bank, queries, labels, k) == truth.numpy()).mean() for k in BEST_K if k <= 90}
@@ -98,7 +98,7 @@ def test_distances_far_from_the_origin_are_exact_enough():
 @pytest.mark.parametrize(
     ("space", "expected"), [("raw", [[3.0, 4.0]]), ("l2", [[0.6, 0.8]]), ("shift", [[2**-0.5, 2**-0.5]])]
 )
-def test_spaces_of_the_best_nn_differ_as_they_say(space, expected):
+def test_the_spaces_of_best_nn(space, expected):
     bank = torch.tensor([[0.0, 0.0], [4.0, 6.0]])  # mean (2, 3)
     prepare = into_space(bank, space)
     found = prepare(torch.tensor([[3.0, 4.0]])) + (bank.mean(dim=0) if space == "raw" else 0)
@@ -116,7 +116,7 @@ def test_votes_stay_finite_at_a_low_temperature():
     assert weights.tolist() == [[1.0, pytest.approx(math.exp(-50), rel=1e-3), pytest.approx(0.0, abs=1e-30)]]
 
 
-def test_neighbours_are_capped_at_the_training_images_and_the_result_says_so(subjects, manifest):
+def test_neighbours_are_capped_at_the_training_images_and_the_result_states_it(subjects, manifest):
     outcome = run(Config(dataset=TRAIN, k=200), subjects, manifest, lambda metrics, step: None)
     assert outcome.hyperparameters["k"] == 60
     assert outcome.hyperparameters["how"] == "200 capped at the 60 training images"
@@ -134,11 +134,3 @@ def test_the_two_kinds_of_knn_carry_different_protocol_names(subjects, manifest)
         for variant in ("weighted", "best")
     }
     assert names == {"knn/v1", "knn-best/v1"}
-
-
-def test_training_images_without_labels_are_a_clear_error(subjects, tmp_path):
-    manifest = Manifest.load(write_shards(tmp_path / "a", train=[0] * 4, test=[0] * 4, labelled=False))
-    labelled = Manifest.load(write_shards(tmp_path / "b", train=[0] * 4, test=[0] * 4))
-    mixed = manifest.model_copy(update={"splits": {**manifest.splits, "test": labelled.splits["test"]}})
-    with pytest.raises(ValueError, match=r"split 'train' has no labels; evaluate on one that has: test"):
-        run(Config(dataset=TRAIN), subjects, mixed, lambda metrics, step: None)

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from ssl_core.blocks.schedules import learning_rate
 from ssl_core.config import Dataset, Training, parse
 from ssl_core.evaluations.linear import VARIANTS, Config, plan, run
-from ssl_core.evaluations.parts.features import Pixels, overridden, training_view
+from ssl_core.evaluations.parts.features import Pixels, training_view
 from ssl_core.evaluations.parts.probe import LastBlocks, Probe, read_out
 
 from .conftest import Tiny
@@ -34,20 +34,6 @@ def test_a_probe_solves_what_is_separable(subjects, manifest, cached):
     outcome = run(short(cached=cached), subjects, manifest, quiet)
     assert outcome.metrics["pixels"]["top1"] == 100.0
     assert (outcome.num_train, outcome.num_test, outcome.split) == (60, 31, "test")
-
-
-@pytest.mark.parametrize("options", [{}, {"variant": "features"}, {"learning_rate": (1.0, 0.1)}])
-def test_a_probe_leaves_weights_statistics_and_modes_alone(subjects, manifest, options):
-    network = subjects.networks["pretrained"].train()
-    before = {name: value.clone() for name, value in network.state_dict().items()}
-    run(short(**options), subjects, manifest, quiet)
-    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
-    assert network.training
-    assert all(weight.grad is None for weight in network.parameters())
-
-
-def test_the_same_seed_gives_the_same_numbers(subjects, manifest):
-    assert run(short(seed=1), subjects, manifest, quiet) == run(short(seed=1), subjects, manifest, quiet)
 
 
 def test_twins_learn_nothing_from_held_out_images():
@@ -81,7 +67,7 @@ def test_one_step_is_plain_gradient_descent_on_the_cross_entropy():
     assert not bias.any()
 
 
-def test_the_best_epoch_stands_beside_the_last_and_never_replaces_it(subjects, manifest):
+def test_the_last_epoch_counts_and_the_best_is_reported_separately(subjects, manifest):
     curve = []
     outcome = run(short(epochs=6), subjects, manifest, lambda metrics, epoch: curve.append(metrics))
     scores = [metrics["linear/v1/pretrained_top1"] for metrics in curve]
@@ -102,9 +88,9 @@ def test_the_protocol_name_tells_probes_apart(options, name):
     assert Config(dataset=TRAIN, **options).protocol_name() == name
 
 
-def test_settings_that_leave_the_variant_are_listed():
-    assert overridden(Config(dataset=TRAIN, variant="moco")) == []
-    assert overridden(Config(dataset=TRAIN, variant="moco", epochs=10, learning_rate=30.0)) == ["epochs"]
+def test_settings_that_differ_from_the_variant_are_listed():
+    assert Config(dataset=TRAIN, variant="moco").overridden() == []
+    assert Config(dataset=TRAIN, variant="moco", epochs=10, learning_rate=30.0).overridden() == ["epochs"]
 
 
 @pytest.mark.parametrize(
@@ -140,11 +126,11 @@ def test_a_shorter_run_keeps_its_milestones_in_place():
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_every_variant_can_be_asked_for(variant):
+def test_every_variant_is_accepted(variant):
     assert parse(Config, {"variant": variant, "dataset": {"name": "demo"}}, "evaluations.linear").variant == variant
 
 
-def test_flips_are_off_where_they_change_the_label_unless_asked_for():
+def test_flips_are_off_where_they_change_the_label_unless_configured():
     flips = [
         training_view(16, (0.08, 1.0), avoid, flip=flip).augmentation.flip
         for flip, avoid in ((None, ()), (None, ("flip",)), (0.3, ("flip",)))

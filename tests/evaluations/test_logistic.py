@@ -140,7 +140,7 @@ def test_the_best_penalty_is_the_one_of_the_highest_validation_score():
     assert settings["unconverged"] == 0
 
 
-def test_a_penalty_at_the_edge_of_the_grid_is_said():
+def test_a_penalty_at_the_edge_of_the_grid_is_reported():
     rows, labels = problem()
     features = Features({"network": rows}, labels, torch.arange(400))
     config = Config(dataset=TRAIN, l2_steps=2, l2_smallest=1e-1, l2_largest=1.0)
@@ -157,14 +157,6 @@ def test_colours_are_told_apart(subjects, manifest):
     assert outcome.metrics["pixels"]["top1"] == outcome.metrics["pixels"]["mean_per_class"] == 100.0
     assert (outcome.num_train, outcome.num_test, outcome.split, outcome.headline) == (60, 31, "test", "top1")
     assert "on 12 training images held out by the seed" in outcome.hyperparameters["how"]
-
-
-def test_an_evaluation_leaves_weights_statistics_and_modes_alone(subjects, manifest):
-    network = subjects.networks["pretrained"].train()
-    before = {name: value.clone() for name, value in network.state_dict().items()}
-    run(Config(dataset=TRAIN, **SHORT), subjects, manifest, quiet)
-    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
-    assert network.training
 
 
 def with_split(manifest: Manifest, name: str, of: str) -> Manifest:
@@ -196,12 +188,12 @@ def test_data_sets_whose_papers_average_over_classes_do(subjects, manifest):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"test_split": "train"}, "the split 'train' would train and test"),
+        ({"test_split": "train"}, "split 'train' trains and tests"),
         ({"val_split": "test"}, "val_split 'test' trains or tests already"),
-        ({"train_per_class": 5}, "say `test_split: train`"),
+        ({"train_per_class": 5}, "set `test_split: train`"),
         ({"train_per_class": 20, "test_split": "train"}, "leaves no image of 'train' to test"),
     ],
 )
-def test_splits_that_cannot_be_are_a_clear_error(subjects, manifest, options, message):
+def test_splits_that_cannot_be_used_are_a_clear_error(subjects, manifest, options, message):
     with pytest.raises(ValueError, match=message):
         run(Config(dataset=TRAIN, **SHORT, **options), subjects, manifest, quiet)

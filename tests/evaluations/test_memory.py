@@ -30,12 +30,12 @@ def test_features_do_not_depend_on_batches_or_processes(subjects, manifest):
         other = read(subjects, manifest, batch_size)
         assert torch.equal(whole.indices, other.indices)
         for name in subjects.networks:
-            torch.testing.assert_close(whole.of[name], other.of[name], atol=1e-6, rtol=0)
+            torch.testing.assert_close(whole.by_network[name], other.by_network[name], atol=1e-6, rtol=0)
     halves = [read(subjects, manifest, 7, rank=rank, world_size=2) for rank in (0, 1)]
     assert torch.equal(whole.indices, torch.cat([half.indices for half in halves]))
     assert torch.equal(whole.labels, torch.cat([half.labels for half in halves]))
-    for name, rows in whole.of.items():
-        torch.testing.assert_close(rows, torch.cat([half.of[name] for half in halves]), atol=1e-6, rtol=0)
+    for name, rows in whole.by_network.items():
+        torch.testing.assert_close(rows, torch.cat([half.by_network[name] for half in halves]), atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def test_more_features_than_the_limit_are_in_a_file(subjects, manifest, monkeypa
         found = extract(subjects.networks, loader)
     (mapped,) = [line for line in Path("/proc/self/maps").read_text().splitlines() if "ssl-core-features-" in line]
     first, last = (int(end, 16) for end in mapped.split()[0].split("-"))
-    assert first <= found.of["pixels"].data_ptr() < last
+    assert first <= found.by_network["pixels"].data_ptr() < last
     assert mapped.endswith("(deleted)")  # nothing is left behind, whatever ends the process
     del found
     assert "ssl-core-features-" not in Path("/proc/self/maps").read_text()
@@ -77,8 +77,10 @@ from pathlib import Path
 import torch
 from ssl_core.config import Dataset
 from ssl_core.data.shards import Manifest
-from ssl_core.evaluations import features, knn, logistic
-from ssl_core.evaluations.features import Features, Pixels, Subjects, allocate, center_view, extract, make_loader
+from ssl_core.evaluations import knn, logistic
+from ssl_core.evaluations.base import Subjects
+from ssl_core.evaluations.parts import features
+from ssl_core.evaluations.parts.features import Features, Pixels, allocate, center_view, extract, make_loader
 
 torch.set_num_threads(1)
 features.MEMORY_LIMIT = 2**20
@@ -109,7 +111,7 @@ for _ in range(2):  # DALI's and the progress bar's threads, with their stacks a
     extract({"pixels": Pixels()}, loader)
 resource.setrlimit(resource.RLIMIT_DATA, (own() + 192 * 2**20, resource.RLIM_INFINITY))
 
-found = extract(wide, loader).of["wide"]
+found = extract(wide, loader).by_network["wide"]
 report = {"extracted": 4 * found.numel(), "filled": bool((found[-1] != 0).all())}
 del found
 generator = torch.Generator().manual_seed(0)
@@ -121,7 +123,7 @@ known = logistic._take(known, torch.arange(len(rows)).flip(0))
 config = logistic.Config(dataset=Dataset(name="x"), l2_steps=1, max_iterations=3)
 sets = logistic.Sets(known, 200_000, known, "")
 weights, _ = logistic.fit_chosen(sets, "x", 2, "top1", config, "cpu")
-predicted = logistic._logits(weights, known.of["x"], "cpu").argmax(dim=1)
+predicted = logistic._logits(weights, known.by_network["x"], "cpu").argmax(dim=1)
 report["right"] = (predicted == known.labels).double().mean().item()
 features.MEMORY_LIMIT = 2**40
 try:

@@ -7,23 +7,27 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 from PIL import Image
 from sklearn.metrics import confusion_matrix
-from ssl_core.drawing.figures import (
+
+from ssl_core.config import Dataset, Subset
+from ssl_core.data.shards import Manifest
+from ssl_core.drawing import style
+from ssl_core.drawing.representation import (
     DASHED,
     RIGHT,
     WRONG,
     Neighbours,
+    draw_all,
     draw_confusion,
     draw_neighbours,
     draw_points,
     draw_spectrum,
-    render,
 )
-
-from ssl_core.config import Dataset, Subset
-from ssl_core.data.shards import Manifest
-from ssl_core.drawing import figures as drawing
+from ssl_core.drawing.style import render
 from ssl_core.evaluations import knn, metrics
+from ssl_core.evaluations.base import Subjects
+from ssl_core.evaluations.parts.features import center_view, read_split
 from ssl_core.evaluations.pictures import Config, choose, confusion, embed, run, spectrum
+from ssl_core.stages import draw, evaluate
 
 from .conftest import COLOURS, MEAN, STD, Tiny, write_shards
 
@@ -43,38 +47,36 @@ def quiet(values, step):
 def subjects():
     torch.manual_seed(0)
     networks = {"pretrained": Tiny(), "untrained": Tiny()}
-    return metrics.Subjects({**networks, "pixels": torch.nn.Flatten()}, 16, MEAN, STD)
-
-
-def watched(config, subjects, manifest):
-    """Run, and keep what the picture of the neighbours is drawn from."""
-    shown = {}
-
-    def watch(queries, labels, found, classes, *, title):
-        shown.update(queries=queries, labels=labels, found=found)
-        return draw_neighbours(queries, labels, found, classes, title=title)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ssl_core.evaluations.pictures.draw_neighbours", watch)
-        return run(config, subjects, manifest, quiet), shown
+    return Subjects({**networks, "pixels": torch.nn.Flatten()}, 16, MEAN, STD)
 
 
 @pytest.fixture(scope="module")
-def first(subjects, manifest):
-    return watched(CONFIG, subjects, manifest)
+def outcome(subjects, manifest):
+    return run(CONFIG, subjects, manifest, quiet)
 
 
 @pytest.fixture(scope="module")
-def outcome(first):
-    return first[0]
+def pictures(outcome):
+    return {
+        f"{name}.{kind}": content
+        for name, figure in draw_all(outcome.drawing).items()
+        for kind, content in render(figure).items()
+    }
+
+
+def assert_colours(images, labels):
+    """Check that images are squares of the colour of their label."""
+    np.testing.assert_allclose(images.mean(axis=(-3, -2)) / 255, np.array(COLOURS)[labels] / 255, atol=0.04)
 
 
 @pytest.fixture(scope="module")
 def features(subjects, manifest):
-    """What the pre-trained network says of training and test images, in the order of their indices."""
-    view = knn.center_view(16)
-    parts = [knn.read_split(subjects, manifest, split, view, "test") for split in ("train", "test")]
-    return [(part.of["pretrained"][part.indices.argsort()], part.labels[part.indices.argsort()]) for part in parts]
+    """The pre-trained network's features and the labels of training and test images, in the order of their indices."""
+    view = center_view(16)
+    parts = [read_split(subjects, manifest, split, view, "test") for split in ("train", "test")]
+    return [
+        (part.by_network["pretrained"][part.indices.argsort()], part.labels[part.indices.argsort()]) for part in parts
+    ]
 
 
 def texts(figure):
@@ -114,9 +116,9 @@ def overlapping(boxes):
     return [(a, b) for n, (a, one) in enumerate(boxes) for b, other in boxes[n + 1 :] if one.overlaps(other)]
 
 
-def test_all_pictures_come_as_png_and_svg_with_nothing_of_the_day_in_them(outcome):
-    assert set(outcome.pictures) == NAMES
-    for name, content in outcome.pictures.items():
+def test_all_pictures_come_as_png_and_svg_without_a_date(pictures):
+    assert set(pictures) == NAMES
+    for name, content in pictures.items():
         if name.endswith("png"):
             image = Image.open(io.BytesIO(content))
             assert set(image.info) == {"dpi"}
@@ -125,20 +127,6 @@ def test_all_pictures_come_as_png_and_svg_with_nothing_of_the_day_in_them(outcom
             assert image.convert("RGB").getpixel((0, 0)) == (255, 255, 255)  # a ground of its own in a dark viewer
         else:
             assert b"<dc:date>" not in content
-
-
-def test_a_second_run_gives_the_same_bytes(outcome, subjects, manifest):
-    assert run(CONFIG, subjects, manifest, quiet) == outcome
-
-
-def test_another_seed_draws_others_and_a_subset_shows_its_own_images(outcome, subjects, manifest):
-    part = Dataset(name="squares", subset=Subset(images=20, seed=2))
-    other, shown = watched(CONFIG.model_copy(update={"dataset": part, "seed": 1}), subjects, manifest)
-    assert other.num_train == 20
-    assert other.details["queries"] != outcome.details["queries"]
-    assert other.hyperparameters["triangles_set"] != outcome.hyperparameters["triangles_set"]
-    for found in shown["found"].values():
-        np.testing.assert_allclose(found.images.mean(axis=(-3, -2)), np.array(COLOURS)[found.labels] / 255, atol=0.04)
 
 
 def test_the_numbers_beside_the_pictures_are_those_of_the_other_protocols(outcome, subjects, manifest, features):
@@ -152,20 +140,56 @@ def test_the_numbers_beside_the_pictures_are_those_of_the_other_protocols(outcom
     assert numbers["tsne_kl"] > 0
 
 
-def test_the_neighbours_shown_are_those_of_brute_force(first, features):
-    outcome, shown = first
+def test_a_second_drawing_has_the_same_bytes(outcome, pictures):
+    again = {name: render(figure) for name, figure in draw_all(outcome.drawing).items()}
+    assert {f"{name}.{kind}": content for name, both in again.items() for kind, content in both.items()} == pictures
+
+
+def test_another_seed_draws_others_and_a_subset_shows_its_own_images(outcome, subjects, manifest):
+    part = Dataset(name="squares", subset=Subset(images=20, seed=2))
+    other = run(CONFIG.model_copy(update={"dataset": part, "seed": 1}), subjects, manifest, quiet)
+    assert other.num_train == 20
+    assert other.details["queries"] != outcome.details["queries"]
+    assert other.hyperparameters["triangles_set"] != outcome.hyperparameters["triangles_set"]
+    for name in NOTES:
+        assert_colours(other.drawing[f"{name}.neighbour_images"], other.drawing[f"{name}.neighbour_labels"])
+
+
+def test_the_neighbours_shown_are_those_of_brute_force(outcome, features):
     (bank, bank_labels), (tests, truth) = ((rows.double().numpy(), labels.numpy()) for rows, labels in features)
     cosines = (tests @ bank.T) / np.linalg.norm(tests, axis=1)[:, None] / np.linalg.norm(bank, axis=1)
     nearest = np.argsort(-cosines, axis=1, kind="stable")[:, :3]
     right = bank_labels[nearest] == truth[:, None]
     assert outcome.metrics["pretrained"]["neighbours_right"] == pytest.approx(100 * right.mean(), abs=1e-3)
     queries = list(map(int, outcome.details["queries"].split()))
-    found = shown["found"]["pretrained"]
-    np.testing.assert_array_equal(shown["labels"], truth[queries])
-    np.testing.assert_array_equal(found.labels, bank_labels[nearest[queries]])
-    # The pixels are those of the images themselves: squares of the colour of their label.
-    for images, labels in ((shown["queries"], shown["labels"]), (found.images, found.labels)):
-        np.testing.assert_allclose(images.mean(axis=(-3, -2)), np.array(COLOURS)[labels] / 255, atol=0.04)
+    drawing = outcome.drawing
+    np.testing.assert_array_equal(drawing["query_labels"], truth[queries])
+    np.testing.assert_array_equal(drawing["pretrained.neighbour_labels"], bank_labels[nearest[queries]])
+    assert_colours(drawing["query_images"], drawing["query_labels"])
+    assert_colours(drawing["pretrained.neighbour_images"], drawing["pretrained.neighbour_labels"])
+
+
+def test_the_stages_measure_once_and_draw_without_measuring(outcome, subjects, tmp_path, monkeypatch):
+    monkeypatch.setenv("SSL_TRACKING", "off")
+    tracked = np.array('{"version": "v", "parameters": {}}')
+    for folder in ("first", "again"):
+        evaluate.write_arrays(tmp_path / folder / "pictures.npz", {**outcome.drawing, "run": tracked})
+        draw.run("mine", "pictures", data=tmp_path / folder / "pictures.npz", output=tmp_path / folder)
+    first, again = (
+        {path.name: path.read_bytes() for path in (tmp_path / folder).iterdir()} for folder in ("first", "again")
+    )
+    assert first == again
+    assert set(first) == NAMES | {"pictures.npz"}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [(None, "does not exist: run the evaluation"), (b"x" * 99, "is damaged .*: delete it")]
+)
+def test_missing_and_damaged_arrays_are_a_clear_error(content, message, tmp_path):
+    if content is not None:
+        (tmp_path / "pictures.npz").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        draw.run("mine", "pictures", data=tmp_path / "pictures.npz", output=tmp_path)
 
 
 def test_right_and_wrong_are_marked_by_colour_line_and_sign():
@@ -267,7 +291,7 @@ def test_figures_do_not_depend_on_a_readers_settings():
         return render(draw_spectrum({"pretrained": np.array([3.0, 2.0, 1.0])}, NOTES, title="T"))
 
     plain = draw()
-    with drawing.matplotlib.rc_context({"font.size": 30, "axes.facecolor": "black", "lines.linewidth": 9}):
+    with style.matplotlib.rc_context({"font.size": 30, "axes.facecolor": "black", "lines.linewidth": 9}):
         assert draw() == plain
 
 

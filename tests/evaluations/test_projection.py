@@ -12,7 +12,8 @@ from torch.nn.functional import gelu, relu
 
 from ssl_core.config import Backbone, Dataset
 from ssl_core.evaluations import semi_supervised
-from ssl_core.evaluations.parts.features import Subjects, frozen, gather_subjects
+from ssl_core.evaluations.base import Subjects
+from ssl_core.evaluations.parts.features import frozen, gather_subjects
 from ssl_core.evaluations.parts.projection import first_two_layers, load_projector, with_projector
 from ssl_core.files import write_json
 from ssl_core.methods.base import method_class, resolve
@@ -33,7 +34,7 @@ METHODS = {
 
 
 def pretrained(folder: Path, name: str, **options) -> Path:
-    """Write what a pre-training of a method leaves, with statistics that are not those of the start."""
+    """Write the files of a method's pre-training, with batch statistics that differ from the initial ones."""
     spec = {"dataset": {"name": "squares"}, "backbone": BACKBONE, "method": {"name": name, **METHODS[name], **options}}
     resolved = resolve({**spec, "training": {"batch_size": 16}})
     torch.manual_seed(1)
@@ -76,7 +77,7 @@ def norm(rows: Tensor, weights: dict[str, Tensor], layer: str) -> Tensor:
     return (rows - mean) / (variance + 1e-5).sqrt() * weights[f"{layer}.weight"] + weights[f"{layer}.bias"]
 
 
-def test_the_classifier_of_three_layers_stands_on_the_second_activated(dino):
+def test_of_three_layers_the_classifier_follows_the_second_with_its_activation(dino):
     images, weights = torch.randn(5, 3, 16, 16), load_file(dino / "model.safetensors")
     before, after = subjects_of(dino), with_projector(subjects_of(dino))
     rows = outputs(before, images)["pretrained"]
@@ -86,7 +87,7 @@ def test_the_classifier_of_three_layers_stands_on_the_second_activated(dino):
 
 
 @pytest.mark.parametrize("name", ["moco", "swav"])
-def test_the_classifier_of_two_layers_stands_on_their_output(name, tmp_path):
+def test_of_two_layers_the_classifier_follows_the_output(name, tmp_path):
     folder = pretrained(tmp_path, name)
     images, weights = torch.randn(5, 3, 16, 16), load_file(folder / "model.safetensors")
     rows = linear(outputs(subjects_of(folder), images)["pretrained"], weights, "projector.0")
@@ -131,7 +132,7 @@ def test_weights_that_do_not_fit_are_an_error(dino, tmp_path, change, message):
 def test_a_model_of_another_pre_training_is_an_error(dino, tmp_path):
     _, header = load_backbone(dino / "backbone.safetensors")
     save_file(load_file(dino / "model.safetensors"), tmp_path / "model.safetensors", {**DIGESTS, "spec": "6"})
-    with pytest.raises(ValueError, match="is of another pre-training than the backbone"):
+    with pytest.raises(ValueError, match="are of different pre-trainings"):
         load_projector(tmp_path / "model.safetensors", header)
 
 
@@ -177,7 +178,7 @@ def run(dino, manifest_path, tmp_path, monkeypatch):
     return run
 
 
-def test_the_stage_reads_the_model_and_says_so(run, dino):
+def test_the_stage_reads_the_model_and_the_results_state_it(run, dino):
     result = run(dino / "model.safetensors")
     settings = result["hyperparameters"]
     assert result["protocol"] == "semi_supervised-sslight_10/v1"

@@ -5,8 +5,8 @@ import torch.nn.functional as F
 from ssl_core.config import Dataset, Subset
 from ssl_core.data.shards import Manifest, read_labels
 from ssl_core.evaluations import semi_supervised
-from ssl_core.evaluations.parts.features import draw_by_class, overridden
-from ssl_core.evaluations.semi_supervised import VARIANTS, Config, Model, choose, run, shares
+from ssl_core.evaluations.parts.features import draw_by_class
+from ssl_core.evaluations.semi_supervised import VARIANTS, Config, Model, draw_labelled, run, shares
 
 from .conftest import Tiny, write_shards
 
@@ -50,28 +50,28 @@ def test_the_labelled_images_are_balanced_and_listed(subjects, manifest, options
     outcome = run(short(epochs=1, **options), subjects, manifest, quiet)
     images = [int(image) for image in outcome.details["labelled_images"].split()]
     assert torch.tensor(images).remainder(3).bincount().tolist() == [count // 3] * 3
-    assert images == choose(manifest, short(**options))
+    assert images == draw_labelled(manifest, short(**options))
     assert outcome.num_train == outcome.hyperparameters["labelled_images"] == count
 
 
-def test_a_subset_is_what_labels_are_drawn_from(manifest):
+def test_labels_are_drawn_from_the_subset(manifest):
     part = Dataset(name="squares", subset=Subset(images=30, seed=1))
-    images = choose(manifest, Config(dataset=part, fraction=1.0))
+    images = draw_labelled(manifest, Config(dataset=part, fraction=1.0))
     assert len(images) == 30
 
 
 def test_only_the_labelled_images_are_seen(subjects, manifest, tmp_path, monkeypatch):
     # All others have wrong labels here; were they seen, colours could not be told apart.
-    images = choose(manifest, short(labels_per_class=3))
+    images = draw_labelled(manifest, short(labels_per_class=3))
     wrong = [n % 3 if n in images else (n + 1) % 3 for n in range(60)]
     other = Manifest.load(write_shards(tmp_path, train=wrong, test=[n % 3 for n in range(31)]))
-    monkeypatch.setattr(semi_supervised, "choose", lambda manifest, config: images)
+    monkeypatch.setattr(semi_supervised, "draw_labelled", lambda manifest, config: images)
     outcome = run(short(epochs=30), subjects, other, quiet)
     assert outcome.metrics["pixels"]["top1"] == 100.0
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.05])
-def test_colours_are_told_apart_and_networks_stay_as_they_are(subjects, manifest, rate):
+def test_colours_are_told_apart_and_networks_are_unchanged(subjects, manifest, rate):
     network = subjects.networks["pretrained"].train()
     before = {name: value.clone() for name, value in network.state_dict().items()}
     outcome = run(short(backbone_learning_rate=rate, epochs=30), subjects, manifest, quiet)
@@ -79,11 +79,6 @@ def test_colours_are_told_apart_and_networks_stay_as_they_are(subjects, manifest
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
     assert network.training
     assert all(weight.grad is None for weight in network.parameters())
-
-
-def test_the_same_seed_gives_the_same_numbers(subjects, manifest):
-    config = short(backbone_learning_rate=0.05)
-    assert run(config, subjects, manifest, quiet) == run(config, subjects, manifest, quiet)
 
 
 def test_a_frozen_backbone_does_not_move_and_a_tuned_one_does_with_its_own_rate():
@@ -144,10 +139,10 @@ def test_the_protocol_name_tells_numbers_of_labels_apart(options, name):
 
 
 def test_more_labels_than_a_class_has_are_a_clear_error(subjects, manifest):
-    with pytest.raises(ValueError, match="labels_per_class 21: a class of 'train' has only 20 images"):
+    with pytest.raises(ValueError, match="labels_per_class 21: a class of 'train' has 20 images: lower it"):
         run(short(labels_per_class=21), subjects, manifest, quiet)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_every_variant_can_be_asked_for(variant):
-    assert overridden(Config(dataset=TRAIN, variant=variant)) == []
+def test_every_variant_is_accepted(variant):
+    assert Config(dataset=TRAIN, variant=variant).overridden() == []

@@ -174,7 +174,7 @@ def test_missing_and_broken_annotations_are_a_clear_error(tmp_path, spoil, messa
 
 
 def test_protocols_of_one_label_an_image_refuse_such_data(subjects, animals):
-    with pytest.raises(ValueError, match="'animals': images have several labels each: evaluate by `low_shot`"):
+    with pytest.raises(ValueError, match="'animals': images have several labels each, expected one"):
         knn.run(knn.Config(dataset=TRAIN), subjects, animals, quiet)
 
 
@@ -183,7 +183,7 @@ def test_classes_beside_each_other_are_found_by_few_shots(subjects, animals):
     assert list(outcome.metrics["pixels"]) == ["map_full", "map_4", "map_8", "std_by_shots"]
     assert outcome.metrics["pixels"]["map_full"] > 80  # nine of ten test images of a class's halves
     assert (outcome.num_train, outcome.num_test) == (45, 36)
-    assert outcome.hyperparameters["labels"] == "several an image"
+    assert outcome.hyperparameters["labels"] == "several per image"
     most = outcome.hyperparameters["training_images"]["8"]
     assert max(most) < 24  # images drawn for two classes train once
 
@@ -202,8 +202,8 @@ def test_a_subset_keeps_images_and_labels_together(subjects, animals):
     targets, _ = read_targets(animals, part, features)
     whole = read_split(subjects, animals, TRAIN, center_view(16), "test")
     everything, _ = read_targets(animals, TRAIN, whole)
-    for row, label in zip(features.of["pixels"], targets):
-        same = (whole.of["pixels"] == row).all(dim=1)
+    for row, label in zip(features.by_network["pixels"], targets):
+        same = (whole.by_network["pixels"] == row).all(dim=1)
         assert torch.equal(everything[same][0], label)
 
 

@@ -5,6 +5,7 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
+from ssl_core.drawing.curves import draw_curves, read_history
 from ssl_core.stages import curves
 
 HISTORY = """step,epoch,loss/total,loss/contrast,schedule/learning_rate,embedding/spread,online/knn
@@ -21,14 +22,14 @@ def history(tmp_path):
     return path
 
 
-def test_what_was_not_measured_is_no_number(history):
-    columns = curves.read_history(history)
+def test_missing_measurements_are_nan(history):
+    columns = read_history(history)
     np.testing.assert_array_equal(columns["online/knn"], [np.nan, np.nan, 55.5])
     np.testing.assert_array_equal(columns["epoch"], [0.5, 1.0, 1.5])
 
 
 def test_losses_share_a_panel_and_every_other_column_has_its_own(history):
-    figure = curves.draw_curves(curves.read_history(history), title="Pre-training of mine")
+    figure = draw_curves(read_history(history), title="Pre-training of mine")
     panels = {axes.get_title(loc="left"): axes for axes in figure.axes}
     assert list(panels) == ["loss", "learning rate", "spread of the embedding", "online kNN, % right"]
     total, contrast = panels["loss"].lines
