@@ -14,7 +14,7 @@ unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV CONDA_PREFIX
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 export MLFLOW_DISABLE_TELEMETRY := true
 
-.PHONY: all install test test-long bench check format schema docs ui lock clean
+.PHONY: all install test test-avx2 test-long bench check format schema docs ui lock clean
 .DELETE_ON_ERROR:
 .SUFFIXES:
 
@@ -43,6 +43,10 @@ $(INSTALLED): requirements.lock pyproject.toml
 # One process per core with one thread each; the tests of a file run in one process and share its fixtures.
 test: $(INSTALLED)
 	pytest --numprocesses auto --dist loadfile --no-loadscope-reorder $(ARGS)
+
+# The same on a processor's AVX2 instructions only: no AVX-512, no bfloat16.
+test-avx2: $(INSTALLED)
+	ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 pytest --numprocesses auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-long: $(INSTALLED)
 	pytest --numprocesses auto --dist loadfile --no-loadscope-reorder --long $(ARGS)

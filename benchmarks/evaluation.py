@@ -1,7 +1,7 @@
-"""What evaluations cost on cached features: logistic regression, nearest neighbours, linear probe, beside others'.
+"""Cost of evaluations on cached features: logistic regression, nearest neighbours and linear probe, beside peers.
 
-Each case runs in a fresh process: CPU seconds of all threads together and by how much the peak of resident memory rose.
-Ours and the peers' take turns; a ratio is the median over the turns. Where a peer would take long, ours stands alone.
+Each case runs in a fresh process and reports CPU seconds of all threads and the rise of peak resident memory. The sides
+take turns; a ratio is the median over the turns. Where a peer would take long, only our side runs.
 
     python benchmarks/evaluation.py --output evaluation.json
     python benchmarks/evaluation.py --quick
@@ -33,11 +33,11 @@ from ssl_core.files import write_text
 
 CLASSES, DIM, K, TEMPERATURE = 10, 512, 200, 0.1
 RATE = 0.01
-BATCH, QUERIES = 256, 512  # of the probe's steps; of lightly's neighbours, whose loop asks the user for a size
+BATCH, QUERIES = 256, 512  # the probe's batch size; queries per batch of lightly's kNN, which the user chooses
 
 
 class Case(NamedTuple):
-    """One comparison: a task, its sizes, and who runs it."""
+    """One comparison: a task, its sizes and its sides."""
 
     task: str
     train: int
@@ -65,7 +65,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--quick", action="store_true", help="small sizes, once: to see that all of it runs")
     parser.add_argument("--output", type=Path)
-    parser.add_argument("--case", help=argparse.SUPPRESS)  # one side of one case as JSON, in a process of its own
+    parser.add_argument("--case", help=argparse.SUPPRESS)  # one side of one case as JSON, in its own process
     arguments = parser.parse_args()
     if arguments.case:
         *case, side, threads = json.loads(arguments.case)
@@ -88,14 +88,14 @@ def main() -> None:
 
 
 def summary(turns: list[dict[str, dict[str, float]]], side: str) -> dict[str, float]:
-    """Return the medians of one side over the turns, and how many times ours' CPU time it took."""
+    """Return the medians of one side over the turns, and its CPU time divided by ours."""
     medians = {name: statistics.median(turn[side][name] for turn in turns) for name in turns[0][side]}
     ratio = statistics.median(turn[side]["cpu_seconds"] / turn["ours"]["cpu_seconds"] for turn in turns)
     return {**medians, "ratio": ratio}
 
 
 def run(case: Case, side: str, threads: int) -> dict[str, float]:
-    """Measure one side of a case in a process of its own."""
+    """Measure one side of a case in its own process."""
     command = [sys.executable, __file__, "--case", json.dumps([*case, side, threads])]
     answer = subprocess.run(command, capture_output=True, text=True)
     if answer.returncode:
@@ -104,14 +104,14 @@ def run(case: Case, side: str, threads: int) -> dict[str, float]:
 
 
 def measure(case: Case, side: str, threads: int) -> dict[str, float]:
-    """Time one side on features made for it, and see how far memory rises above that before it."""
+    """Time one side on new features, and measure how far memory rises above the level before."""
     from threadpoolctl import threadpool_limits
 
     torch.set_num_threads(threads)
     train, test = make_features(case.train, 0), make_features(case.test, 1)
     work = {"logistic": LOGISTIC, "knn": KNN, "linear": LINEAR}[case.task][side]
     with threadpool_limits(threads), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # scikit-learn's, of fits that run out of iterations
+        warnings.simplefilter("ignore")  # scikit-learn warns of fits that run out of iterations
         few_train, few_test = ((rows[:64], labels[:64]) for rows, labels in (train, test))
         work(few_train, few_test, 1)  # imports and first calls
         before, wall, cpu = psutil.Process().memory_info().rss, time.perf_counter(), time.process_time()
@@ -121,11 +121,11 @@ def measure(case: Case, side: str, threads: int) -> dict[str, float]:
 
 
 Half = tuple[Tensor, Tensor]  # features and labels
-Work = Callable[[Half, Half, int], float]  # returns top-1 in percent, so that both sides are seen to do the same
+Work = Callable[[Half, Half, int], float]  # returns top-1 in percent, which shows that the sides do equal work
 
 
 def make_features(images: int, seed: int) -> Half:
-    """Return features as a ReLU leaves them, of overlapping classes, with correlated dimensions."""
+    """Return non-negative features of overlapping classes with correlated dimensions."""
     shared = torch.Generator().manual_seed(7)
     centers = torch.randn(CLASSES, DIM, generator=shared)
     mixing = torch.randn(DIM, DIM, generator=shared) / DIM**0.5
@@ -144,7 +144,7 @@ def top1(predicted: Tensor, labels: Tensor) -> float:
 
 
 def our_logistic(train: Half, test: Half, penalties: int) -> float:
-    """Choose the penalty on the last fifth of the training images, fit to all again: the protocol as it is."""
+    """Choose the penalty on the last fifth of the training images, fit to all again, as in the protocol."""
     known = Features({"x": train[0]}, train[1], torch.arange(len(train[1])))
     sets = logistic.Sets(known, len(train[1]) * 4 // 5, known, "")
     config = logistic.Config(dataset=Dataset(name="x"), l2_steps=penalties)
@@ -153,7 +153,7 @@ def our_logistic(train: Half, test: Half, penalties: int) -> float:
 
 
 def scikit_logistic(train: Half, test: Half, penalties: int) -> float:
-    """Do the same with scikit-learn's L-BFGS, each fit warm from the one before it, as ssl-transfer does it."""
+    """Do the same with scikit-learn's L-BFGS, each fit started from the one before it, as in ssl-transfer."""
     from sklearn.linear_model import LogisticRegression
 
     rows, labels = train[0].numpy(), train[1].numpy()
@@ -175,7 +175,7 @@ def our_knn(train: Half, test: Half, _: int) -> float:
 
 
 def lightly_knn(train: Half, test: Half, _: int) -> float:
-    """Loop over batches of queries, as lightly's benchmarks do."""
+    """Loop over batches of queries, as in lightly's benchmarks."""
     from lightly.utils.benchmarking import knn_predict
 
     bank, k = F.normalize(train[0], dim=1).T.contiguous(), min(K, len(train[0]))
@@ -187,7 +187,7 @@ def lightly_knn(train: Half, test: Half, _: int) -> float:
 
 
 def scikit_knn(train: Half, test: Half, _: int) -> float:
-    """Find neighbours by brute force, then vote as the others do."""
+    """Find neighbours by brute force, then vote as the other sides."""
     from sklearn.neighbors import NearestNeighbors
 
     k = min(K, len(train[0]))
@@ -234,7 +234,7 @@ def lightly_linear(train: Half, test: Half, epochs: int) -> float:
 
 
 def scikit_linear(train: Half, test: Half, epochs: int) -> float:
-    """Take as many passes of scikit-learn's gradient descent, one image a step, one class against the rest."""
+    """Run as many passes of scikit-learn's gradient descent, one image per step, one class against the rest."""
     from sklearn.linear_model import SGDClassifier
 
     model = SGDClassifier(loss="log_loss", alpha=1e-6, max_iter=epochs, tol=None, random_state=0)  # pyright: ignore[reportArgumentType]

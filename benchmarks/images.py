@@ -1,4 +1,4 @@
-"""Images that benchmarks read: those of an archive, or synthetic ones, as bytes and as shards."""
+"""Images for benchmarks, from an archive or synthetic, as bytes and as shards."""
 
 import io
 import tarfile
@@ -14,7 +14,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def read_images(archive: Path, count: int, size: int) -> list[bytes]:
-    """Return `count` encoded images of an archive, or synthetic ones if there is none."""
+    """Return `count` encoded images of an archive, or synthetic ones without an archive."""
     if not archive.exists():
         return synthetic_images(count, size)
     images: list[bytes] = []
@@ -29,7 +29,7 @@ def read_images(archive: Path, count: int, size: int) -> list[bytes]:
 
 
 def synthetic_images(count: int, size: int) -> list[bytes]:
-    """Return `count` JPEGs of smooth noise; where photographs would be used they have a photograph's size."""
+    """Return `count` JPEGs of smooth noise, of photograph size if they replace photographs."""
     width, height = (500, 375) if size == 224 else (size, size)
     generator = np.random.default_rng(0)
     images = []

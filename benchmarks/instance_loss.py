@@ -1,8 +1,8 @@
-"""What the losses over all N instances cost, streamed over the bank and written down naively: time and peak memory.
+"""Time and peak memory of the losses over all N instances, streamed over the bank and computed naively.
 
-Both sides take turns, each time in a fresh process, forward and backward: the shortest CPU time of the repeats, which a
-busy machine distorts less than wall-clock, and by how much the peak of resident memory rose above the bank's. Medians
-over the turns; the ratio is that of a turn.
+Both sides take turns, forward and backward, each time in a fresh process. CPU time is the shortest of the repeats,
+which a busy machine distorts less than wall-clock; memory is the rise of the peak above the bank's. Values and ratios
+are medians over the turns.
 
     python benchmarks/instance_loss.py --output instance_loss.json
 """
@@ -27,7 +27,7 @@ from ssl_core.files import write_text
 
 TEMPERATURE, WEIGHT = 0.2, 20.0
 LOSSES = {"cross-entropy": None, "+ SqrtKL": TEMPERATURE, "+ SqrtKL at 1": 1.0}  # temperature of SqrtKL
-TENSORS = 8  # of batch x N numbers that the naive losses hold at most, rounded up
+TENSORS = 8  # upper bound of (batch, N) tensors in memory during a naive loss
 
 
 def main() -> None:
@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--repeats", type=int, default=3, help="within a process")
     parser.add_argument("--output", type=Path)
-    parser.add_argument("--case", help=argparse.SUPPRESS)  # one case as JSON, in a process of its own
+    parser.add_argument("--case", help=argparse.SUPPRESS)  # one case as JSON, in its own process
     arguments = parser.parse_args()
     if arguments.case:
         print(json.dumps(measure(**json.loads(arguments.case))))
@@ -66,7 +66,7 @@ def main() -> None:
 
 
 def summary(turns: list[dict[str, dict[str, float]]]) -> dict[str, Any]:
-    """Return each side's median over the turns, and the median of what one turn says of streamed over naive."""
+    """Return each side's median over the turns, and the median over turns of streamed / naive."""
     row: dict[str, Any] = {"naive": None, "ratio": None}
     for side in turns[0]:
         row[side] = {name: statistics.median(turn[side][name] for turn in turns) for name in turns[0][side]}
@@ -103,7 +103,7 @@ def measure(
 
 
 def streamed_loss(embedding: Tensor, bank: Tensor, target: Tensor, sqrtkl_temperature: float | None) -> Tensor:
-    """As NPID computes it: one pass over the bank for both losses."""
+    """Compute the losses as NPID does: one pass over the bank for both."""
     softmax = instance_softmax(embedding, bank, temperature=TEMPERATURE, entropy_temperature=sqrtkl_temperature)
     loss = (softmax.log_normalizer - (embedding * bank[target]).sum(dim=1) / TEMPERATURE).mean()
     if sqrtkl_temperature is None:

@@ -1,8 +1,8 @@
-"""What views cost: DALI against torchvision v2 and lightly on PIL images, samples a second, and the share of a step.
+"""Cost of the views: DALI against torchvision v2 and lightly on PIL images, samples/s, and the share of a step.
 
-The unit is CPU microseconds a sample (getrusage), which a busy machine distorts less than wall-clock. The peers are
-timed at their best: bytes in memory, one thread, no worker processes. Repeats alternate, ratios are medians over them.
-Samples a second are wall-clock, all threads, nothing else running; the share of a step is that of ResNet-18.
+The unit is CPU microseconds per sample (getrusage), which a busy machine distorts less than wall-clock. The peers run
+under their best conditions: bytes in memory, one thread, no worker processes. Repeats alternate; ratios are medians.
+Samples/s are wall-clock with all threads and nothing else running; the share is that of a ResNet-18 step.
 
     python benchmarks/loader.py --output loader.json
 """
@@ -35,12 +35,11 @@ from ssl_core.files import write_text
 
 
 class Size(NamedTuple):
-    """Images of one side in px, and for a weak and a strong view how many times cheaper than torchvision and how
-    many a second they have to be."""
+    """Images of one size, and the goals for a weak and a strong view: ratio to torchvision, samples/s."""
 
     px: int
     archive: str
-    images: int  # whole batches, else DALI also makes what an epoch drops; as many samples a repeat
+    images: int  # a multiple of the batch, since DALI also makes the dropped samples of an epoch; samples per repeat
     batch_size: int
     local_px: int
     ratio: float
@@ -91,7 +90,7 @@ def main() -> None:
 
 
 def make_views(size: Size, kind: str) -> Views:
-    """Return the views of a kind, as lightly has them too."""
+    """Return the views of a kind that lightly has too."""
     strong = View(size=size.px, augmentation=POLICIES["contrastive"])
     if kind == "one":
         return {"student": strong}
@@ -112,7 +111,7 @@ def compare(
     views = make_views(size, kind)
     peers = {"torchvision": torchvision_views(views), "lightly": lightly_views(kind, size)}
     costs: dict[str, list[float]] = {side: [] for side in ("dali", *peers)}
-    few = min(size.images, 480)  # photographs differ in size, so all sides see them all
+    few = min(size.images, 480)  # photographs differ in size, so all sides use all of them
     with make_loader(manifest, views, size.batch_size) as loader:
         cpu_microseconds(loader.next, 4)  # fills the shuffle buffer and the queue
         for repeat in range(arguments.repeats):
@@ -149,7 +148,7 @@ def make_loader(manifest: Manifest, views: Views, batch_size: int, threads: int 
 
 
 def throughput(manifest: Manifest, views: Views, size: Size, arguments: argparse.Namespace) -> float:
-    """Return the samples that the loader alone makes in a second of wall-clock: median of the repeats."""
+    """Return samples/s of the loader alone in wall-clock time: median of the repeats."""
     found = []
     with make_loader(manifest, views, size.batch_size, arguments.threads) as loader:
         batches = 2 * size.images // size.batch_size
@@ -162,7 +161,7 @@ def throughput(manifest: Manifest, views: Views, size: Size, arguments: argparse
 
 
 def torchvision_views(views: Views) -> Callable[[list[bytes]], list[torch.Tensor]]:
-    """Return what decodes images with PIL and stacks their views, with torchvision's own operators."""
+    """Return a function that decodes images with PIL and stacks torchvision's views."""
     transforms = [torchvision_transform(view) for view in views.values() for _ in range(view.count)]
     return lambda encoded: stacked([[transform(image) for transform in transforms] for image in decoded(encoded)])
 
@@ -183,7 +182,7 @@ def torchvision_transform(view: View) -> v2.Compose:
 
 
 def lightly_views(kind: str, size: Size) -> Callable[[list[bytes]], list[torch.Tensor]]:
-    """Return what decodes images with PIL and stacks their views, as lightly's transforms make them."""
+    """Return a function that decodes images with PIL and stacks lightly's views."""
     import peers  # pyright: ignore[reportMissingImports]
 
     transform = peers.views(kind, size.px, size.local_px)
@@ -199,7 +198,7 @@ def stacked(samples: list[list[torch.Tensor]]) -> list[torch.Tensor]:
 
 
 def step_share(manifest: Manifest, repeats: int, threads: int) -> dict[str, float]:
-    """Measure a training step on one view a sample while the loader makes two, and what of it is the loader's."""
+    """Measure a training step on one view per sample while the loader makes two, and the loader's share of it."""
     torch.set_num_threads(threads)
     batch_size, steps = 64, 2
     network = resnet18(num_classes=128)
@@ -244,7 +243,7 @@ def waiting_share(loader: Loader, train: Callable[[torch.Tensor], None], steps: 
 
 
 def cpu_microseconds(work: Callable[[], Any], times: int) -> float:
-    """Return the process's CPU time of one call, all threads together, with what DALI then still does ahead of need."""
+    """Return the CPU time of one call over all threads, including DALI's work ahead."""
     start = cpu_seconds()
     for _ in range(times):
         work()

@@ -1,4 +1,4 @@
-"""Our side of a training step: the trainer on the loader, and on one batch for ever, which is the floor."""
+"""Our side of a training step: the trainer on the loader, and on one fixed batch, which is the floor."""
 
 import statistics
 import time
@@ -18,7 +18,7 @@ from ssl_core.training.loop import Trainer
 
 
 class Training:
-    """Runs a number of training steps when called; `waited` is how long these waited for data, in seconds."""
+    """Runs a number of training steps when called; `waited` counts the seconds of waiting for data."""
 
     def __init__(
         self, method: dict[str, Any], backbone: dict[str, Any], folder: Path, training: dict[str, Any]
@@ -52,7 +52,7 @@ class Training:
             self.trainer.step += 1
 
     def of_floor(self, pairs: int) -> float:
-        """Return a fixed batch's time over a new one's: the median over pairs of steps that follow each other.
+        """Return a fixed batch's time over a new one's: the median over pairs of consecutive steps.
 
         The loader makes the next batch while the step runs that took one, so that its work counts where it belongs.
         """
@@ -74,7 +74,7 @@ class Training:
 
 
 class Fixed:
-    """One batch for ever."""
+    """A loader that repeats one batch."""
 
     def __init__(self, batch: Batch) -> None:
         self.batch = batch

@@ -1,4 +1,4 @@
-"""What users would run instead: lightly's building blocks in the plain PyTorch loops that its documentation shows."""
+"""The peer of a training step: lightly's building blocks in the plain PyTorch loops of its documentation."""
 
 import copy
 from collections.abc import Callable, Iterator
@@ -38,7 +38,7 @@ def training(
     workers: int,
     bf16: bool,
 ) -> Callable[[int], None]:
-    """Return what runs a number of training steps."""
+    """Return a function that runs a number of training steps."""
     torch.manual_seed(0)
     network = build_backbone(Backbone(**backbone), size)
     transform, module = METHODS[method["name"]](method, network, size)
@@ -80,7 +80,7 @@ class SimCLR(nn.Module):
 
 
 class MoCo(nn.Module):
-    """The query's loss alone, as in MoCo's own code; the documentation's example is the same."""
+    """MoCo with the query's loss only, as in the official code and in lightly's documentation."""
 
     def __init__(self, method: dict[str, Any], network: Any) -> None:
         super().__init__()
@@ -105,7 +105,7 @@ class MoCo(nn.Module):
 
 
 class ReSSL(MoCo):
-    """Not in lightly: MoCo's parts, lightly's memory bank and the relation loss in three lines."""
+    """ReSSL, which lightly does not have: MoCo's parts, lightly's memory bank and the relation loss."""
 
     def __init__(self, method: dict[str, Any], network: Any) -> None:
         super().__init__(method, network)

@@ -1,10 +1,10 @@
-"""Sharding: images/s and memory against webdataset's own writer and a plain copy, and how both grow with the data.
+"""Sharding: images/s and memory against webdataset's writer and a plain copy, and their growth with the data.
 
-The peers: `copy` writes every file's bytes once more (what the disk allows); `writer` puts the files' bytes into
-`webdataset.ShardWriter` unseen; `pil` hands it decoded images, as webdataset's documentation does, which encodes them
-anew. Ours proves every image decodable, keeps its bytes, hashes shards and writes DALI's index. All sides read the same
-folder of files, warm in the page cache, in turns, each in a process of its own. The peers are one process, as their
-documentation shows them; ours has `--workers`.
+Peers: `copy` writes every file's bytes once more, which is the limit of the disk; `writer` passes the unread bytes to
+`webdataset.ShardWriter`; `pil` passes decoded images, as in webdataset's documentation, which are encoded again. Our
+side decodes every image, keeps its bytes, hashes shards and writes DALI's index. All sides read the same folder of
+files from a warm page cache, in turns, each in its own process. The peers use one process, as in their documentation;
+our side has `--workers`.
 
     python benchmarks/sharding.py --output sharding.json
     python benchmarks/sharding.py --sets imagenet --copies 50
@@ -34,7 +34,7 @@ from PIL import Image
 
 from ssl_core.files import write_text
 
-SETS = {  # archive, its images' own side, how many synthetic ones stand in without it
+SETS = {  # archive, side of its images in px, number of synthetic images without the archive
     "cifar10": ("cifar10.tar.gz", 32, 60_000),
     "imagenet": ("imagenet-sample.tar", 224, 240),
 }
@@ -180,7 +180,7 @@ def list_images(folder: Path) -> list[Path]:
 
 
 def unpack(name: str, data: Path, folder: Path) -> None:
-    """Write a set's images as files, real ones where the archive lies at hand."""
+    """Write a set's images as files, real ones if the archive is available."""
     archive, size, count = SETS[name]
     folder.mkdir(parents=True)
     if (data / archive).exists():

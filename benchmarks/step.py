@@ -1,14 +1,13 @@
-"""A training step, data loading included: ours, lightly's, and ours beside the floor, which is a fixed batch.
+"""A training step with data loading: ours, lightly's, and ours beside the floor, which is a fixed batch.
 
-Same images, network, heads, batch and threads. lightly runs as its documentation shows: its transforms and losses, a
-plain PyTorch loop, a DataLoader with workers. Every side is a process of its own that stays alive, sides take turns,
-and each turn starts with steps that are not timed, so that nobody profits from batches made while others ran. Memory
-is watched in processes that run alone and are not timed: looking slows everything down, and two processes beside each
-other share the pages of their libraries.
+Images, network, heads, batch and threads are equal. lightly runs as in its documentation: its transforms and losses, a
+plain PyTorch loop, a DataLoader with workers. Every side is a process that stays alive; sides take turns, and each turn
+starts with untimed steps, so that no side profits from batches made while others ran. Memory is measured in separate
+processes that run alone, since measuring slows the steps and processes at the same time share the pages of libraries.
 
-    python benchmarks/step.py --output step.json               # each with its defaults: ours in bf16 where it can
+    python benchmarks/step.py --output step.json               # defaults of each side: ours in bf16 if possible
     python benchmarks/step.py --precision bf16                 # both sides in bf16
-    python benchmarks/step.py --methods all                    # also those that lightly runs nothing like here
+    python benchmarks/step.py --methods all                    # also methods without a peer here
 """
 
 import argparse
@@ -50,7 +49,7 @@ METHODS: dict[str, dict[str, Any]] = {  # heads and views as lightly's
         "local_augmentation": "dino_local", **LOCALS,
     },
 }  # fmt: skip
-PEERS = tuple(METHODS)  # what lightly runs here too; the others have a floor alone
+PEERS = tuple(METHODS)  # methods with a peer; the others have only a floor
 METHODS |= {
     "npid": {"name": "npid"},
     "cao_wu": {"name": "npid", "preset": "code", "embedding_dim": 128, "batchnorm_splits": 1},
@@ -62,7 +61,7 @@ METHODS |= {
     "seed": {"name": "seed", "queue_size": 4096},
 }
 IMAGES = 8192
-WARM_STEPS = 3  # longer than either side's queue of finished batches lasts
+WARM_STEPS = 3  # more than either side's queue of finished batches
 
 
 def main() -> None:
@@ -77,7 +76,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--pairs", type=int, default=30, help="of a step on new and one on fixed images, for the floor")
     parser.add_argument("--output", type=Path)
-    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)  # one side, told through stdin when to run
+    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)  # one side, controlled through stdin
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.side:
@@ -106,14 +105,14 @@ def main() -> None:
 
 
 def write_files(folder: Path, images: list[bytes]) -> None:
-    """Write one file an image, as lightly's data set reads them."""
+    """Write one file per image for lightly's data set."""
     folder.mkdir(parents=True)
     for number, image in enumerate(images):
         (folder / f"{number:08d}.jpg").write_bytes(image)
 
 
 def compare(method: str, network: str, folder: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Let the sides take turns; return their images/s, memory and what of our time was waiting for data."""
+    """Let the sides take turns; return their images/s, memory and our share of waiting for data."""
     command = [sys.executable, __file__, "--methods", method, "--networks", network, "--folder", folder]
     for name in ("batch", "threads", "precision", "steps", "pairs"):
         command += [f"--{name}", str(getattr(arguments, name))]
@@ -129,7 +128,7 @@ def compare(method: str, network: str, folder: str, arguments: argparse.Namespac
         alone = begin(side)
         memory[side] = ask(alone, "memory")["memory_mb"]
         alone.communicate()
-    sides = {side: begin(side) for side in compared}  # one after the other; they are quiet afterwards
+    sides = {side: begin(side) for side in compared}  # started one after the other; idle afterwards
     answers: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
     for _ in range(arguments.turns):
         for side in sides:
@@ -151,15 +150,15 @@ def median_ratio(own: list[float], others: list[float]) -> float:
     return statistics.median(one / other for one, other in zip(own, others, strict=True))
 
 
-def ask(process: subprocess.Popen[str], what: str) -> dict[str, float]:
-    """Tell a side to `start`, or to run a turn and report its `time`, `memory` or `floor`; wait for its answer."""
+def ask(process: subprocess.Popen[str], request: str) -> dict[str, float]:
+    """Send a request (`start`, `time`, `memory` or `floor`) to a side and return its answer."""
     assert process.stdin is not None
     assert process.stdout is not None
-    process.stdin.write(f"{what}\n")
+    process.stdin.write(f"{request}\n")
     process.stdin.flush()
     answer = process.stdout.readline()
     if not answer:
-        sys.exit("error: a side ended early; its message stands above")
+        sys.exit("error: a side ended early; see its message above")
     return json.loads(answer)
 
 
@@ -180,11 +179,11 @@ def line(row: dict[str, Any]) -> str:
 
 
 def serve(arguments: argparse.Namespace) -> None:
-    """Be one side: run a turn for each line that comes in."""
+    """Serve as one side: run a turn for each line of stdin."""
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
     (method,), (network,) = arguments.methods, arguments.networks
-    # Each imports its own, as a user's process would.
+    # Each side imports only its libraries, as a user's process would.
     if arguments.side == "lightly":
         import peers  # pyright: ignore[reportMissingImports]
 
@@ -199,17 +198,17 @@ def serve(arguments: argparse.Namespace) -> None:
         if arguments.precision != "default":
             training["precision"] = arguments.precision
         run = ours.Training(METHODS[method], NETWORKS[network][0], arguments.folder, training)
-    for what in map(str.strip, sys.stdin):
+    for request in map(str.strip, sys.stdin):
         run(WARM_STEPS)
-        if what == "start":
+        if request == "start":
             answer = {}
-        elif what == "time":
+        elif request == "time":
             start, waited = time.perf_counter(), getattr(run, "waited", 0.0)
             run(arguments.steps)
             seconds = time.perf_counter() - start
             wait_share = (getattr(run, "waited", 0.0) - waited) / seconds
             answer = {"images_per_second": arguments.steps * arguments.batch / seconds, "wait_share": wait_share}
-        elif what == "floor":
+        elif request == "floor":
             answer = {"of_floor": run.of_floor(arguments.pairs)}  # pyright: ignore[reportFunctionMemberAccess]
         else:
             with Memory() as memory:
@@ -219,7 +218,7 @@ def serve(arguments: argparse.Namespace) -> None:
 
 
 class Memory:
-    """The peak of what a process and its children use together: proportional set size, looked at ten times a second."""
+    """Peak proportional set size of a process and its children, sampled ten times per second."""
 
     def __init__(self) -> None:
         self.peak = 0
@@ -241,7 +240,7 @@ class Memory:
             for process in [self._process, *self._process.children(recursive=True)]:
                 try:
                     used += process.memory_full_info().pss
-                except psutil.Error:  # it ended meanwhile
+                except psutil.Error:  # the process has ended
                     continue
             self.peak = max(self.peak, used)
 

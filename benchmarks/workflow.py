@@ -1,7 +1,8 @@
-"""What the workflow itself costs: a dry run, a run with nothing to do, and each job on top of its own work.
+"""Cost of the workflow itself: a dry run, a run with nothing to do, and the overhead of each job.
 
-A copy of the project with a stand-in for `ssl-core` that writes a stage's outputs at once; what is left is Snakemake
-and our rules. Wall-clock, median of the repeats; the bare line is Snakemake with an empty Snakefile.
+Runs a copy of the project in which `ssl-core` is replaced by a script that writes a stage's outputs at once, so that
+only Snakemake and the rules take time. Wall-clock, median of the repeats; "bare" is Snakemake with an empty
+Snakefile.
 
     python benchmarks/workflow.py --output workflow.json
 """
@@ -28,7 +29,7 @@ from conftest import CONFIG, Project, make_project  # noqa: E402  # pyright: ign
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--experiments", type=int, default=20, help="of the run that shows what a job costs")
+    parser.add_argument("--experiments", type=int, default=20, help="of the run that measures the cost of a job")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="ssl-core-benchmark-") as folder:

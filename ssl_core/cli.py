@@ -16,13 +16,14 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
-from ssl_core import mistakes
+from ssl_core import late_compiler, mistakes
 
 CARD = "a data set's name, whose card is in datasets/ or in the package, or the file of a card"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0, 2 for a fault of the user's, 130 if interrupted, else 1."""
+    late_compiler.postpone()
     parser = _parser()
     options = parser.parse_args(arguments)
     if options.version:
@@ -123,6 +124,12 @@ def _add_stages(commands: Any) -> None:
     curves.add_argument("--history", type=Path, required=True, metavar="CSV")
     curves.add_argument("--output", type=Path, required=True, metavar="PNG")
 
+    draw = commands.add_parser("draw", help="draw the pictures of an evaluation")
+    draw.add_argument("experiment")
+    draw.add_argument("evaluation")
+    draw.add_argument("--data", type=Path, required=True, metavar="NPZ", help="the arrays that the evaluation wrote")
+    draw.add_argument("--output", type=Path, required=True, metavar="FOLDER")
+
     table = commands.add_parser("table", help="gather results into one table")
     table.add_argument("results", type=Path, nargs="*", metavar="JSON")
     table.add_argument("--output", type=Path, required=True)
@@ -135,7 +142,7 @@ def _add_stages(commands: Any) -> None:
         stage.add_argument("--code", required=True, help="digest of the code that the stage runs")
     for stage in (shard, pretrain, evaluate, export):
         stage.add_argument("--threads", type=int, default=1)
-    for stage in (shard, sample_views, pretrain, adopt, evaluate, export, cost, curves, table):
+    for stage in (shard, sample_views, pretrain, adopt, evaluate, export, cost, draw, curves, table):
         stage.set_defaults(command=_stage)
 
 

@@ -1,6 +1,6 @@
-"""The typed, strict configuration: what an experiment may say, and what it means when it says nothing.
+"""The typed configuration of an experiment, with its defaults. Imports no torch.
 
-Torch-free. A method's own hyper-parameters stand in its file (`ssl_core/methods/<name>.py`), a protocol's in
+The hyper-parameters of a method are in `ssl_core/methods/<name>.py`, those of an evaluation protocol in
 `ssl_core/evaluations/<name>.py`; both derive from `Strict`.
 """
 
@@ -21,20 +21,20 @@ from pydantic import (
 
 
 class Strict(BaseModel):
-    """A frozen section that refuses keys it does not know."""
+    """A frozen section that refuses unknown keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Subset(Strict):
-    """A seeded draw of images that never looks at labels (IN-10k, IN-100k)."""
+    """A seeded random subset of the images, drawn without labels (IN-10k, IN-100k)."""
 
     images: PositiveInt
     seed: int = 0
 
 
 class Dataset(Strict):
-    """A card in `datasets/`, one of its splits and, if asked, a part of it."""
+    """A data set by the name of its card in `datasets/`, one of its splits, and optionally a subset of it."""
 
     name: str
     split: str = "train"
@@ -42,88 +42,91 @@ class Dataset(Strict):
 
 
 class Backbone(Strict):
-    """A network by name; the stem fits it to the image size."""
+    """A network by name, with the stem for its image size."""
 
     name: str
     stem: Literal["imagenet", "small", "tiny"] = "imagenet"
-    hidden_layer: bool = True  # MobileNetV3's Linear + h-swish behind the pooling (recipes section 3)
+    hidden_layer: bool = True  # Linear + h-swish after MobileNetV3's pooling (docs/sources.md#backbones)
 
 
 class Training(Strict):
-    """Optimisation. A method's preset replaces these defaults by its paper's values; the user's words win over both."""
+    """Optimisation. The preset of a method overrides these defaults; the user's settings override both."""
 
     epochs: PositiveInt = 200
-    batch_size: PositiveInt = 256  # over all processes and accumulation steps
+    batch_size: PositiveInt = 256  # of all processes and accumulation steps together
     accumulation: PositiveInt = 1
     seed: NonNegativeInt = 0
     optimizer: Literal["sgd", "lars", "adamw"] = "sgd"
     learning_rate: PositiveFloat = 0.06
-    learning_rate_scaling: Literal["linear", "none"] = "linear"  # linear: times batch_size / 256
-    minimum_learning_rate: NonNegativeFloat = 0.0  # absolute, never scaled
+    learning_rate_scaling: Literal["linear", "none"] = "linear"  # linear: multiplied by batch_size / 256
+    minimum_learning_rate: NonNegativeFloat = 0.0  # absolute: never scaled by the batch size
     momentum: NonNegativeFloat = 0.9
     nesterov: bool = False
     weight_decay: NonNegativeFloat = 5e-4
     decay_exclusion: Literal["none", "norm_bias", "norm_bias_depthwise", "named"] = "none"
     schedule: Literal["cosine", "step", "constant"] = "cosine"
-    schedule_unit: Literal["step", "epoch"] = "step"  # how often the cosine moves (recipes rule 10)
+    schedule_unit: Literal["step", "epoch"] = "step"  # how often the cosine changes (docs/sources.md#schedules)
     milestones: tuple[PositiveInt, ...] = ()  # epochs, for the step schedule
     decay_factor: PositiveFloat = 0.1
     warmup_epochs: NonNegativeFloat = 10.0
     gradient_clip: PositiveFloat | None = None
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     compile: bool = False
-    gpus: PositiveInt = 1  # processes; on a machine without a GPU they share the CPU through gloo
-    sync_batchnorm: bool = True  # only matters with several processes
+    gpus: PositiveInt = 1  # number of processes; without a GPU they share the CPU (gloo)
+    sync_batchnorm: bool = True  # no effect in a single process
     checkpoint_minutes: PositiveFloat = 2.0
-    monitor_epochs: PositiveInt = 5  # how often the online kNN looks
+    monitor_epochs: PositiveInt = 5  # epochs between two online kNN measurements
 
 
 class Experiment(Strict):
-    """One pre-training, resolved: `method` is the method's own `Config`, everything unsaid filled in."""
+    """One pre-training with all defaults filled in; `method` is an instance of the method's `Config`."""
 
     dataset: Dataset
     backbone: Backbone
     method: Any
-    views: dict[str, dict[str, Any]] = Field(
-        default_factory=dict
-    )  # per view group, what differs from the method's views
+    # For each group of views, the settings that differ from the method's.
+    views: dict[str, dict[str, Any]] = Field(default_factory=dict)
     training: Training
 
 
 class Normalisation(Strict):
-    """What is taken from the channels of pixels in 0..1, and what they are then divided by."""
+    """Mean and standard deviation per channel, for pixels in 0..1."""
 
     mean: tuple[float, float, float]
     std: tuple[PositiveFloat, PositiveFloat, PositiveFloat]
 
 
 class Adopted(Strict):
-    """An experiment whose network was trained elsewhere: `weights` in place of a method and its training."""
+    """An experiment with a network trained elsewhere: it has `weights` instead of a method and its training."""
 
     dataset: Dataset
     backbone: Backbone
-    weights: str  # safetensors named as torchvision or timm name them, or a backbone.safetensors of ours
-    image_size: PositiveInt | None = None  # pixels the network sees; None: the data set's, or as a file of ours says
-    # Of the pictures the network was trained on; None: ImageNet's, or what a file of ours says in its header.
+    weights: str  # safetensors with torchvision's or timm's names, or a backbone.safetensors of this project
+    # None takes image size and normalisation from the header of a backbone.safetensors of this project, else the
+    # data set's image size and ImageNet's normalisation.
+    image_size: PositiveInt | None = None
     normalisation: Literal["imagenet", "dataset"] | Normalisation | None = None
 
 
 class Reported(Strict):
-    """Numbers from elsewhere that the table shows beside the measured ones; no stage ever reads them."""
+    """Published numbers that the table shows beside the measured ones; only the report reads them."""
 
     source: str  # for example "ReSSL, Table 2"
     epochs: PositiveInt | None = None
     hours: str | None = None
     hardware: str | None = None
     note: str | None = None
-    results: dict[str, Annotated[float, Field(ge=0, le=100)]]  # evaluation -> its headline metric in percent
+    results: dict[str, Annotated[float, Field(ge=0, le=100)]]  # evaluation -> its main metric in percent
 
 
 Model = TypeVar("Model", bound=BaseModel)
 
 
 def parse(model: type[Model], section: Any, where: str) -> Model:
-    """Read `section` as a `model`; what is wrong first is a one-line `ValueError` with its path and the nearest key."""
+    """Validate `section` as `model`; `where` is its path in the configuration.
+
+    The first mistake raises a one-line `ValueError` with the path of the key and, for an unknown key, the nearest one.
+    """
     try:
         return model.model_validate(section)
     except ValidationError as error:
@@ -138,7 +141,7 @@ def parse(model: type[Model], section: Any, where: str) -> Model:
 
 
 def nearest(word: str, words: Iterable[str]) -> str:
-    """Return "; did you mean 'x'?" for the word most like `word`, else the list of what is possible."""
+    """Return "; did you mean 'x'?" with the most similar of `words`, or a list of all if none is similar."""
     words = sorted(words)
     matches = difflib.get_close_matches(word, words, n=1, cutoff=0.5)
     if matches:
@@ -147,17 +150,25 @@ def nearest(word: str, words: Iterable[str]) -> str:
 
 
 def _reason(error: Any) -> str:
-    if error["type"] == "value_error":  # raised by one of our own validators, which say everything
+    if error["type"] == "value_error":  # raised by a validator of this project: its message is complete
         return str(error["ctx"]["error"])
     return f"{error['msg'][0].lower()}{error['msg'][1:]}, found {error['input']!r}"
 
 
 def _keys_at(model: type[BaseModel], path: list[Any]) -> list[str]:
+    """Return the keys of the section at `path` inside `model`, none if there is no section."""
     for part in path:
         field = model.model_fields.get(str(part))
-        inner = field.annotation if field else None
-        models = [kind for kind in (inner, *get_args(inner)) if isinstance(kind, type) and issubclass(kind, BaseModel)]
-        if not models:
+        section = _section_type(field.annotation) if field else None
+        if section is None:
             return []
-        model = models[0]
+        model = section
     return list(model.model_fields)
+
+
+def _section_type(annotation: Any) -> type[BaseModel] | None:
+    """Return the model in an annotation like `Subset` or `Subset | None`."""
+    for kind in (annotation, *get_args(annotation)):
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            return kind
+    return None

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Atomic writing of files, and strict reading of JSON and YAML."""
 
 import errno
 import glob
@@ -16,7 +16,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 @contextmanager
 def room_for(path: Path) -> Iterator[None]:
-    """Turn what a full disk raises while `path` is written into a `ValueError` that names it."""
+    """Raise ValueError with the path if the disk is full while `path` is written."""
     try:
         yield
     except OSError as error:
@@ -27,9 +27,9 @@ def room_for(path: Path) -> Iterator[None]:
 
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """Give a temporary path in the same folder; on success sync it to disk and rename it to `path`, else remove it.
+    """Yield a temporary path in the same folder; on success sync it to disk and rename it to `path`, else remove it.
 
-    A full disk is a `ValueError` that names `path`, whose old content stays.
+    Raises ValueError with the path if the disk is full; the old content of `path` stays.
     """
     with room_for(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -54,11 +54,11 @@ def _atomic(path: Path) -> Iterator[Path]:
 
 
 def _remove_leftovers(path: Path) -> None:
-    """Remove what killed processes left of earlier attempts to write `path`."""
-    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        process = left.name.split(".")[-2]
+    """Remove temporary files of `path` whose process has ended."""
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        process = leftover.name.split(".")[-2]
         if process.isdecimal() and not Path("/proc", process).exists():
-            left.unlink(missing_ok=True)
+            leftover.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -74,12 +74,12 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write `content` atomically as indented JSON; NaN is refused, since it is no JSON."""
+    """Write `content` atomically as indented JSON; raises ValueError for NaN, which JSON lacks."""
     write_text(path, json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file; a missing or broken one is a `ValueError` that names it."""
+    """Read a JSON file; raises ValueError with its name if it is missing or invalid."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -89,14 +89,14 @@ def read_json(path: Path) -> Any:
 
 
 class YamlLoader(yaml.SafeLoader):
-    """Refuses a key that stands twice in a section, where YAML would silently keep the last."""
+    """Raises an error for a duplicate key, where YAML silently keeps the last value."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[tuple[str, str]] = set()
-        for key, _ in node.value:
-            written = (key.tag, str(key.value))
-            if written in seen and not key.tag.endswith(":merge"):
-                problem = f"the key '{key.value}' stands twice in one section; rename one or put them together"
-                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
-            seen.add(written)
+        keys: set[tuple[str, str]] = set()
+        for node_of_key, _ in node.value:
+            key = (node_of_key.tag, str(node_of_key.value))
+            if key in keys and not node_of_key.tag.endswith(":merge"):
+                problem = f"the key '{node_of_key.value}' appears twice in one section; rename or merge them"
+                raise yaml.constructor.ConstructorError(None, None, problem, node_of_key.start_mark)
+            keys.add(key)
         return super().construct_mapping(node, deep=deep)

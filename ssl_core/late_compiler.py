@@ -1,8 +1,8 @@
-"""torch's compiler, imported when something is compiled.
+"""Import torch's compiler only when something is compiled.
 
-torchvision imports `torch._dynamo` for one function of `roi_align`, and every step of an optimizer does so to be left
-alone by it: 85 MB and two fifths of a stage's start (docs/decisions, 12). Until somebody compiles there is nothing to
-be left alone by, so a stand-in says so, and gives way to the real module when asked for anything else.
+torchvision imports `torch._dynamo` for one function of `roi_align`, and each optimizer step imports it to exclude
+itself from compilation: 85 MB and two fifths of a stage's start (docs/decisions, 12). As long as nothing is compiled,
+two stand-ins answer these calls. Any other access replaces them by the real modules.
 """
 
 import importlib
@@ -10,11 +10,30 @@ import sys
 from types import ModuleType
 from typing import Any
 
-NAME = "torch._dynamo"
+COMPILER = "torch._dynamo"
+UTILS = "torch._dynamo.utils"
 
 
 class StandIn(ModuleType):
-    """Answers as the compiler does where nothing is compiled."""
+    """A module that is replaced by the real one when an attribute is missing."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # such as `__file__`, which `inspect` reads from every module
+            raise AttributeError(name)
+        return self._real(name)
+
+    def _real(self, name: str) -> Any:
+        _remove_stand_ins()
+        return getattr(importlib.import_module(self.__name__), name)
+
+
+class Compiler(StandIn):
+    """`torch._dynamo` as long as nothing is compiled."""
+
+    @property
+    def __path__(self) -> Any:
+        """Import the real package, since the import of a submodule reads this first."""
+        return self._real("__path__")
 
     @staticmethod
     def graph_break(msg: str = "") -> None:
@@ -23,29 +42,29 @@ class StandIn(ModuleType):
     def disable(
         self, fn: Any = None, recursive: bool = True, *, reason: str | None = None, wrapping: bool = True
     ) -> Any:
-        """Return the function as it is where torch is about to run its own; others may be compiled one day."""
+        """Return the function unchanged if torch calls it at once; a wrapped one may be compiled later."""
         if wrapping:
-            return self.__getattr__("disable")(fn, recursive, reason=reason)
+            return self._real("disable")(fn, recursive, reason=reason)
         return fn
 
-    def __getattr__(self, name: str) -> Any:
-        """Import the compiler; `__path__` is what the import of one of its modules asks for first."""
-        if name.startswith("__") and name != "__path__":
-            raise AttributeError(name)  # such as `__file__`, which `inspect` asks every module for
-        if sys.modules[NAME] is self:
-            del sys.modules[NAME]
-        return getattr(importlib.import_module(NAME), name)
+
+class Utils(StandIn):
+    """`torch._dynamo.utils` as long as nothing is compiled."""
+
+    @staticmethod
+    def is_compile_supported(device_type: str) -> bool:
+        """Return False, so that torchvision does not compile `roi_align`."""
+        return False
 
 
 def postpone() -> None:
-    """Put the stand-in in the compiler's place, and import torchvision meanwhile; does nothing where it is imported."""
-    if NAME in sys.modules:
-        return
-    sys.modules[NAME] = StandIn(NAME)
-    utils = ModuleType(f"{NAME}.utils")
-    utils.is_compile_supported = lambda device_type: False  # pyright: ignore[reportAttributeAccessIssue]
-    sys.modules[utils.__name__] = utils
-    try:
-        import torchvision  # noqa: F401
-    finally:
-        del sys.modules[utils.__name__]
+    """Put the stand-ins in place; without effect if the compiler is imported already."""
+    if COMPILER not in sys.modules:
+        sys.modules[COMPILER] = Compiler(COMPILER)
+        sys.modules[UTILS] = Utils(UTILS)
+
+
+def _remove_stand_ins() -> None:
+    for name in (COMPILER, UTILS):
+        if isinstance(sys.modules.get(name), StandIn):
+            del sys.modules[name]

@@ -1,11 +1,11 @@
-"""What a user got wrong, or the machine ran out of, as one line that says what to do. Torch-free."""
+"""One-line error messages with a remedy, for mistakes of the user and limits of the machine. Torch-free."""
 
 import errno
 from collections.abc import Iterator
 
 from pydantic import ValidationError
 
-# What torch (CPU and CUDA), DALI, CUDA and Python say when memory ends.
+# Parts of the messages of torch (CPU and CUDA), DALI, CUDA and Python when memory is exhausted.
 OUT_OF_MEMORY = (
     "out of memory",
     "can't allocate memory",
@@ -20,7 +20,7 @@ OUT_OF_MEMORY = (
 )
 LESS_MEMORY = (
     "out of memory: lower batch_size (training.accumulation keeps the effective batch), use a smaller image_size or "
-    "backbone, or end other jobs; `ssl-core explain` estimates what a run needs"
+    "backbone, or end other jobs; `ssl-core explain` estimates the memory that a run needs"
 )
 FULL = {errno.ENOSPC, errno.EDQUOT}
 FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
@@ -28,38 +28,38 @@ ODD_PATHS = {errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG}
 
 
 def explain(error: BaseException) -> str | None:
-    """Return one line for an error that the user can mend, None for one of ours."""
-    for cause in _chain(error):  # first: a `ValueError` may have been made of an error of memory
-        if isinstance(cause, MemoryError) or speaks_of_memory(cause):
+    """Return one line for an error that the user can fix, None for a bug of this program."""
+    for cause in _chain(error):  # before `ValueError`, which an out-of-memory error may have caused
+        if isinstance(cause, MemoryError) or is_out_of_memory(cause):
             return LESS_MEMORY
-    if isinstance(error, ValidationError):  # pydantic's first fault stands for all
+    if isinstance(error, ValidationError):  # one error is enough
         first = error.errors()[0]
         return f"{'.'.join(map(str, first['loc']))}: {first['msg']}, found {first['input']!r}"
     if isinstance(error, ValueError):
         return " ".join(str(error).split())
-    return _of_files(error) if isinstance(error, OSError) else None
+    return _explain_file_error(error) if isinstance(error, OSError) else None
 
 
-def _chain(error: BaseException) -> Iterator[BaseException]:
-    seen: BaseException | None = error
-    while seen is not None:
-        yield seen
-        seen = seen.__cause__
-
-
-def speaks_of_memory(error: BaseException) -> bool:
-    """Say whether torch, CUDA or DALI found no memory."""
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether torch, CUDA or DALI ran out of memory."""
     return isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)
 
 
-def _of_files(error: OSError) -> str | None:
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield the error and its causes."""
+    while error is not None:
+        yield error
+        error = error.__cause__
+
+
+def _explain_file_error(error: OSError) -> str | None:
     where = f"{error.filename}: " if error.filename else ""
     if error.errno in FULL:
-        return f"{where}no space is left on the disk: free some (checkpoints/, shards/, results/) and run again"
+        return f"{where}no space left on the disk: free some (checkpoints/, shards/, results/) and run again"
     if error.errno in FORBIDDEN:
-        return f"{where}{error.strerror}: make the folder yours (chown, chmod) or choose another place"
+        return f"{where}{error.strerror}: change the owner or mode of the folder (chown, chmod) or choose another path"
     if error.errno == errno.EMFILE:
         return "too many open files: raise the limit (ulimit -n 65536) and run again"
     if error.errno in ODD_PATHS:
-        return f"{where}{error.strerror}: choose another path or move what is in the way"
+        return f"{where}{error.strerror}: choose another path or move the file that blocks it"
     return None

@@ -1,21 +1,23 @@
-"""What every test stands on: one thread, no writing into the project, the real data where it is."""
+"""Settings and fixtures of all tests: one thread, no writing into the repository, the folder of real data sets."""
 
 import os
 import tempfile
 from pathlib import Path
 
-# Before torch or MLflow are imported anywhere, in this process or in one that a test starts.
+# Set before this process or a process started by a test imports torch or MLflow.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
-os.environ["SSL_TRACKING"] = (
-    "off"  # costs seconds a stage; its own tests and the one of the whole workflow switch it on
-)
+# Tracking takes seconds per stage; its own tests and the test of the whole workflow switch it on.
+os.environ["SSL_TRACKING"] = "off"
 _tracking = tempfile.TemporaryDirectory(prefix="ssl-core-mlflow-")
 os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{_tracking.name}/mlflow.db"
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+from ssl_core import late_compiler  # noqa: E402
+
+late_compiler.postpone()  # as the command line does, before a test imports torchvision
 torch.set_num_threads(1)
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -23,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture(scope="session")
 def root() -> Path:
-    """The repository."""
+    """The root of the repository."""
     return ROOT
 
 
@@ -40,15 +42,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--long", action="store_true", help="also run the tests marked `long`")
 
 
-SLOWEST = ("workflow", "test_tracking.py", "training", "stages", "evaluations", "faults")  # files go out in this order
+# Started first and in this order, so that no process is left with a slow file when the others have finished.
+SLOWEST = ("workflow", "test_tracking.py", "training", "stages", "evaluations", "faults")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    def place(item: pytest.Item) -> int:
+    def position(item: pytest.Item) -> int:
         part = item.path.relative_to(ROOT / "tests").parts[0]
         return SLOWEST.index(part) if part in SLOWEST else len(SLOWEST)
 
-    items.sort(key=place)  # so that no process is left with minutes of one file when the others have ended
+    items.sort(key=position)
     if config.getoption("--long"):
         return
     for item in items:

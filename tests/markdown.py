@@ -1,4 +1,4 @@
-"""What the documents hold: fenced blocks, commands and links, as a reader would copy and follow them."""
+"""Read fenced blocks, commands, links and anchors from the documents, as a reader would copy and follow them."""
 
 import re
 import shlex
@@ -58,9 +58,11 @@ def links(page: Path) -> list[str]:
 
 
 def anchors(page: Path) -> set[str]:
-    """Return what `#` may name in a page: its headings, as GitHub and MkDocs write them."""
-    headings = re.findall(r"^#+ (.*)$", FENCE.sub("", page.read_text(encoding="utf-8")), flags=re.MULTILINE)
-    return {re.sub(r"[^\w -]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
+    """Return the anchors of a page: its headings, as GitHub and MkDocs write them, and explicit `<a id="...">`."""
+    text = FENCE.sub("", page.read_text(encoding="utf-8"))
+    headings = re.findall(r"^#+ (.*)$", text, flags=re.MULTILINE)
+    slugs = {re.sub(r"[^\w -]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
+    return slugs | set(re.findall(r'<a id="([^"]+)"></a>', text))
 
 
 def _split(line: str) -> list[list[str]]:

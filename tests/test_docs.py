@@ -1,4 +1,4 @@
-"""The documents say what is: their commands run, their YAML is valid, their links lead somewhere, their code trains."""
+"""The documents' commands run, their YAML is valid, their links and references resolve, and their code trains."""
 
 import importlib.util
 import json
@@ -23,7 +23,7 @@ from tests.markdown import PAGES, ROOT, TOOLS, Block, anchors, blocks, commands,
 from tests.methods.harness import trainer
 
 BIN = Path(sys.executable).parent
-HARMLESS = {"source", "export", "mv", "uv"}  # commands around ours that need no test
+HARMLESS = {"source", "export", "cd", "mv", "uv"}  # shell commands that need no test
 RULES = {"all", "all_evaluations"}
 TUTORIALS = ROOT / "docs" / "tutorials"
 
@@ -38,7 +38,7 @@ pages_with_commands = pytest.mark.parametrize("page", [page for page in PAGES if
 
 @pytest.fixture
 def project(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The project as a reader of `page` has it: with the files that the page has them write. Tests run in it."""
+    """A copy of the project with the files that `page` tells its reader to write. Tests run in it."""
     folder = tmp_path / "project"
     for name in ("Snakefile", "Makefile", "config.yaml", "pyproject.toml", "requirements.lock"):
         folder.mkdir(exist_ok=True)
@@ -69,7 +69,7 @@ def test_commands_can_be_understood(page: Path, project: Path) -> None:
 
 
 def register_methods(page: Path) -> None:
-    """Let the schema know the methods that the page has its reader write, as `ssl-core schema` there would."""
+    """Add the methods that a reader of the page writes to the schema, as `ssl-core schema` would."""
     path = Path("workflow/schemas/config.schema.json")
     structure = json.loads(path.read_text())
     names = structure["$defs"]["experiment"]["properties"]["method"]["properties"]["name"]["enum"]
@@ -78,7 +78,7 @@ def register_methods(page: Path) -> None:
 
 
 def check(command: list[str], project: Path) -> None:
-    """Check one command as far as that is cheap: its options, its files, and what it asks for."""
+    """Check the options, files and targets of one command, without running it."""
     tool, *words = command
     if tool == "make":
         for planned in made_by(words, project):
@@ -94,10 +94,10 @@ def check(command: list[str], project: Path) -> None:
 
 
 def made_by(words: list[str], project: Path) -> list[list[str]]:
-    """Return the Snakemake commands that `make` would run; a target that is not there fails."""
+    """Return the Snakemake commands that `make` would run; an unknown target fails."""
     (project / ".venv").mkdir(exist_ok=True)
     (project / ".venv" / ".installed").touch()
-    # Not with what `make test ARGS=...` itself was told.
+    # Without the arguments of `make test ARGS=...` itself.
     environment = {
         name: value for name, value in os.environ.items() if name not in ("ARGS", "MAKEFLAGS", "MAKEOVERRIDES")
     }
@@ -152,13 +152,13 @@ def test_yaml_is_valid_to_the_last_key(page: Path, project: Path) -> None:
             card = Path("datasets", f"{content.get('name', 'fragment')}.yaml")
             card.write_text(yaml.safe_dump({"name": card.stem, "image_size": 32, **content}))
             load_card(card)
-        elif block.title:  # laid over what the page's commands say, and checked there
+        elif block.title:  # an overlay, checked with the page's commands
             assert any(block.title in command for command in commands(page)), block.title
         else:
             checks.check(overlays.without_nulls(overlays.merge(below, content)), structure, cards)
 
 
-# The workflow's own word on the commands
+# Snakemake plans the commands
 
 quick = name_of(ROOT / "README.md")
 
@@ -185,7 +185,7 @@ def test_snakemake_plans_every_command(page: Path, project: Path) -> None:
 
 
 def runs(page: Path, project: Path) -> list[tuple[tuple[str, ...], list[str]]]:
-    """Return each of a page's runs of Snakemake: the options that change what there is, and the targets."""
+    """Return each of a page's runs of Snakemake: the options that change the configuration, and the targets."""
     from snakemake.cli import get_argument_parser
 
     called = [command for command in commands(page) if command[0] == "snakemake"]
@@ -214,11 +214,11 @@ def environment(project: Path) -> dict[str, str]:
     return {**os.environ, "PATH": path, "PYTHONPATH": str(project)}
 
 
-# The tutorials, as a reader goes through them
+# The tutorials, run from top to bottom
 
 
 def draw(folder: Path, images: int) -> None:
-    """Draw noise in a class's own colour, so that there is something to learn."""
+    """Draw noise around one colour per class, so that a network can learn the classes."""
     random = np.random.default_rng(0)
     for kind, colour in {"robin": (200, 60, 40), "wren": (90, 120, 60)}.items():
         (folder / kind).mkdir(parents=True)
@@ -295,7 +295,45 @@ def test_the_method_of_the_tutorial_trains_two_steps(example: ModuleType) -> Non
     assert not before.equal(next(training.method.parameters()))
 
 
-# What must not be left out or drift
+# References to published facts
+
+SOURCES = ROOT / "docs" / "sources.md"
+TEXTS = (".py", ".md", ".yaml", ".yml", ".smk", ".rst", ".toml", ".html")
+OUTDATED = re.compile(
+    r"\b[Rr]ecipes?,? [AEMT]\d+\b"  # a sheet of notes that is not part of the repository
+    r"|\b[Rr]ecipes? (?:section |rule )?\d"
+    r"|\b(?:rule|fixtures?) \d+\b"
+    r"|(?<![\w./:#-])[AEMT]\d{1,2}(?![\w%-])"
+    r"|\b(?:CW|SH|RS)\b"
+    r"|\bdesign(?:\.md)? \d"
+)
+
+
+def texts() -> dict[Path, str]:
+    """Return the text of every file of the repository in which a person writes."""
+    folders = ("ssl_core", "tests", "benchmarks", "workflow", "recipes", "datasets", "docs")
+    paths = [path for folder in folders for path in sorted((ROOT / folder).rglob("*")) if path.suffix in TEXTS]
+    paths += [*ROOT.glob("*.md"), *ROOT.glob("*.yaml"), ROOT / "Snakefile", ROOT / "Makefile"]
+    return {path: path.read_text(encoding="utf-8") for path in paths if path != Path(__file__)}
+
+
+def test_references_to_sources_resolve() -> None:
+    there = anchors(SOURCES)
+    missing = {
+        f"{name_of(path)}: #{anchor}"
+        for path, text in texts().items()
+        for anchor in re.findall(r"\bsources\.md#([\w-]+)", text)
+        if anchor not in there
+    }
+    assert sorted(missing) == []
+
+
+def test_no_reference_names_notes_outside_of_the_repository() -> None:
+    outdated = [f"{name_of(path)}: {match[0]}" for path, text in texts().items() for match in OUTDATED.finditer(text)]
+    assert outdated == []
+
+
+# Facts that must stay complete and consistent
 
 
 def test_the_readme_takes_its_numbers_from_the_page_of_results() -> None:
@@ -315,6 +353,12 @@ def test_every_method_has_a_page_and_every_protocol_a_section() -> None:
     protocols = re.findall(r"^## `(\w+)`", text, flags=re.MULTILINE)
     known = structure["properties"]["evaluations"]["additionalProperties"]["properties"]["protocol"]["enum"]
     assert sorted(protocols) == sorted(known)
+
+
+def test_the_architecture_names_every_room() -> None:
+    rooms = {path.parent.name for path in (ROOT / "ssl_core").glob("*/__init__.py")}
+    named = re.findall(r"^\| `ssl_core/(\w+)/`", (ROOT / "docs" / "architecture.md").read_text(), flags=re.MULTILINE)
+    assert sorted(named) == sorted(rooms)
 
 
 def test_the_site_builds_without_a_warning_and_loads_nothing_from_elsewhere(tmp_path: Path) -> None:

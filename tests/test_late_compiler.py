@@ -1,18 +1,28 @@
-"""torch's compiler stays out until something is compiled, and then works as if it had always been there."""
+"""torch's compiler is not imported until something is compiled, and then works as usual."""
 
 import subprocess
 import sys
 
+import pytest
+
 CODE = """
 import sys
+from contextlib import suppress
+from ssl_core import cli
+
+with suppress(SystemExit):
+    cli.main(["--help"])
+assert "torch" not in sys.modules, "the command line imports torch"
+
 import torch
 import ssl_core.stages.evaluate, ssl_core.stages.pretrain
 from ssl_core.config import Training
 from ssl_core.training.optimizers import build_optimizer
 
 def loaded():
-    return any(name.startswith("torch._dynamo.") for name in sys.modules)
+    return any(name in sys.modules for name in ("torch._dynamo.config", "sympy"))
 
+assert not loaded(), "the stages import the compiler"
 network = torch.nn.Linear(2, 2)
 for name in ("sgd", "adamw", "lars"):
     network(torch.ones(1, 2)).sum().backward()
@@ -30,8 +40,31 @@ compiled(torch.ones(1, 2)).sum().backward()
 optimizer.step()
 assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 """
+# The first access to the compiler in a process
+FIRST_USES = [
+    "import torch._dynamo.utils; torch._dynamo.utils.counters",
+    "from torch._dynamo.utils import counters",
+    "from torch._dynamo import config",
+    "torch._dynamo.reset()",
+    "torch.compile(torch.nn.Linear(2, 2), backend='eager')(torch.ones(1, 2))",
+]
 
 
-def test_steps_do_without_it_and_compiling_brings_it():
-    run = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr
+def run(code: str) -> None:
+    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stderr
+
+
+def test_the_compiler_is_imported_when_something_is_compiled():
+    run(CODE)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("use", FIRST_USES)
+def test_each_first_use_imports_the_real_compiler(use: str):
+    run(
+        "from ssl_core import late_compiler; late_compiler.postpone()\n"
+        f"import sys, torch\n{use}\n"
+        "assert not any(isinstance(module, late_compiler.StandIn) for module in sys.modules.values())\n"
+        "assert torch._dynamo.utils.counters is not None"
+    )

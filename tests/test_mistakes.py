@@ -1,4 +1,4 @@
-"""The mistakes that people make first: each ends as one line that says what to do, and stands in docs/errors.md."""
+"""Common mistakes: each gives one line with a remedy, which docs/errors.md lists."""
 
 import errno
 import io
@@ -17,7 +17,7 @@ from PIL import Image
 from ssl_core import cli
 from ssl_core.stages import pretrain
 
-Told = Callable[[list[str]], str]
+ErrorOf = Callable[[list[str]], str]
 
 GOOD: dict[str, Any] = {
     "dataset": {"name": "demo", "subset": {"images": 96}},
@@ -28,8 +28,8 @@ GOOD: dict[str, Any] = {
 
 
 @pytest.fixture
-def told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], root: Path) -> Told:
-    """Return what runs a command that must end with exit code 2 and gives the one line it says."""
+def error_of(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], root: Path) -> ErrorOf:
+    """Return a function that runs a command, checks for exit code 2 and returns the error line."""
     monkeypatch.chdir(root)
 
     def run(arguments: list[str]) -> str:
@@ -43,7 +43,7 @@ def told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], ro
 
 @pytest.fixture(scope="session")
 def documented(root: Path) -> str:
-    """docs/errors.md."""
+    """The text of docs/errors.md."""
     return (root / "docs" / "errors.md").read_text(encoding="utf-8")
 
 
@@ -71,19 +71,21 @@ EXPERIMENTS: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("changes", "words"), EXPERIMENTS, ids=[words for _, words in EXPERIMENTS])
-def test_a_wrong_experiment(changes: dict[str, Any], words: str, told: Told, documented: str, tmp_path: Path) -> None:
+def test_a_wrong_experiment(
+    changes: dict[str, Any], words: str, error_of: ErrorOf, documented: str, tmp_path: Path
+) -> None:
     section: dict[str, Any] = dict(GOOD)
     for key, change in changes.items():
         section[key] = {**GOOD.get(key, {}), **change} if isinstance(change, dict) else change
     path = tmp_path / "mine.yaml"
     path.write_text(yaml.safe_dump({"experiments": {"mine": section}}))
-    assert words in told(["explain", "mine", "--no-probe", "--configfile", str(path)])
+    assert words in error_of(["explain", "mine", "--no-probe", "--configfile", str(path)])
     assert words in documented
 
 
 FILES = [
     ("experiments:\n\tmine: {}\n", "YAML wants spaces, not tabs"),
-    ("experiments:\n  a: {}\n  a: {}\n", "stands twice in one section"),
+    ("experiments:\n  a: {}\n  a: {}\n", "appears twice in one section"),
     ("- mine\n", "expected keys at the top"),
     ("evaluations: {knn: {protocol: knnn}}\n", "did you mean 'knn'?"),
     ("experiments: {my exp: {}}\n", "the key 'dataset' is missing"),
@@ -91,39 +93,39 @@ FILES = [
 
 
 @pytest.mark.parametrize(("text", "words"), FILES, ids=[words for _, words in FILES])
-def test_a_wrong_file(text: str, words: str, told: Told, documented: str, tmp_path: Path) -> None:
+def test_a_wrong_file(text: str, words: str, error_of: ErrorOf, documented: str, tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text(text)
-    assert words in told(["explain", "ressl_r18", "--no-probe", "--configfile", str(path)])
+    assert words in error_of(["explain", "ressl_r18", "--no-probe", "--configfile", str(path)])
     assert words in documented
 
 
-def test_weights_that_are_not_there(told: Told, documented: str, tmp_path: Path) -> None:
+def test_missing_weights(error_of: ErrorOf, documented: str, tmp_path: Path) -> None:
     section = {"dataset": {"name": "demo"}, "backbone": {"name": "resnet18"}, "weights": "no/such.safetensors"}
     path = tmp_path / "mine.yaml"
     path.write_text(yaml.safe_dump({"experiments": {"mine": section}}))
-    assert "mine.weights: there is no file 'no/such.safetensors'" in told(
+    assert "mine.weights: there is no file 'no/such.safetensors'" in error_of(
         ["explain", "mine", "--configfile", str(path)]
     )
     assert "weights: there is no file" in documented
 
 
-def test_a_file_that_is_not_there_or_not_here(told: Told, documented: str, tmp_path: Path) -> None:
+def test_a_missing_file_and_a_folder(error_of: ErrorOf, documented: str, tmp_path: Path) -> None:
     for path, words in ((tmp_path / "none.yaml", "does not exist"), (tmp_path, "is a folder: name a YAML file in it")):
-        assert words in told(["explain", "ressl_r18", "--configfile", str(path)])
+        assert words in error_of(["explain", "ressl_r18", "--configfile", str(path)])
         assert words in documented
 
 
-def test_another_folder_than_the_project(
-    told: Told, documented: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_folder_without_a_project(
+    error_of: ErrorOf, documented: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     words = "config.yaml does not exist: run in the project's folder (`ssl-core init DIR` makes one)"
-    assert words in told(["explain", "ressl_r18"])
+    assert words in error_of(["explain", "ressl_r18"])
     assert words in documented
 
 
-def test_a_target_that_configfile_took(told: Told, documented: str, root: Path) -> None:
+def test_a_target_after_configfile(error_of: ErrorOf, documented: str, root: Path) -> None:
     from ssl_core.experiments.overlays import check_config_files
 
     with pytest.raises(ValueError, match="write targets before --configfile") as error:
@@ -132,12 +134,14 @@ def test_a_target_that_configfile_took(told: Told, documented: str, root: Path) 
     assert "follows --configfile, but is a target" in documented
 
 
-def test_views_before_sharding(told: Told, documented: str, root: Path, tmp_path: Path, monkeypatch: Any) -> None:
+def test_views_before_sharding(
+    error_of: ErrorOf, documented: str, root: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
     for name in ("config.yaml", "datasets", "workflow"):
         (tmp_path / name).symlink_to(root / name)
     monkeypatch.chdir(tmp_path)
     words = "is not sharded yet: run `snakemake --cores all shards/demo/manifest.json` first"
-    assert words in told(["views", "ressl_r18"])
+    assert words in error_of(["views", "ressl_r18"])
     assert "is not sharded yet: run `snakemake --cores all" in documented
 
 
@@ -178,31 +182,33 @@ SOURCES: list[tuple[str, Callable[[Path], Any], dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("make", "source", "words"), [case[1:] for case in SOURCES], ids=[case[0] for case in SOURCES])
 def test_a_wrong_data_set(
-    make: Callable[[Path], Any], source: dict[str, Any], words: str, told: Told, documented: str, tmp_path: Path
+    make: Callable[[Path], Any], source: dict[str, Any], words: str, error_of: ErrorOf, documented: str, tmp_path: Path
 ) -> None:
     images = tmp_path / "images"
     images.mkdir()
     make(images)
-    found = {"type": "image_folder", "path": str(images), "splits": {"train": {"folder": "train"}}, **source}
-    assert words in told(["shard", str(write_card(tmp_path, found)), "--output", str(tmp_path / "shards")])
+    section = {"type": "image_folder", "path": str(images), "splits": {"train": {"folder": "train"}}, **source}
+    assert words in error_of(["shard", str(write_card(tmp_path, section)), "--output", str(tmp_path / "shards")])
     assert words.replace("NO_SUCH_DATA", "").strip() in documented
 
 
-def test_a_card_that_is_not_there(told: Told, documented: str, tmp_path: Path) -> None:
-    assert "does not exist. Data sets in datasets: " in told(["shard", "datasets/nine.yaml", "--output", str(tmp_path)])
+def test_a_missing_card(error_of: ErrorOf, documented: str, tmp_path: Path) -> None:
+    assert "does not exist. Data sets in datasets: " in error_of(
+        ["shard", "datasets/nine.yaml", "--output", str(tmp_path)]
+    )
     assert "does not exist. Data sets in datasets: " in documented
 
 
-def test_an_output_that_is_in_the_way(told: Told, documented: str, tmp_path: Path) -> None:
+def test_an_output_in_use(error_of: ErrorOf, documented: str, tmp_path: Path) -> None:
     picture(tmp_path / "images" / "cat" / "1.png")
     card = write_card(tmp_path, {"type": "image_folder", "path": str(tmp_path / "images"), "splits": {"train": {}}})
     (tmp_path / "file").write_text("")
-    words = "Not a directory: choose another path or move what is in the way"
-    assert words in told(["shard", str(card), "--output", str(tmp_path / "file" / "mine")])
+    words = "Not a directory: choose another path or move the file that blocks it"
+    assert words in error_of(["shard", str(card), "--output", str(tmp_path / "file" / "mine")])
     assert words in documented
     (tmp_path / "theirs.tar").write_bytes(b"")
     words = "holds tars that were not written here: choose another folder or empty it"
-    assert words in told(["shard", str(card), "--output", str(tmp_path)])
+    assert words in error_of(["shard", str(card), "--output", str(tmp_path)])
     assert words in documented
 
 
@@ -239,41 +245,46 @@ MACHINE: list[tuple[Callable[[], None], str]] = [
     (decoder_without_memory, "out of memory: lower batch_size"),
     (dali_without_gpu_memory, "out of memory: lower batch_size"),
     (cuda_without_memory, "out of memory: lower batch_size"),
-    (file_error(errno.ENOSPC), "no space is left on the disk"),
-    (file_error(errno.EACCES), "Permission denied: make the folder yours"),
-    (file_error(errno.EROFS), "make the folder yours (chown, chmod) or choose another place"),
+    (file_error(errno.ENOSPC), "no space left on the disk"),
+    (file_error(errno.EACCES), "Permission denied: change the owner or mode"),
+    (file_error(errno.EROFS), "change the owner or mode of the folder (chown, chmod) or choose another path"),
     (file_error(errno.EMFILE), "too many open files: raise the limit"),
 ]
 
 
 @pytest.mark.parametrize(("fail", "words"), MACHINE)
-def test_a_machine_that_has_no_more(
-    fail: Callable[[], None], words: str, told: Told, documented: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+def test_limits_of_the_machine(
+    fail: Callable[[], None],
+    words: str,
+    error_of: ErrorOf,
+    documented: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
     monkeypatch.setattr(pretrain, "run", lambda *names, **options: fail())
     log = tmp_path / "x.log"
-    words_of_a_stage = ["--spec", "{}", "--code", "c", "--manifest", "m", "--output", "o", "--checkpoint", "k"]
-    line = told(["pretrain", "x", *words_of_a_stage, "--log", str(log)])
+    options = ["--spec", "{}", "--code", "c", "--manifest", "m", "--output", "o", "--checkpoint", "k"]
+    line = error_of(["pretrain", "x", *options, "--log", str(log)])
     assert words in line
     assert line.endswith(f" (log: {log})")
     assert words in documented
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="no make")
-def test_a_python_that_cannot_make_environments(root: Path, tmp_path: Path, documented: str) -> None:
+def test_a_python_without_venv(root: Path, tmp_path: Path, documented: str) -> None:
     for name in ("Makefile", "pyproject.toml", "requirements.lock"):
         shutil.copy(root / name, tmp_path)
     python = tmp_path / "bare"
     python.write_text('#!/bin/sh\ncase "$*" in *ensurepip*) exit 1 ;; esac\n')
     python.chmod(0o755)
-    made = subprocess.run(["make", "install", f"PYTHON={python}"], cwd=tmp_path, capture_output=True, text=True)
-    assert made.returncode != 0
-    assert "cannot make environments: apt install python3-venv" in made.stderr
+    result = subprocess.run(["make", "install", f"PYTHON={python}"], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode != 0
+    assert "cannot make environments: apt install python3-venv" in result.stderr
     assert "cannot make environments: apt install python3-venv" in documented
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="no make")
-def test_a_port_that_is_in_use(root: Path, documented: str) -> None:
+def test_a_port_in_use(root: Path, documented: str) -> None:
     import socket
     import sys
 
@@ -283,12 +294,12 @@ def test_a_port_that_is_in_use(root: Path, documented: str) -> None:
         port = taken.getsockname()[1]
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
         command = ["make", "--old-file", ".venv/.installed", "ui", f"PORT={port}"]
-        made = subprocess.run(command, cwd=root, capture_output=True, text=True, env={**os.environ, "PATH": path})
-    assert f"port {port} is in use" in made.stderr
+        result = subprocess.run(command, cwd=root, capture_output=True, text=True, env={**os.environ, "PATH": path})
+    assert f"port {port} is in use" in result.stderr
     assert "is in use, perhaps by another make ui: say make ui PORT=5001" in documented
 
 
-def test_progress_in_a_log_is_a_line_of_words(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_in_a_log_is_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
     from ssl_core import progress
 
     stream = io.StringIO()

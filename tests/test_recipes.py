@@ -1,4 +1,4 @@
-"""Every YAML that ships means something: it parses to the last key, says what to expect, and trains (T24)."""
+"""Every YAML file of the repository parses to its last key, states expected numbers, and trains."""
 
 import json
 import re
@@ -16,18 +16,19 @@ from ssl_core.config import Backbone
 from ssl_core.data.card import load_card
 from ssl_core.data.loader import Loader
 from ssl_core.data.shards import Manifest
+from ssl_core.evaluations import base
 from ssl_core.experiments import checks, overlays, sweeps
 from ssl_core.methods.base import method_class, resolve, views_of
 from ssl_core.networks.backbones import build_backbone, save_backbone, write_tensors
-from ssl_core.stages import evaluate, shard
+from ssl_core.stages import shard
 from ssl_core.training.loop import Trainer
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
-PUBLISHED = [path for path in RECIPES if not path.stem.startswith("demo_")]  # the others lay over the demonstration
+PUBLISHED = [path for path in RECIPES if not path.stem.startswith("demo_")]  # the others extend the demonstration
 DEFAULT = yaml.safe_load((ROOT / "config.yaml").read_text())
 STAND_IN = Backbone(name="resnet18", stem="tiny")
-QUICK = {"moco", "npid", "ressl", "simsiam"}  # methods of which `make test` trains one; `make test-long` all
+QUICK = {"moco", "npid", "ressl", "simsiam"}  # `make test` trains one combination of each, `make test-long` all
 
 
 @cache
@@ -57,7 +58,7 @@ def test_every_configuration_is_valid_down_to_the_last_key(path):
         assert resolved.dataset.split in card.source.splits
         assert views_of(resolved, card.image_size, avoid=card.avoid)
     for name, section in (configuration.get("evaluations") or {}).items():
-        evaluate.load(section, name).Config.model_validate({"dataset": {"name": "demo"}, **section})
+        base.load(section, name).Config.model_validate({"dataset": {"name": "demo"}, **section})
 
 
 def test_a_recipe_leaves_out_the_demonstration_and_inherits_none_of_its_settings(published):
@@ -66,7 +67,7 @@ def test_a_recipe_leaves_out_the_demonstration_and_inherits_none_of_its_settings
     assert {section: merged[section] for section in own} == own
 
 
-def test_a_recipe_says_what_to_expect_of_every_experiment(published):
+def test_a_recipe_reports_numbers_for_every_experiment(published):
     configuration = laid_over(published)
     for name in configuration["experiments"]:
         reported = configuration["reported"][name]
@@ -105,12 +106,12 @@ def test_every_card_is_valid(path):
 # Two steps of every combination of a method and its switches
 
 
-# Numbers that every experiment of a method has; the test sets the first itself.
+# Keys of all experiments of a method that select no code; the test sets the first.
 AMOUNTS = {"queue_size", "temperature", "student_temperature", "teacher_temperature", "bank_momentum"}
 
 
 def switches(section: Any) -> Any:
-    """Leave of a method's section what picks code: names, flags and which keys there are; numbers only say how much."""
+    """Reduce a method's section to the values that select code: names, flags and keys; all numbers are equal."""
     if isinstance(section, Mapping):
         return tuple((key, switches(value)) for key, value in sorted(section.items()) if key not in AMOUNTS)
     if isinstance(section, list):
@@ -119,7 +120,7 @@ def switches(section: Any) -> Any:
 
 
 def combinations() -> dict[Any, tuple[str, Mapping[str, Any]]]:
-    """Return one experiment for each, the first that ships; files of weights are the test's own."""
+    """Return the first experiment of each combination; files of weights are replaced by the test."""
     found = {}
     for path in [ROOT / "config.yaml", *RECIPES]:
         for name, experiment in sweeps.experiments(laid_over(path)).items():
@@ -130,7 +131,7 @@ def combinations() -> dict[Any, tuple[str, Mapping[str, Any]]]:
 
 
 def training_parameters() -> list[Any]:
-    """Mark all but a first combination of a few methods `long`."""
+    """Mark all combinations `long` except the first of a few methods."""
     seen, parameters = set(), []
     for label, experiment in combinations().values():
         method = experiment["method"]["name"]
@@ -149,7 +150,7 @@ def demo(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    """What stands for the trained networks that an experiment starts from."""
+    """Untrained weights in place of the trained networks that an experiment starts from."""
     folder = tmp_path_factory.mktemp("weights")
     backbone = build_backbone(STAND_IN, 64)
     save_backbone(folder / "backbone.safetensors", backbone, STAND_IN, 64, {})
@@ -160,7 +161,7 @@ def weights(tmp_path_factory):
 
 @pytest.mark.parametrize("experiment", training_parameters())
 def test_a_shipped_experiment_trains_two_steps(experiment, demo, weights):
-    # On stand-ins: 64 digits of 32 px (64 with smaller views beside), 8 a step, the smallest network, queues that fit.
+    # Small replacements: 64 digits of 32 px (64 with smaller views), batches of 8, the smallest network, short queues.
     method = method_class(experiment["method"]["name"])
     own = {"queue_size": 64, "local_size": 32, "initial": str(weights / "model.safetensors")}
     section = {key: own.get(key, value) for key, value in experiment["method"].items()}

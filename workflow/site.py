@@ -16,7 +16,7 @@ OUTSIDE = {  # file in the repository -> page of the site
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
 }
-LINK = re.compile(r"(?<=\]\()([^)#\s:]+\.md)(?=[)#])")
+LINK = re.compile(r"(?<=\]\()([^)#\s:]+\.(?:md|svg))(?=[)#])")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:

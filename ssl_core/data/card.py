@@ -196,6 +196,11 @@ class Card(Section):
         """Names of the splits, in the card's order."""
         return tuple(self.source.splits)
 
+    @property
+    def labels(self) -> dict[str, Literal["none", "one", "several"]]:
+        """Labels per image of each split, as far as the card tells: torchvision's data sets count as labelled."""
+        return {name: _labels_of(self.source, split) for name, split in self.source.splits.items()}
+
     @model_validator(mode="after")
     def _agree(self) -> "Card":
         if (self.mean is None) != (self.std is None):
@@ -205,6 +210,16 @@ class Card(Section):
         if self.classes is not None and len(set(self.classes)) != len(self.classes):
             raise ValueError("classes names one class twice")
         return self
+
+
+def _labels_of(source: Source, split: Any) -> Literal["none", "one", "several"]:
+    if isinstance(source, Voc | Coco):
+        return "several"
+    if isinstance(source, WebDataset | Table):
+        return "none" if source.label is None else "one"
+    if isinstance(split, FolderSplit):
+        return "none" if split.labels == "none" else "one"
+    return "one"
 
 
 def load_card(path: Path) -> Card:

@@ -9,7 +9,7 @@ import shutil
 import tempfile
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -20,22 +20,14 @@ from torch import Tensor
 
 from ssl_core.config import Dataset, Subset
 from ssl_core.data import pipeline
+from ssl_core.data.batch import Batch
 from ssl_core.data.pipeline import Plan
 from ssl_core.data.shards import Manifest, verify
 from ssl_core.data.views import Views
-from ssl_core.mistakes import speaks_of_memory
+from ssl_core.mistakes import is_out_of_memory
 
 HASHED_BYTES = 2**29  # shards up to here (half a second) are hashed before they are read
 SHUFFLE_BUFFER = 300_000  # images: up to here an epoch is a uniform permutation (about 0.9 KB of memory an image)
-
-
-@dataclass
-class Batch:
-    """Views of one batch of images, with what is known of them."""
-
-    views: dict[str, list[Tensor]]  # group -> `count` tensors (batch, 3, size, size), normalised float32, channels_last
-    labels: Tensor  # (batch,) int64, -1 where unknown
-    indices: Tensor  # (batch,) int64, 0..num_images - 1: the position in the sorted subset or split
 
 
 class Loader:
@@ -260,7 +252,7 @@ def _differences(keys: list[str], was: dict[str, Any], now: dict[str, Any]) -> I
 def _data_error(error: RuntimeError, folder: Path) -> Exception:
     """Turn what DALI says of unreadable data into a `ValueError`; anything else stays what it is."""
     text = str(error)
-    if speaks_of_memory(error) or ("fn.decoders" not in text and "fn.readers" not in text):
+    if is_out_of_memory(error) or ("fn.decoders" not in text and "fn.readers" not in text):
         return error
     sample = re.search(r"Failed to decode sample \S+ ?: ?(\S+?):\d+:(\S+)", text)
     what = f"image {sample[2]} in {sample[1]}" if sample else f"an image in {folder}"

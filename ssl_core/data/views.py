@@ -1,6 +1,6 @@
-"""What a view is: its size, how it is cropped, how it is augmented, and which network sees it. Torch-free.
+"""Views: size, crop and augmentation, and the networks that see them. Torch-free.
 
-The numbers of the named policies are those of the papers' code, collected in recipes section 0.1.
+The named policies have the numbers of the papers' code (docs/sources.md#augmentations).
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,7 +22,7 @@ Probability = Annotated[float, Field(ge=0, le=1)]
 class Augmentation(Strict):
     """What happens to a crop, in this order: flip, colour jitter, grayscale, blur, solarize, RandAugment.
 
-    A section may be the name of a policy, or hold `policy: <name>` beside what differs from it.
+    A section may be the name of a policy, or `policy: <name>` with the keys that differ.
     """
 
     flip: Probability = 0.5
@@ -34,7 +34,7 @@ class Augmentation(Strict):
     grayscale: Probability = 0.0
     blur: Probability = 0.0
     blur_sigma: tuple[PositiveFloat, PositiveFloat] = (0.1, 2.0)  # pixels
-    solarize: Probability = 0.0  # inverts what is at or above 128 of 255
+    solarize: Probability = 0.0  # inverts values from 128 of 255 on
     randaugment: NonNegativeInt = 0  # operations drawn as in CLSA: each applied with p = 0.5, magnitude 1 to 9 of 10
 
     @model_validator(mode="before")
@@ -114,7 +114,7 @@ Views = dict[str, View]  # by the name of the group
 
 
 def adjust(views: Views, changes: Mapping[str, Mapping[str, Any]], *, avoid: Sequence[str] = ()) -> Views:
-    """Apply the user's changes a group, then switch off what the data set's card says changes the label.
+    """Apply the user's changes per group, then switch off augmentations that the data set's card avoids.
 
     `changes` is an experiment's `views` section; an `augmentation` there without a `policy` changes the group's own.
     What the user names in it stays on even if the card avoids it. Raises `ValueError` for an unknown group or key.

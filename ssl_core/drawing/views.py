@@ -1,4 +1,4 @@
-"""The picture of what each network sees: one column an image, one row a view."""
+"""Picture of the input of each network: one column per image, one row per view."""
 
 import textwrap
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ HEADER = 0.65  # inches above each group of views
 def draw_first_views(
     manifest: Manifest, dataset: Dataset, views: Views, path: Path, *, seed: int, threads: int = 1
 ) -> None:
-    """Draw what each network sees of the data set's first images, augmented by `seed`, as a PNG."""
+    """Draw the views of the data set's first images, augmented by `seed`, as a PNG."""
     images = min(IMAGES, dataset.subset.images if dataset.subset else IMAGES)
     with Loader(manifest, dataset, views, batch_size=images, seed=seed, shuffle=False, threads=threads) as few:
         draw_views(few.next(), views, path, mean=manifest.mean, std=manifest.std)
@@ -76,7 +76,7 @@ def _title(figure: Figure, group: str, view: View, top: float) -> None:
 
 
 def _augmentation_name(augmentation: Augmentation) -> str:
-    """Return the policy's name, or what is switched on where it is none of the named ones."""
+    """Return the policy's name, or the enabled augmentations if no policy matches."""
     for name, policy in POLICIES.items():
         if policy == augmentation:
             return name

@@ -1,6 +1,8 @@
-"""What a network costs (recipes E9, in the spirit of Cao & Wu's Table 1): its pre-training, its size, its use on a CPU.
+"""The cost of a network, after Cao & Wu's Table 1: its pre-training, its size and its latency on a CPU.
 
-Timings are no function of the inputs: a second run gives others. Nothing but the table may depend on this protocol.
+The rule `cost` runs it, since it reads the exported network and the summary of the pre-training instead of images.
+Timings differ from run to run, so nothing but the table may depend on this protocol.
+Source: docs/sources.md#pictures-and-cost.
 """
 
 import copy
@@ -8,7 +10,7 @@ import statistics
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -16,52 +18,50 @@ from pydantic import NonNegativeInt, PositiveInt
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ssl_core.config import Dataset, Strict
-from ssl_core.evaluations.parts.features import Outcome, frozen
+from ssl_core.evaluations.base import Outcome, ProtocolConfig
+from ssl_core.evaluations.parts.features import frozen
+from ssl_core.experiments.needs import Contract, Needs
 
-PRETRAINING = ("images_per_second", "peak_memory_mb", "backward_passes", "seconds")  # what pretrain.json knows
+PRETRAINING = ("images_per_second", "peak_memory_mb", "backward_passes", "seconds")  # costs in pretrain.json
 
 
-class Config(Strict):
-    """How often the exported network is timed."""
+class Config(ProtocolConfig):
+    """How often the exported network is timed.
+
+    The table shows the cost in the row of `dataset`, whose images are not read. The seed draws the noise image.
+    """
+
+    contract: ClassVar = Contract(rule="cost", needs=Needs(labels="none", test_split="none"))
 
     protocol: Literal["cost"] = "cost"
-    dataset: Dataset  # beside whose numbers the table shows the cost; no image of it is read
-    warmup: NonNegativeInt = 10  # forward passes that do not count
+    warmup: NonNegativeInt = 10  # forward passes before the timed ones
     repeats: PositiveInt = 100
-    seed: int = 0  # of the image's noise; recorded as in every protocol
 
 
 def measure(
     config: Config, network: nn.Module, image_size: int, *, onnx: Path, pretraining: Mapping[str, Any] | None
 ) -> Outcome:
-    """Count `network`, time its export `onnx` and add the cost of its pre-training, the content of a pretrain.json.
+    """Measure size and operations of `network`, the latency of its export `onnx`, and the cost of its pre-training.
 
-    A network that was trained elsewhere has none (`pretraining` is None), and latency stands for its cost.
+    `pretraining` is the content of a pretrain.json, or None for a network that was trained elsewhere. Its headline is
+    the latency.
     """
-    trained = {name: pretraining["cost"][name] for name in PRETRAINING} if pretraining else {}
+    training_cost = {name: pretraining["cost"][name] for name in PRETRAINING} if pretraining else {}
     macs = count_macs(network, image_size)
-    counted = {
+    size = {
         "parameters": sum(parameter.numel() for parameter in network.parameters()),
         "macs": macs,
         "flops": 2 * macs,
         "onnx_bytes": onnx.stat().st_size,
     }
-    how = {
-        "image_size": image_size,
-        "warmup": config.warmup,
-        "repeats": config.repeats,
-        "batch_size": 1,
-        "threads": 1,
-        "runtime": _runtime(),
-    }
+    hyperparameters = config.settings(image_size=image_size, batch_size=1, threads=1, runtime=_runtime())
     if pretraining:
-        how["pretraining_hardware"] = pretraining["hardware"]  # not the machine of the latency, perhaps
+        hyperparameters["pretraining_hardware"] = pretraining["hardware"]  # may differ from that of the latency
     return Outcome(
         "cost/v1",
         config.dataset.split,
-        {"pretrained": trained | counted | _latency(config, onnx, image_size)},
-        how,
+        {"pretrained": training_cost | size | _latency(config, onnx, image_size)},
+        hyperparameters,
         num_train=pretraining["num_images"] if pretraining else 0,
         num_test=0,
         headline="images_per_second" if pretraining else "latency_ms",
@@ -73,16 +73,16 @@ def count_macs(network: nn.Module, image_size: int) -> int:
 
     Norms, activations and additions are left out, as in the papers' numbers.
     """
-    # On the meta device nothing is computed, and attention is made of matrix products, which are counted; the fused
-    # kernel that the CPU takes is not (torch 2.14).
+    # On the meta device nothing is computed, and attention runs as matrix products, which are counted. The fused kernel
+    # of the CPU is not counted (torch 2.14).
     shadow = copy.deepcopy(network).to("meta")
     with frozen({"network": shadow}), FlopCounterMode(display=False) as counter:
         shadow(torch.empty(1, 3, image_size, image_size, device="meta"))
-    return counter.get_total_flops() // 2  # two operations each
+    return counter.get_total_flops() // 2  # a multiply-accumulate is two operations
 
 
 def _latency(config: Config, onnx: Path, image_size: int) -> dict[str, float]:
-    """Time single images on one thread, in milliseconds: the median, and between what eight of ten lie."""
+    """Time single images on one thread, in milliseconds: the median and the 10th and 90th percentile."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -97,8 +97,8 @@ def _latency(config: Config, onnx: Path, image_size: int) -> dict[str, float]:
         times.append(1000 * (time.perf_counter() - started))
     times = times[config.warmup :]
     low, high = np.percentile(times, [10, 90]).tolist()
-    found = {"latency_ms": statistics.median(times), "latency_ms_p10": low, "latency_ms_p90": high}
-    return {name: round(value, 4) for name, value in found.items()}
+    latency = {"latency_ms": statistics.median(times), "latency_ms_p10": low, "latency_ms_p90": high}
+    return {name: round(value, 4) for name, value in latency.items()}
 
 
 def _runtime() -> str:

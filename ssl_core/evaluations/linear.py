@@ -1,44 +1,37 @@
-"""Linear probe: softmax regression on the frozen, pooled features of a backbone (recipes E1 and E4).
+"""Linear probe: softmax regression on the frozen, pooled features of a backbone.
 
-Backbones stay in eval mode throughout. The pre-trained and the untrained network and raw pixels see the very same views
-in one pass, and several learning rates train side by side on one forward. A learning rate that is chosen, is chosen on
-held-out training images; the test split decides nothing but the secondary `best_epoch_top1`.
+See docs/sources.md#linear-probe and, for transfer, docs/sources.md#transfer-probe. Backbones stay in eval mode. The
+pre-trained network, the untrained network and raw pixels get the same views in one pass, and several learning rates
+train side by side on one forward pass. A learning rate is chosen on held-out training images. The test split chooses
+nothing but the secondary metric `best_epoch_top1`.
 """
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from ssl_core.config import Dataset, Strict, Training
+from ssl_core.config import Training
 from ssl_core.data.loader import Loader
 from ssl_core.data.shards import Manifest
 from ssl_core.data.views import View
+from ssl_core.evaluations.base import FrozenConfig, Log, Outcome, Precision, Subjects, find_test_split
 from ssl_core.evaluations.parts.features import (
     Features,
-    Log,
-    Outcome,
-    Precision,
-    Subjects,
     center_view,
     count_images,
-    find_test_split,
     forward,
     hold_out,
-    labelled_split,
     make_loader,
     num_classes,
-    overridden,
     read_split,
     training_view,
 )
 from ssl_core.evaluations.parts.probe import Probe, read_out
 from ssl_core.progress import progress_bar
-
-Rates = Annotated[tuple[PositiveFloat, ...], Field(min_length=1)]
 
 
 class Epochs(NamedTuple):
@@ -50,12 +43,12 @@ class Epochs(NamedTuple):
     steps: int
 
 
-# What each published probe changes in the defaults of `Config`, which are ReSSL's on small data. SimCLR's is from its
-# appendix B.6. Milestones are shares of the run: 60 and 80 of 100 epochs keep their place in a shorter one.
+# Settings of each published probe that differ from the defaults of `Config`, which are ReSSL's on small data. SimCLR's
+# are from its appendix B.6. Milestones are shares of the run, so that a shorter run decays in proportion.
 _IMAGENET = {"resize": 256 / 224}
 _SCALED_COSINE = {"learning_rate_scaling": "linear", "schedule": "cosine"}
 VARIANTS: dict[str, dict[str, Any]] = {
-    "ressl_small": {},  # by its author's word; learning rate 1 with a cosine is slightly better
+    "ressl_small": {},  # as its author describes it; learning rate 1 with a cosine is slightly better
     "ressl_imagenet": {
         **_IMAGENET,
         **_SCALED_COSINE,
@@ -114,7 +107,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "resize": 36 / 32,
     },
     "ssql": {**_IMAGENET, "optimizer": "larc", "learning_rate": 0.8, "schedule": "cosine", "epochs": 60},
-    "shi_transfer": {  # at 224 pixels: say `image_size: 224` for a backbone pre-trained on smaller images
+    "shi_transfer": {  # at 224 pixels: set `image_size: 224` for a backbone pre-trained on smaller images
         **_IMAGENET,
         "learning_rate": 1.5,
         "milestones": (40 / 60,),
@@ -130,18 +123,18 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-class Config(Strict):
-    """A probe: the variant fills in what a paper says, each key said beside it replaces that."""
+class Config(FrozenConfig):
+    """Settings of a probe. `variant` gives a paper's settings, which other keys replace.
+
+    The seed draws the views, the first weights of the classifier and the held-out images.
+    """
+
+    published: ClassVar = VARIANTS
 
     protocol: Literal["linear"] = "linear"
-    dataset: Dataset
-    test_split: str | None = None  # nothing said: test, else val
     variant: Literal[*VARIANTS] = "ressl_small"  # pyright: ignore
-    seed: int = 0  # of the views, the classifier's first weights and the images held out
-
-    learning_rate: PositiveFloat | tuple[PositiveFloat, ...] = (
-        10.0  # several: one is chosen on held-out training images
-    )
+    # Several learning rates: one is chosen on held-out training images.
+    learning_rate: PositiveFloat | tuple[PositiveFloat, ...] = 10.0
     learning_rate_scaling: Literal["linear", "none"] = "none"
     minimum_learning_rate: NonNegativeFloat = 0.0
     optimizer: Literal["sgd", "lars", "larc"] = "sgd"
@@ -153,52 +146,43 @@ class Config(Strict):
     milestones: tuple[PositiveFloat, ...] = (0.6, 0.8)  # shares of the run
     decay_factor: PositiveFloat = 0.1
     epochs: PositiveInt = 100
-    batch_size: PositiveInt = 256  # capped at the number of training images
+    batch_size: PositiveInt = 256  # at most the number of training images
     holdout: float = Field(default=0.1, gt=0, lt=1)  # share of the training images that chooses the learning rate
-
-    cached: bool = False  # center-crop features once instead of augmented images every epoch
-    image_size: PositiveInt | None = None  # nothing said: the pre-training's
-    precision: Precision = "fp32"
+    cached: bool = False  # train on features of center crops, extracted once, instead of augmented images
     area: tuple[PositiveFloat, PositiveFloat] = (0.08, 1.0)
-    flip: float | None = Field(default=None, ge=0, le=1)  # nothing said: .5, or 0 where the data's card avoids it
+    flip: float | None = Field(default=None, ge=0, le=1)  # default: .5, or 0 where the data set's card avoids it
     interpolation: Literal["linear", "cubic"] = "linear"
-    resize: float = Field(default=1.0, ge=1)  # test images: shorter side before the center crop, times the image size
     normalize: bool = False  # L2-normalise features before the classifier
-    last_blocks: int = Field(default=0, ge=0)  # vision transformers: class tokens of so many last blocks as features
-
-    @model_validator(mode="before")
-    @classmethod
-    def _fill_in_variant(cls, section: Any) -> Any:
-        if not isinstance(section, dict):
-            return section
-        return {**VARIANTS.get(section.get("variant", "ressl_small"), {}), **section}
+    last_blocks: int = Field(
+        default=0, ge=0
+    )  # vision transformers: features are the class tokens of this many last blocks
 
     def protocol_name(self) -> str:
-        """Name the protocol by its variant; what was changed of that stands beside it as `overridden`."""
+        """Return the protocol's name with its variant; `overridden` in the results lists changes to the variant."""
         variant = self.variant if self.variant == "features" or not self.cached else f"{self.variant}-features"
         return "linear/v1" if variant == "ressl_small" else f"linear-{variant}/v1"
 
     def rates(self) -> tuple[float, ...]:
-        """List the learning rates to train side by side, before scaling."""
+        """Return the learning rates that train side by side, before scaling."""
         return self.learning_rate if isinstance(self.learning_rate, tuple) else (self.learning_rate,)
 
-    def several(self) -> bool:
-        """Tell whether a learning rate has to be chosen."""
+    def chooses_rate(self) -> bool:
+        """Return whether there are several learning rates to choose from."""
         return len(self.rates()) > 1
 
 
 def run(config: Config, subjects: Subjects, manifest: Manifest, log: Log) -> Outcome:
     """Train the probe on each network's features and score it on the test split."""
-    split = find_test_split(manifest, config.test_split, training=config.dataset.split)
-    labelled_split(manifest, config.dataset.split)
+    split = find_test_split(config, manifest)
     networks = {name: read_out(network, config.last_blocks) for name, network in subjects.networks.items()}
     center = center_view(subjects.image_size, resize=config.resize, interpolation=config.interpolation)
-    how: Any = {"networks": networks, "precision": config.precision}
-    test = read_split(subjects, manifest, split, center, "linear", **how)
+    options: Any = {"networks": networks, "precision": config.precision}
+    test = read_split(subjects, manifest, split, center, "linear", **options)
     train, held_out = None, None
-    if config.cached or config.several():
-        train = read_split(subjects, manifest, config.dataset, center, "linear", **how)
-        held_out = hold_out(train.indices, config.holdout, config.seed) if config.several() else None
+    if config.cached or config.chooses_rate():
+        train = read_split(subjects, manifest, config.dataset, center, "linear", **options)
+    if train is not None and config.chooses_rate():
+        held_out = hold_out(train.indices, config.holdout, config.seed)
 
     view = training_view(
         subjects.image_size, config.area, manifest.avoid, interpolation=config.interpolation, flip=config.flip
@@ -206,10 +190,10 @@ def run(config: Config, subjects: Subjects, manifest: Manifest, log: Log) -> Out
     with _epochs(networks, subjects, manifest, config, view, train) as epochs:
         classes = num_classes(manifest, config.dataset.split)
         plans = [plan(config, rate, epochs.batch_size) for rate in config.rates()]
-        options: Any = {"seed": config.seed, "steps_per_epoch": epochs.steps, "normalize": config.normalize}
+        options = {"seed": config.seed, "steps_per_epoch": epochs.steps, "normalize": config.normalize}
         probes = {
             name: Probe(rows.shape[1], classes, plans, **options, device=subjects.device)
-            for name, rows in test.of.items()
+            for name, rows in test.by_network.items()
         }
         curves = _train(probes, epochs, test, held_out, config, log)
     metrics, rates = {}, {}
@@ -223,26 +207,32 @@ def run(config: Config, subjects: Subjects, manifest: Manifest, log: Log) -> Out
 
 
 def _settings(config: Config, view: View, batch_size: int, rates: Mapping[str, float]) -> dict[str, Any]:
-    """State the hyper-parameters as they were used, and how the learning rate came about."""
-    how = "fixed by the configuration" if "learning_rate" in overridden(config) else "fixed by the protocol"
-    if config.several():
+    """Return the hyper-parameters as they were used, and how the learning rates were chosen."""
+    overridden = config.overridden()
+    how = "fixed by the configuration" if "learning_rate" in overridden else "fixed by the protocol"
+    if config.chooses_rate():
         candidates = ", ".join(f"{rate:g}" for rate in config.rates())
         how = f"of {candidates} the best on {100 * config.holdout:g} % of the training images, held out by the seed"
-    unused = {"protocol", "dataset", "test_split", "seed", "cached", *({"area", "flip"} if config.cached else ())}
-    used = {"image_size": view.size, "batch_size": batch_size, "learning_rate": dict(rates)}
-    if not config.cached:
-        used["flip"] = view.augmentation.flip
-    said = config.model_dump(mode="json", exclude=unused)
-    return {**said, **used, "learning_rate_how": how, "overridden": overridden(config)}
+    settings = config.settings(
+        image_size=view.size,
+        batch_size=batch_size,
+        learning_rate=dict(rates),
+        flip=view.augmentation.flip,
+        how=how,
+        overridden=overridden,
+    )
+    if config.cached:  # nothing was augmented
+        del settings["area"], settings["flip"]
+    return settings
 
 
 def plan(config: Config, rate: float, batch_size: int) -> Training:
-    """Say the probe's optimisation in the words of the training loop, whose optimizers and schedules it shares."""
+    """Return the probe's optimisation as settings of the training loop, whose optimizers and schedules it shares."""
     return Training(
         epochs=config.epochs,
         batch_size=batch_size,
         optimizer="sgd" if config.optimizer == "sgd" else "lars",
-        # SwAV's and SimSiam's LARC is LARS with the bias trusted like the weights; SSLight's leaves the bias alone.
+        # LARC in SwAV and SimSiam is LARS that also scales the bias; SSLight's LARS leaves the bias out.
         decay_exclusion="norm_bias" if config.optimizer == "lars" else "none",
         learning_rate=rate,
         learning_rate_scaling=config.learning_rate_scaling,
@@ -271,8 +261,8 @@ def _train(
                 for name, probe in probes.items():
                     probe.step(features[name], labels, keep)
             for name, probe in probes.items():
-                curves[name].append(probe.scores(test.of[name], test.labels))
-            if held_out is None:  # else it is not known yet which learning rate counts
+                curves[name].append(probe.scores(test.by_network[name], test.labels))
+            if held_out is None:  # else the learning rate is chosen after the last epoch
                 now = {name: scores[-1][0]["top1"] for name, scores in curves.items()}
                 progress.set_postfix({name: f"{value:.1f}" for name, value in now.items()})
                 log({f"{config.protocol_name()}/{name}_top1": value for name, value in now.items()}, epoch)
@@ -289,7 +279,7 @@ def _epochs(
     view: View,
     train: Features | None,
 ) -> Iterator[Epochs]:
-    """Give cached features shuffled, or forward newly augmented images every epoch."""
+    """Yield the training batches: shuffled cached features, or features of newly augmented images per epoch."""
     batch_size = min(config.batch_size, count_images(manifest, config.dataset))
     if config.cached:
         assert train is not None
@@ -303,7 +293,7 @@ def _epochs(
 def _augmented(
     networks: Mapping[str, nn.Module], loader: Loader, batch_size: int, device: str, precision: Precision
 ) -> Epochs:
-    """Forward every batch through all networks: the same views for each."""
+    """Return batches whose features all networks compute from the same augmented views."""
 
     def batches() -> Iterator[tuple[Mapping[str, Tensor], Tensor, Tensor]]:
         for batch in loader.epoch():
@@ -314,13 +304,13 @@ def _augmented(
 
 
 def _cached(train: Features, batch_size: int, seed: int, device: str) -> Epochs:
-    """Shuffle features that do not change; the last batch of an epoch is what is left."""
+    """Return shuffled batches of cached features; the last batch of an epoch may be smaller."""
     num_images = len(train.labels)
     generator = torch.Generator().manual_seed(seed)
 
     def batches() -> Iterator[tuple[Mapping[str, Tensor], Tensor, Tensor]]:
         for rows in torch.randperm(num_images, generator=generator).split(batch_size):
-            features = {name: features[rows].to(device) for name, features in train.of.items()}
+            features = {name: features[rows].to(device) for name, features in train.by_network.items()}
             yield features, train.labels[rows].to(device), train.indices[rows]
 
     return Epochs(batches, num_images, batch_size, -(-num_images // batch_size))

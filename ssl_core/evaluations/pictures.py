@@ -1,87 +1,77 @@
-"""What a representation looks like (recipes E9): t-SNE by class, the triangles of Shi et al. (2022), the nearest
+"""The numbers behind five pictures of a representation: t-SNE by class, the triangles of Shi et al. (2022), the nearest
 neighbours of ReSSL's Figure 2, the confusion matrix of the weighted kNN classifier, and the spectrum of the features.
 
-The same images are seen through the pre-trained backbone and through the untrained one. The metrics are the numbers
-that belong beside the pictures, which come as bytes: the stage writes them.
+The pre-trained and the untrained backbone get the same images. The metrics are the numbers shown with the pictures.
+`Outcome.drawing` has the arrays from which the stage `draw` makes the pictures; nothing is drawn here.
+Source: docs/sources.md#pictures-and-cost.
 """
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from pydantic import Field, PositiveFloat, PositiveInt
 from sklearn.manifold import TSNE, trustworthiness
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-from ssl_core.config import Dataset, Strict
+from ssl_core.config import Dataset
 from ssl_core.data.loader import draw_subset
 from ssl_core.data.shards import Manifest, read_labels
 from ssl_core.data.views import View
-from ssl_core.drawing.figures import (
-    NETWORKS,
-    Neighbours,
-    draw_confusion,
-    draw_neighbours,
-    draw_points,
-    draw_spectrum,
-    render,
-)
 from ssl_core.evaluations import knn, metrics
+from ssl_core.evaluations.base import ImageConfig, Log, Outcome, Subjects, find_test_split
 from ssl_core.evaluations.parts.features import (
-    Log,
-    Outcome,
-    Subjects,
     center_view,
     draw_by_class,
-    find_test_split,
-    labelled_split,
     make_loader,
     num_classes,
     percent,
     read_split,
 )
+from ssl_core.experiments.needs import Contract
 
-TRUST_NEIGHBOURS = 10  # of each point, that trustworthiness looks at
-FEWEST_IMAGES = 5  # below these there is nothing to see
+NETWORKS = ("pretrained", "untrained")  # raw pixels are not drawn
+TRUST_NEIGHBOURS = 10  # neighbours of each point that trustworthiness compares
+FEWEST_IMAGES = 5  # fewer make no picture
 
 
-class Config(Strict):
-    """Which images, and the constants of each picture."""
+class Config(ImageConfig):
+    """The images and the constants of each picture.
+
+    The labelled images of `dataset` are the bank of neighbours. The seed draws classes, images and copies, and starts
+    t-SNE.
+    """
+
+    contract: ClassVar = Contract(rule="pictures")
 
     protocol: Literal["pictures"] = "pictures"
-    dataset: Dataset  # its labelled images are the bank of neighbours
-    test_split: str | None = None  # nothing said: test, else val
-    images: PositiveInt = 2000  # of the test split in the t-SNE, as many of each class
-    classes: int = Field(default=10, ge=1, le=20)  # in t-SNE and triangles; where there are more, so many are drawn
+    images: PositiveInt = 2000  # of the test split in the t-SNE, equally many per class
+    classes: int = Field(default=10, ge=1, le=20)  # in t-SNE and triangles; of more classes this many are drawn
     perplexity: PositiveFloat = 30.0  # Shi et al.; at most a third of the points
     triangles: PositiveInt = 50  # images with their two copies
     area: tuple[PositiveFloat, PositiveFloat] = (0.2, 1.0)  # of the copies, as in the protocol `metrics`
     augmentation: str = "contrastive"
     queries: PositiveInt = 5
-    neighbours: PositiveInt = 10  # shown of each query (ReSSL, Figure 2)
-    k: PositiveInt = 200  # votes of the classifier behind the confusion matrix; with the rest as in `knn`
+    neighbours: PositiveInt = 10  # shown per query (ReSSL, Figure 2)
+    k: PositiveInt = 200  # votes of the classifier behind the confusion matrix, otherwise as in `knn`
     temperature: PositiveFloat | None = None
-    resize: float = Field(default=1.0, ge=1)
-    image_size: PositiveInt | None = None  # nothing said: the pre-training's
-    seed: int = 0  # of classes, images, copies and t-SNE
 
 
-class Chosen(NamedTuple):
-    """Images of the test split by their index, sorted but for the queries."""
+class Sample(NamedTuple):
+    """Images of the test split by their indices; sorted, except the queries."""
 
     shown: list[int]  # in the t-SNE
-    cornered: list[int]  # in the triangles, a part of those
+    cornered: list[int]  # in the triangles, a subset of `shown`
     queries: list[int]
 
 
 @dataclass(frozen=True)
-class Seen:
-    """What the networks gave: features by network, and the labels of the same rows."""
+class Extracted:
+    """Features by network, and the labels of the same rows."""
 
     tests: Mapping[str, Tensor]  # (test images, dim), row i of image i
     truth: Tensor
@@ -94,72 +84,109 @@ class Seen:
 
 
 @dataclass(frozen=True)
-class Look:
-    """What one network makes of the images, ready to be drawn."""
+class Measures:
+    """What the pictures show of one network."""
 
     points: np.ndarray  # (images shown, 2)
-    kl: float  # what t-SNE has left of what it minimises
+    kl: float  # divergence at the end of t-SNE
     trust: float
     triangles: np.ndarray  # (images, 3, 2): each image, then its two copies
     triangles_kl: float
     nearest: Tensor  # (test images, neighbours) rows of the bank, nearest first
-    right: Tensor  # whether those are of the query's class
+    right: Tensor  # (test images, neighbours) bool: whether they are of the query's class
     predicted: Tensor  # (test images,) by the weighted kNN classifier
     spectrum: np.ndarray
     rankme: float
     effective_rank: float
 
+    def metrics(self, truth: Tensor) -> dict[str, float]:
+        """Return the numbers for the results."""
+        return {
+            "top1": percent(self.predicted == truth),
+            "neighbours_right": percent(self.right.flatten()),  # of all test images, in percent
+            "tsne_kl": round(self.kl, 4),
+            "trustworthiness": round(self.trust, 4),
+            "triangles_kl": round(self.triangles_kl, 4),
+            "rankme": round(self.rankme, 4),
+            "effective_rank": round(self.effective_rank, 4),
+        }
+
+    def drawing(self, truth: Tensor) -> dict[str, Any]:
+        """Return the arrays and numbers that are drawn, without the images."""
+        return {
+            "points": self.points,
+            "triangles": self.triangles,
+            "spectrum": self.spectrum,
+            "top1": percent(self.predicted == truth),
+            "tsne_kl": self.kl,
+            "trustworthiness": self.trust,
+            "triangles_kl": self.triangles_kl,
+            "rankme": self.rankme,
+            "effective_rank": self.effective_rank,
+        }
+
 
 def run(config: Config, subjects: Subjects, manifest: Manifest, log: Log) -> Outcome:
-    """Draw all pictures of the test split; raises `ValueError` for missing labels and fewer than five test images."""
-    split = find_test_split(manifest, config.test_split, training=config.dataset.split)
-    labelled_split(manifest, config.dataset.split)
+    """Measure everything that the pictures show; raises `ValueError` for fewer than five test images."""
+    split = find_test_split(config, manifest)
     networks = {name: network for name, network in subjects.networks.items() if name in NETWORKS}
     subjects = replace(subjects, networks=networks)
-    chosen = choose(np.array(read_labels(manifest, split)), config)
-    if len(chosen.shown) < FEWEST_IMAGES:
-        raise ValueError(f"{manifest.dataset}/{split}: {len(chosen.shown)} images are too few for pictures")
-    view = center_view(subjects.image_size, resize=config.resize)
-    seen = _see(config, subjects, manifest, split, chosen, view)
-    settings = {
-        "how": "fixed by the configuration",
-        "images": len(chosen.shown),
-        "perplexity": _capped(config.perplexity, len(chosen.shown)),
-        "triangles": len(chosen.cornered),
-        "triangles_set": seen.corner_digest,
-        "neighbours": min(config.neighbours, len(seen.bank_labels)),
-        "k": min(config.k, len(seen.bank_labels)),
-        "temperature": config.temperature or knn.default_temperature(subjects.image_size),
-        "image_size": subjects.image_size,
-    }
-    classes = num_classes(manifest, config.dataset.split)
-    looks = {name: _look(name, seen, chosen, classes, config, settings) for name in networks}
-    where = f"{manifest.dataset}/{split}"
-    names = manifest.classes or tuple(map(str, range(classes)))
-    figures = _draw(looks, seen, chosen, names, where, settings)
-    tests = _read_images(subjects, manifest, Dataset(name=config.dataset.name, split=split), view, chosen.queries)
-    found = {
-        name: Neighbours(
-            _read_images(subjects, manifest, config.dataset, view, seen.bank_indices[each.nearest[chosen.queries]]),
-            seen.bank_labels[each.nearest[chosen.queries]].numpy(),
+    sample = choose(np.array(read_labels(manifest, split)), config)
+    if len(sample.shown) < FEWEST_IMAGES:
+        raise ValueError(
+            f"{manifest.dataset}/{split}: {len(sample.shown)} images are too few for pictures: give {FEWEST_IMAGES} or "
+            "more"
         )
-        for name, each in looks.items()
-    }
-    title = (
-        f"Queries of {where} and their {settings['neighbours']} nearest of {len(seen.bank_labels):,} training images"
+    view = center_view(subjects.image_size, resize=config.resize)
+    extracted = _extract(config, subjects, manifest, split, sample, view)
+    settings = config.settings(
+        how="fixed by the configuration",
+        images=len(sample.shown),
+        perplexity=_capped(config.perplexity, len(sample.shown)),
+        triangles=len(sample.cornered),
+        triangles_set=extracted.corner_digest,
+        neighbours=min(config.neighbours, len(extracted.bank_labels)),
+        k=min(config.k, len(extracted.bank_labels)),
+        temperature=config.temperature or knn.default_temperature(subjects.image_size),
+        image_size=subjects.image_size,
     )
-    figures["neighbours"] = draw_neighbours(tests, seen.truth[chosen.queries].numpy(), found, names, title=title)
-    pictures = {
-        f"{name}.{kind}": content for name, figure in figures.items() for kind, content in render(figure).items()
+    classes = num_classes(manifest, config.dataset.split)
+    measured = {name: _measure(name, extracted, sample, classes, config, settings) for name in networks}
+    drawing = {
+        "data": np.array(f"{manifest.dataset}/{split}"),
+        "classes": np.array(manifest.classes or tuple(map(str, range(classes)))),
+        "confusion": confusion(extracted.truth, measured["pretrained"].predicted, classes),
+        "num_bank": np.array(len(extracted.bank_labels)),
+        "num_tests": np.array(len(extracted.truth)),
+        "perplexity": np.array(settings["perplexity"]),
+        "k": np.array(settings["k"]),
+        "labels": extracted.truth[sample.shown].numpy(),
+        "corner_labels": extracted.corner_labels.numpy(),
+        "query_labels": extracted.truth[sample.queries].numpy(),
+        "query_images": _read_images(
+            subjects, manifest, Dataset(name=config.dataset.name, split=split), view, sample.queries
+        ),
     }
-    numbers = {name: _numbers(each, seen.truth) for name, each in looks.items()}
-    details = {name: " ".join(map(str, images)) for name, images in chosen._asdict().items()}
-    counts = (len(seen.bank_labels), len(seen.truth))
-    return Outcome("pictures/v1", split, numbers, settings, *counts, details=details, pictures=pictures)
+    for name, measures in measured.items():
+        rows = measures.nearest[sample.queries]  # (queries, neighbours)
+        images = _read_images(subjects, manifest, config.dataset, view, extracted.bank_indices[rows])
+        arrays = measures.drawing(extracted.truth)
+        arrays |= {"neighbour_images": images, "neighbour_labels": extracted.bank_labels[rows].numpy()}
+        drawing |= {f"{name}.{key}": np.asarray(value) for key, value in arrays.items()}
+    return Outcome(
+        "pictures/v1",
+        split,
+        {name: measures.metrics(extracted.truth) for name, measures in measured.items()},
+        settings,
+        num_train=len(extracted.bank_labels),
+        num_test=len(extracted.truth),
+        details={name: " ".join(map(str, images)) for name, images in sample._asdict().items()},
+        drawing=drawing,
+    )
 
 
-def choose(labels: np.ndarray, config: Config) -> Chosen:
-    """Draw the classes that get a colour, as many images of each, and queries of as many classes as there are."""
+def choose(labels: np.ndarray, config: Config) -> Sample:
+    """Draw the classes that get a colour, equally many images of each, and queries of as many classes as possible."""
     generator = np.random.default_rng(config.seed)
     classes = np.sort(generator.permutation(np.unique(labels))[: config.classes])
     of_classes = np.flatnonzero(np.isin(labels, classes)).tolist()
@@ -169,21 +196,24 @@ def choose(labels: np.ndarray, config: Config) -> Chosen:
 
     shown = draw(of_classes, config.images)
     order, before = generator.permutation(len(labels)), Counter[int]()
-    turns = []  # how many images of its class come before each
+    turns = []  # for each image, how many of its class come before it
     for label in labels[order].tolist():
         turns.append(before[label])
         before[label] += 1
     queries = order[np.argsort(turns, kind="stable")][: config.queries]
-    return Chosen(shown, draw(shown, config.triangles), queries.tolist())
+    return Sample(shown, draw(shown, config.triangles), queries.tolist())
 
 
 def embed(rows: Tensor, perplexity: float, seed: int) -> tuple[np.ndarray, float]:
     """Return the t-SNE (images, 2) of L2-normalised rows, and its divergence.
 
-    On one thread: with more, scikit-learn adds up in the order in which they end, which rounds differently each time.
+    Runs on one thread: with several, scikit-learn sums in the order in which threads end, which rounds differently
+    from run to run.
     """
     unit = knn.unit(rows).numpy()
-    start = "pca" if np.ptp(unit, axis=0).max() > 0 else "random"  # a collapsed backbone has no axes to start from
+    start = (
+        "pca" if np.ptp(unit, axis=0).max() > 0 else "random"
+    )  # features of a collapsed backbone have no principal axes
     tsne = TSNE(perplexity=_capped(perplexity, len(unit)), init=start, random_state=seed)
     with threadpool_limits(1):
         return tsne.fit_transform(unit), float(tsne.kl_divergence_)
@@ -200,18 +230,20 @@ def confusion(truth: Tensor, predicted: Tensor, classes: int) -> np.ndarray:
     return (truth * classes + predicted).bincount(minlength=classes**2).view(classes, classes).numpy()
 
 
-def _see(config: Config, subjects: Subjects, manifest: Manifest, split: str, chosen: Chosen, view: View) -> Seen:
-    """Read out the networks' features of training and test images, and of the triangles' corners."""
+def _extract(
+    config: Config, subjects: Subjects, manifest: Manifest, split: str, sample: Sample, view: View
+) -> Extracted:
+    """Extract the networks' features of training and test images, and of the triangles' corners."""
     bank, tests = (read_split(subjects, manifest, part, view, "pictures") for part in (config.dataset, split))
-    order = tests.indices.argsort()  # rows come in the shards' order
-    said = {name: getattr(config, name) for name in ("dataset", "area", "augmentation", "resize", "seed")}
-    of_copies = metrics.Config(**said)
-    views = metrics.make_views(of_copies, subjects.image_size, manifest.avoid)
-    corners, corner_labels, digest = metrics.read_set(of_copies, subjects, manifest, split, chosen.cornered, views)
-    return Seen(
-        tests={name: rows[order] for name, rows in tests.of.items()},
+    order = tests.indices.argsort()  # rows are in the shards' order
+    shared = {name: getattr(config, name) for name in ("dataset", "area", "augmentation", "resize", "seed")}
+    set_config = metrics.Config(**shared)
+    views = metrics.make_views(set_config, subjects.image_size, manifest.avoid)
+    corners, corner_labels, digest = metrics.read_set(set_config, subjects, manifest, split, sample.cornered, views)
+    return Extracted(
+        tests={name: rows[order] for name, rows in tests.by_network.items()},
         truth=tests.labels[order],
-        bank=bank.of,
+        bank=bank.by_network,
         bank_labels=bank.labels,
         bank_indices=_in_split(bank.indices.numpy(), config.dataset, manifest),
         corners=corners,
@@ -220,30 +252,29 @@ def _see(config: Config, subjects: Subjects, manifest: Manifest, split: str, cho
     )
 
 
-def _look(name: str, seen: Seen, chosen: Chosen, classes: int, config: Config, settings: dict[str, Any]) -> Look:
+def _measure(
+    name: str, extracted: Extracted, sample: Sample, classes: int, config: Config, settings: dict[str, Any]
+) -> Measures:
     """Compute what is drawn of one network."""
-    rows, bank = seen.tests[name], seen.bank[name]
-    points, kl = embed(rows[chosen.shown], config.perplexity, config.seed)
-    corners = torch.stack(seen.corners[name], dim=1)  # (images, 3, dim)
+    rows, bank = extracted.tests[name], extracted.bank[name]
+    points, kl = embed(rows[sample.shown], config.perplexity, config.seed)
+    trust = trustworthiness(
+        knn.unit(rows[sample.shown]).numpy(), points, n_neighbors=min(TRUST_NEIGHBOURS, (len(points) - 1) // 2)
+    )
+    corners = torch.stack(extracted.corners[name], dim=1)  # (images, 3, dim)
     triangles, triangles_kl = embed(corners.flatten(0, 1), config.perplexity, config.seed)
     k, shown = settings["k"], settings["neighbours"]
     cosines, nearest = knn.neighbours(bank, rows, max(k, shown), prepare=knn.unit, euclidean=False)
-    labels, weights = seen.bank_labels[nearest], knn.vote_weights(cosines, settings["temperature"])
+    labels, weights = extracted.bank_labels[nearest], knn.vote_weights(cosines, settings["temperature"])
     ((_, predicted),) = knn.votes(labels, weights, [k], classes)
-    return Look(
+    return Measures(
         points=points,
         kl=kl,
-        trust=float(
-            trustworthiness(
-                knn.unit(rows[chosen.shown]).numpy(),
-                points,
-                n_neighbors=min(TRUST_NEIGHBOURS, (len(points) - 1) // 2),
-            )
-        ),
+        trust=float(trust),
         triangles=triangles.reshape(-1, 3, 2),
         triangles_kl=triangles_kl,
         nearest=nearest[:, :shown],
-        right=labels[:, :shown] == seen.truth[:, None],
+        right=labels[:, :shown] == extracted.truth[:, None],
         predicted=predicted,
         spectrum=spectrum(rows),
         rankme=metrics.rankme(rows),
@@ -251,72 +282,21 @@ def _look(name: str, seen: Seen, chosen: Chosen, classes: int, config: Config, s
     )
 
 
-def _numbers(look: Look, truth: Tensor) -> dict[str, float]:
-    """Name the numbers that stand beside the pictures."""
-    return {
-        "top1": percent(look.predicted == truth),
-        "neighbours_right": percent(look.right.flatten()),  # of the neighbours of all test images, in percent
-        "tsne_kl": round(look.kl, 4),
-        "trustworthiness": round(look.trust, 4),
-        "triangles_kl": round(look.triangles_kl, 4),
-        "rankme": round(look.rankme, 4),
-        "effective_rank": round(look.effective_rank, 4),
-    }
-
-
-def _draw(
-    looks: Mapping[str, Look], seen: Seen, chosen: Chosen, names: Sequence[str], where: str, settings: dict[str, Any]
-) -> dict[str, Figure]:
-    """Draw what needs no images."""
-    pretrained = looks["pretrained"]
-    accuracy = ", ".join(
-        f"{NETWORKS[name][0]} {percent(each.predicted == seen.truth):.1f} %" for name, each in looks.items()
-    )
-    return {
-        "tsne": draw_points(
-            {name: each.points for name, each in looks.items()},
-            seen.truth[chosen.shown].numpy(),
-            names,
-            title=f"t-SNE of {len(chosen.shown):,} images of {where}, perplexity {settings['perplexity']:g}",
-            notes={name: f"divergence {each.kl:.2f}, trustworthiness {each.trust:.3f}" for name, each in looks.items()},
-        ),
-        "triangles": draw_points(
-            {name: each.triangles for name, each in looks.items()},
-            seen.corner_labels.numpy(),
-            names,
-            title=f"t-SNE of {len(chosen.cornered):,} images of {where}, each joined to its two augmented copies",
-            notes={name: f"divergence {each.triangles_kl:.2f}" for name, each in looks.items()},
-        ),
-        "confusion": draw_confusion(
-            confusion(seen.truth, pretrained.predicted, len(names)),
-            names,
-            title=f"Weighted {settings['k']}-nearest-neighbour classifier on {where}\n{accuracy}",
-        ),
-        "spectrum": draw_spectrum(
-            {name: each.spectrum for name, each in looks.items()},
-            {
-                name: f"RankMe {each.rankme:.1f}, effective rank {each.effective_rank:.1f}"
-                for name, each in looks.items()
-            },
-            title=f"Spectrum of {len(seen.truth):,} centered features of {where}",
-        ),
-    }
-
-
 def _read_images(subjects: Subjects, manifest: Manifest, dataset: Dataset, view: View, indices: Any) -> np.ndarray:
-    """Read images of the split by their indices, an array of any shape, as (*shape, size, size, 3) in 0..1."""
-    wanted, places = np.unique(np.asarray(indices), return_inverse=True)
-    pixels = torch.empty(len(wanted), view.size, view.size, 3)
-    with make_loader(subjects, manifest, dataset, view, only=wanted.tolist()) as loader:
+    """Read images of the split by their indices, an array of any shape, as (*shape, size, size, 3) uint8."""
+    unique, positions = np.unique(np.asarray(indices), return_inverse=True)
+    pixels = torch.empty(len(unique), view.size, view.size, 3)
+    with make_loader(subjects, manifest, dataset, view, only=unique.tolist()) as loader:
         mean, std = (torch.tensor(values) for values in loader.normalisation)
         for batch in loader.epoch():
             ((images,),) = batch.views.values()
             pixels[batch.indices.cpu()] = images.float().cpu().permute(0, 2, 3, 1) * std + mean
-    return pixels.clamp(0, 1).numpy()[places.reshape(np.shape(indices))]
+    rounded_down = (255 * pixels.clamp(0, 1)).to(torch.uint8).numpy()  # as matplotlib does with floats
+    return rounded_down[positions.reshape(np.shape(indices))]
 
 
 def _in_split(positions: np.ndarray, dataset: Dataset, manifest: Manifest) -> np.ndarray:
-    """Return which images of the split stand at these positions of the data set's subset, if it is one."""
+    """Return the indices in the split of images at these positions of `dataset`, which may be a subset."""
     if dataset.subset is None:
         return positions
     return draw_subset(manifest.split(dataset.split).images, dataset.subset, dataset.name)[positions]

@@ -1,41 +1,37 @@
-"""Semi-supervised classification: a classifier, and if asked the backbone, trained on few labels (recipes E6).
+"""Semi-supervised classification: a classifier, and in some variants the backbone, trained on few labels.
 
-ReSSL freezes the backbone at 1 % of the labels and fine-tunes it at 10 %; SSLight fine-tunes, and puts the classifier
-on the second layer of the projector. The labelled images are a fixed draw, as many of each class as its share, or a
-number a class; which ones stands in the results.
+ReSSL freezes the backbone at 1 % of the labels and fine-tunes it at 10 %. SSLight fine-tunes, with the classifier on
+the second layer of the projector. The seed draws the labelled images: a share of each class, or a number per class. The
+results list their indices. Source: docs/sources.md#semi-supervised.
 """
 
 import copy
 import math
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from ssl_core.config import Dataset, Strict
+from ssl_core.config import Dataset
 from ssl_core.data.loader import Loader, draw_subset
 from ssl_core.data.shards import Manifest, read_labels
+from ssl_core.evaluations.base import ImageConfig, Log, Outcome, Subjects, find_test_split
 from ssl_core.evaluations.parts.features import (
-    Log,
-    Outcome,
-    Subjects,
+    accuracies,
     center_view,
-    correct,
     draw_by_class,
-    find_test_split,
     forward,
     frozen,
-    labelled_split,
     make_loader,
     num_classes,
-    overridden,
     read_split,
     training_view,
 )
 from ssl_core.evaluations.parts.projection import with_projector
+from ssl_core.experiments.needs import Contract, Needs
 from ssl_core.progress import progress_bar
 
 # What each published protocol changes in the defaults of `Config`, which are ReSSL's at 1 %.
@@ -60,63 +56,53 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "sslight_1": _SSLIGHT,
     "sslight_10": {**_SSLIGHT, "fraction": 0.1, "epochs": 30},
 }
+ON_PROJECTOR = ("sslight_1", "sslight_10")  # their networks end in the first two layers of the projector
 
 
-class Config(Strict):
-    """A protocol: the variant fills in what a paper says, each key said beside it replaces that."""
+class Config(ImageConfig):
+    """Settings of the training. `variant` gives a paper's settings, which other keys replace.
+
+    The seed draws the labelled images, the views and the first weights of the classifier.
+    """
+
+    contract: ClassVar = Contract(needs_by_key={"variant": {name: Needs(projector=True) for name in ON_PROJECTOR}})
+    published: ClassVar = VARIANTS
 
     protocol: Literal["semi_supervised"] = "semi_supervised"
-    dataset: Dataset
-    test_split: str | None = None  # nothing said: test, else val
     variant: Literal[*VARIANTS] = "ressl_1"  # pyright: ignore
     fraction: float = Field(default=0.01, gt=0, le=1)  # of each class's images, at least one
-    labels_per_class: PositiveInt | None = None  # instead of a fraction
-    seed: int = 0  # of the labelled images, the views and the classifier's first weights
-
+    labels_per_class: PositiveInt | None = None  # replaces the fraction
     backbone_learning_rate: NonNegativeFloat = 0.0  # 0: frozen, in eval mode
     learning_rate: PositiveFloat = 0.1  # of the classifier
-    learning_rate_scaling: Literal["linear", "none"] = "none"  # linear: times batch_size / 256, the backbone's too
-    minimum_learning_rate: NonNegativeFloat = 0.0  # where the cosine ends; absolute
+    learning_rate_scaling: Literal["linear", "none"] = "none"  # linear: times batch_size / 256, also the backbone's
+    minimum_learning_rate: NonNegativeFloat = 0.0  # at the end of the cosine; absolute
     momentum: NonNegativeFloat = 0.9
     nesterov: bool = False
     weight_decay: NonNegativeFloat = 0.0
     schedule: Literal["cosine", "step"] = "cosine"
-    schedule_unit: Literal["step", "epoch"] = "step"  # how often the cosine moves; the steps come at milestones
+    schedule_unit: Literal["step", "epoch"] = "step"  # how often the cosine moves
     milestones: tuple[PositiveFloat, ...] = (0.6, 0.8)  # shares of the run
     decay_factor: PositiveFloat = 0.2
     epochs: PositiveInt = 60
-    batch_size: PositiveInt = 256  # ReSSL does not say; capped at the number of labelled images
-    image_size: PositiveInt | None = None  # nothing said: the pre-training's
+    batch_size: PositiveInt = 256  # not given for ReSSL; at most the number of labelled images
     area: tuple[PositiveFloat, PositiveFloat] = (0.08, 1.0)
     interpolation: Literal["linear", "cubic"] = "linear"
-    resize: float = Field(default=1.0, ge=1)  # test images: shorter side before the crop, times the size; 224: 1.143
-
-    @model_validator(mode="before")
-    @classmethod
-    def _fill_in_variant(cls, section: Any) -> Any:
-        if not isinstance(section, dict):
-            return section
-        return {**VARIANTS.get(section.get("variant", "ressl_1"), {}), **section}
-
-    @property
-    def on_projector(self) -> bool:
-        """Whether networks are to end in the first two layers of the projector; the workflow asks this of the name."""
-        return self.variant.startswith("sslight")
 
     def protocol_name(self) -> str:
-        """Name the protocol with how many labels it has, where that is not the variant's own number."""
-        own = type(self)(dataset=self.dataset, variant=self.variant)
+        """Return the protocol's name with its variant, and the number of labels if it differs from the variant's."""
+        original = type(self)(dataset=self.dataset, variant=self.variant)
         labels = f"-{self.labels_per_class}_a_class" if self.labels_per_class else ""
-        if not labels and self.fraction != own.fraction:
+        if not labels and self.fraction != original.fraction:
             labels = f"-{100 * self.fraction:g}_percent"
         return f"semi_supervised-{self.variant}{labels}/v1"
 
 
 def run(config: Config, subjects: Subjects, manifest: Manifest, log: Log) -> Outcome:
     """Train a copy of each network on the same views of the same labelled images, and score it on the test split."""
-    split = find_test_split(manifest, config.test_split, training=config.dataset.split)
-    images = choose(manifest, config)
-    if config.on_projector:
+    split = find_test_split(config, manifest)
+    images = draw_labelled(manifest, config)
+    on_projector = config.needs().projector
+    if on_projector:
         subjects = with_projector(subjects)
     classes = num_classes(manifest, config.dataset.split)
     view = training_view(subjects.image_size, config.area, manifest.avoid, interpolation=config.interpolation)
@@ -132,59 +118,48 @@ def run(config: Config, subjects: Subjects, manifest: Manifest, log: Log) -> Out
     with make_loader(subjects, manifest, whole, view, **options) as loader:
         _train(models, loader, config)
     logits = read_split(subjects, manifest, split, center, "semi-supervised", networks=models)
-    metrics = {name: correct(rows, logits.labels) for name, rows in logits.of.items()}
-    hyperparameters = {
-        "variant": config.variant,
-        "overridden": overridden(config),
-        "how": "fixed by the configuration",
-        "labelled_images": len(images),
-        "labels": f"{config.labels_per_class} a class"
-        if config.labels_per_class
-        else f"{config.fraction} of each class",
-        "seed": config.seed,
-        "backbone": "fine-tuned" if config.backbone_learning_rate else "frozen",
-        "classifier_on": "the projector's second layer" if config.on_projector else "the backbone",
-        "backbone_learning_rate": config.backbone_learning_rate * scale,
-        "learning_rate": config.learning_rate * scale,
-        "minimum_learning_rate": config.minimum_learning_rate,
-        "schedule": config.schedule,
-        "schedule_unit": config.schedule_unit,
-        "epochs": config.epochs,
-        "batch_size": batch_size,
-        "flip": view.augmentation.flip,
-        "image_size": subjects.image_size,
-        "resize": config.resize,
-        "interpolation": config.interpolation,
-    }
+    metrics = {name: accuracies(rows, logits.labels) for name, rows in logits.by_network.items()}
+    hyperparameters = config.settings(
+        overridden=config.overridden(),
+        how="fixed by the configuration",
+        labelled_images=len(images),
+        backbone="fine-tuned" if config.backbone_learning_rate else "frozen",
+        classifier_on="the projector's second layer" if on_projector else "the backbone",
+        backbone_learning_rate=config.backbone_learning_rate * scale,
+        learning_rate=config.learning_rate * scale,
+        batch_size=batch_size,
+        flip=view.augmentation.flip,
+        image_size=subjects.image_size,
+    )
     details = {"labelled_images": " ".join(map(str, images))}
     counts = (len(images), len(logits.labels))
     return Outcome(config.protocol_name(), split, metrics, hyperparameters, *counts, details=details)
 
 
-def choose(manifest: Manifest, config: Config) -> list[int]:
-    """Draw the labelled images: the same share, or number, of every class; sorted indices of the split."""
-    split = labelled_split(manifest, config.dataset.split)
+def draw_labelled(manifest: Manifest, config: Config) -> list[int]:
+    """Draw the labelled images: the same share or number of each class; sorted indices in the split."""
+    split = config.dataset.split
     count, subset = manifest.split(split).images, config.dataset.subset
     candidates = range(count) if subset is None else draw_subset(count, subset, manifest.dataset).tolist()
-    wanted = config.labels_per_class
+    per_class = config.labels_per_class
 
     def number(available: int) -> int:
-        if wanted is None:
+        if per_class is None:
             return max(1, round(config.fraction * available))
-        if wanted > available:
-            raise ValueError(f"labels_per_class {wanted}: a class of '{split}' has only {available} images")
-        return wanted
+        if per_class > available:
+            raise ValueError(f"labels_per_class {per_class}: a class of '{split}' has {available} images: lower it")
+        return per_class
 
     return draw_by_class(read_labels(manifest, split), candidates, number, config.seed)
 
 
 class Model(nn.Module):
-    """A copy of a network under a new classifier: (batch, 3, h, w) -> (batch, classes)."""
+    """A copy of a network followed by a new classifier: (batch, 3, h, w) -> (batch, classes)."""
 
     def __init__(
         self, network: nn.Module, dim: int, classes: int, config: Config, *, scale: float = 1.0, device: str
     ) -> None:
-        """Start from N(0, .01) classifier weights, drawn by the seed; `scale` multiplies the learning rates."""
+        """Draw the classifier's weights from N(0, .01) by the seed; `scale` multiplies the learning rates."""
         super().__init__()
         self.backbone = copy.deepcopy(network)
         self.tuned = config.backbone_learning_rate > 0 and any(True for _ in network.parameters())
@@ -206,7 +181,7 @@ class Model(nn.Module):
         return self.classifier(self.backbone(images))
 
     def step(self, images: Tensor, labels: Tensor, share: float) -> None:
-        """Take one step at `share` of the way from the lowest learning rate; a frozen backbone stays in eval mode."""
+        """Take one step at the fraction `share` of the learning rate range; a frozen backbone stays in eval mode."""
         if self.tuned:
             self.train()
             features = self.backbone(images)
@@ -221,7 +196,7 @@ class Model(nn.Module):
 
 
 def shares(config: Config, steps: int) -> Iterator[float]:
-    """Yield what part of the learning rate each of so many steps, whole epochs of them, has."""
+    """Yield the share of the learning rate for each of `steps` steps, a whole number of epochs."""
     for step in range(steps):
         done = step / steps
         if config.schedule_unit == "epoch":
@@ -245,6 +220,6 @@ def _train(models: dict[str, Model], loader: Loader, config: Config) -> None:
 
 
 def _widths(subjects: Subjects) -> dict[str, int]:
-    """Find how many features each network gives."""
+    """Return the number of features of each network."""
     image = torch.zeros(1, 3, subjects.image_size, subjects.image_size, device=subjects.device)
     return {name: features.shape[1] for name, features in forward(subjects.networks, image).items()}

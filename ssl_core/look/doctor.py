@@ -121,7 +121,7 @@ def _processor() -> Iterator[Finding]:
     import torch
 
     from ssl_core.provenance import hardware
-    from ssl_core.training.loop import autocast_type
+    from ssl_core.training.precision import autocast_type
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     load = os.getloadavg()[0]

@@ -20,7 +20,9 @@ from ssl_core.data.loader import draw_subset
 from ssl_core.data.shards import Manifest, verify
 from ssl_core.data.views import POLICIES, Augmentation, View, Views
 from ssl_core.experiments import bundled, checks
+from ssl_core.experiments.needs import check_needs
 from ssl_core.experiments.overlays import Configuration, Keys, leaves, load_configuration
+from ssl_core.files import read_json
 from ssl_core.look import forecast
 from ssl_core.methods import base
 from ssl_core.networks.backbones import Network, build_backbone
@@ -49,6 +51,7 @@ def explain(name: str, overlays: Sequence[Path], *, probe: bool | None, threads:
     layers = load_configuration(overlays)
     spec = layers.experiment(name)
     checks.check_files(layers.settings, [f"results/{name}/backbone.safetensors"])
+    _check_evaluations(name, spec, layers)
     print(f"# {name}: {', '.join(map(str, layers.files))}")
     if "weights" in spec:
         _adopted(name, spec, layers)
@@ -92,6 +95,14 @@ def find(spec: Mapping[str, Any]) -> Subject:
     if manifest is not None:
         verify(manifest, resolved.dataset.split)
     return Subject(resolved, card, manifest, base.views_of(resolved, card.image_size, avoid=card.avoid))
+
+
+def _check_evaluations(name: str, spec: Mapping[str, Any], layers: Configuration) -> None:
+    """Raise a `ValueError` for the first evaluation that cannot get what it needs from this experiment or its data."""
+    evaluations = (layers.settings.get("evaluations") or {}).values()
+    datasets = {spec["dataset"]["name"], *(part["dataset"]["name"] for part in evaluations if "dataset" in part)}
+    labels = {dataset: load_card(bundled.card_path(dataset)).labels for dataset in datasets}
+    check_needs(layers.settings, read_json(bundled.SCHEMA), labels, [f"results/{name}/export/README.md"])
 
 
 def shard_command(dataset: str) -> str:

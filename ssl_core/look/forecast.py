@@ -17,8 +17,9 @@ from ssl_core.data.shards import Manifest
 from ssl_core.data.views import Views
 from ssl_core.methods.base import Method, Progress, method_class
 from ssl_core.networks.backbones import Network, build_backbone, check_image_size
-from ssl_core.training.loop import Trainer, autocast_type
+from ssl_core.training.loop import Trainer
 from ssl_core.training.optimizers import build_optimizer
+from ssl_core.training.precision import autocast_type
 
 STEPS, WARM_UP = 10, 2  # timed steps, and steps before them
 SECONDS = 8.0  # of timed steps; a slow machine times fewer

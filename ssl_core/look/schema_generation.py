@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import BaseModel, TypeAdapter
 
 from ssl_core.config import Adopted, Experiment, Reported
+from ssl_core.experiments.needs import projector_layers
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 NOISE = {"title", "description", "default"}  # the schema says what may stand where; defaults live in the code
@@ -35,6 +36,7 @@ def generate() -> dict[str, Any]:
     definitions: dict[str, Any] = {}
     methods = _choice("name", "method", named_configs("methods"), definitions)
     protocols = _choice("protocol", "protocol", named_configs("evaluations"), definitions)
+    _add_contracts(definitions)
     experiment = _part(Experiment, definitions)
     experiment["properties"]["method"] = methods
     experiment["properties"]["seeds"] = SEEDS
@@ -58,6 +60,21 @@ def generate() -> dict[str, Any]:
         reported=_sections(_part(Reported, definitions)),
     )
     return {"$schema": DIALECT} | whole | {"required": ["experiments"], "$defs": dict(sorted(definitions.items()))}
+
+
+def _add_contracts(definitions: dict[str, Any]) -> None:
+    """Add to protocols their contract, and to methods the layers of their projector per preset, for the dry run."""
+    for name, config in named_configs("evaluations").items():
+        contract = config.contract
+        definitions[f"protocol.{name}"]["contract"] = contract.model_dump(mode="json", exclude_defaults=True)
+    for name, config in named_configs("methods").items():
+        presets = importlib.import_module(config.__module__).PRESETS
+        layers = {}
+        for preset, changes in presets.items():
+            resolved = config.model_construct(**changes.method)  # required keys may be missing
+            layers[preset] = projector_layers(dict(resolved))
+        if None not in layers.values():
+            definitions[f"method.{name}"]["projector_layers"] = layers
 
 
 def _choice(key: str, kind: str, models: Mapping[str, type[BaseModel]], definitions: dict[str, Any]) -> dict[str, Any]:

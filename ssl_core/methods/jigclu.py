@@ -16,8 +16,8 @@ from ssl_core.data.loader import Batch
 from ssl_core.data.views import POLICIES, Augmentation, View, Views
 from ssl_core.methods.base import Losses, Method, MethodConfig, Preset, Progress, full_precision
 from ssl_core.networks.backbones import Network
-from ssl_core.networks.heads import mlp
-from ssl_core.networks.maps import feature_map, pooled_features, quadrants
+from ssl_core.networks.families import feature_map, pooled_features
+from ssl_core.networks.heads import mlp, quadrants
 
 CORNERS = ("top_left", "top_right", "bottom_left", "bottom_right")
 

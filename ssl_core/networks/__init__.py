@@ -1,5 +1,1 @@
-"""Networks: backbones, heads, and how they are kept."""
-
-from ssl_core import late_compiler
-
-late_compiler.postpone()  # before anything here imports torchvision
+"""Networks: backbones, heads, batch norms, and the files of their weights."""

@@ -1,19 +1,24 @@
-"""Batch norm over parts of the batch: what several GPUs without synchronisation do, on one device.
+"""Batch norm with statistics of parts of the batch (split) or of the batches of all processes (synchronised).
 
-MoCo and ReSSL keep a query from recognising its key by shared batch statistics: the keys are shuffled over the GPUs.
-On one device a shuffle alone changes nothing, so the statistics must be those of parts (MoCo's CIFAR-10 notebook).
+MoCo and ReSSL shuffle the keys over the GPUs, so that query and key of an image have different batch statistics and
+cannot be matched by them. On one device shuffling alone changes nothing, so the batch is split into parts, as in MoCo's
+CIFAR-10 notebook (docs/sources.md#batchnorm-leak).
 """
 
+from typing import Any
+
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.modules.batchnorm import _BatchNorm
 
 
-class _SplitBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """In training normalise each of `splits` consecutive chunks of the batch by itself; in evaluation as ever.
+class _SplitBatchNorm(_BatchNorm):
+    """In training normalise each of `splits` consecutive chunks of the batch by itself; in evaluation as usual.
 
-    A batch that `splits` does not divide gives its first chunks one image more; a batch of fewer than two images a
-    chunk gives fewer chunks of two. The running statistics move once a forward, by the mean of the chunks'.
+    If `splits` does not divide the batch, the first chunks get one image more; a batch of fewer than two images per
+    chunk is cut into fewer chunks of two. The running statistics move once per forward pass, to the mean over chunks.
     """
 
     splits: int = 1
@@ -53,18 +58,95 @@ class SplitBatchNorm2d(_SplitBatchNorm, nn.BatchNorm2d):
     """`BatchNorm2d` with the statistics of chunks of the batch."""
 
 
-def split_batchnorm(module: nn.Module, splits: int) -> nn.Module:
-    """Turn every BatchNorm1d and 2d of the module into its split version, in place, and return the module.
+class SyncBatchNorm(_BatchNorm):
+    """Batch norm over the batches of all processes, for CPU tensors, which `torch.nn.SyncBatchNorm` refuses.
 
-    Parameters, buffers and their names stay. Raises ValueError for a batch norm of another kind, which would leak.
+    In training the mean and then the variance are averaged over processes of equal batch size, with gradient.
+    """
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() not in (2, 4):
+            raise ValueError(
+                f"expected (batch, channels) or (batch, channels, height, width), found {input.dim()} axes"
+            )
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalise `input` (batch, channels[, height, width]) per channel."""
+        if not self.training or not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+            return super().forward(input)
+        values = input.float()
+        axes = [0, *range(2, input.dim())]
+        shape = [1, -1] + [1] * (input.dim() - 2)
+        mean: Tensor = _Average.apply(values.mean(axes))
+        centred = values - mean.view(shape)
+        variance: Tensor = _Average.apply(centred.square().mean(axes))
+        self._track(mean.detach(), variance.detach(), input.numel() // input.shape[1] * dist.get_world_size())
+        result = centred * torch.rsqrt(variance + self.eps).view(shape)
+        if self.affine:
+            result = result * self.weight.view(shape) + self.bias.view(shape)
+        return result.to(input.dtype)
+
+    def _track(self, mean: Tensor, variance: Tensor, count: int) -> None:
+        """Move the running statistics; `count` is the number of values per channel."""
+        if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
+            return
+        self.num_batches_tracked.add_(1)
+        momentum = self.momentum if self.momentum is not None else 0.1
+        self.running_mean.lerp_(mean, momentum)
+        self.running_var.lerp_(variance * count / max(count - 1, 1), momentum)
+
+
+class _Average(torch.autograd.Function):
+    """The mean of a tensor over processes; its gradient is the mean of the gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        total = tensor.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total / dist.get_world_size()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return _Average.forward(ctx, gradients[0])
+
+
+def split_batchnorm(module: nn.Module, splits: int) -> nn.Module:
+    """Turn every BatchNorm1d and BatchNorm2d of the module into its split version, in place; return the module.
+
+    Parameters, buffers and their names stay. Raises ValueError for a batch norm of another kind, whose statistics would
+    leak.
     """
     for path, layer in module.named_modules():
         if type(layer) in (nn.BatchNorm1d, SplitBatchNorm1d):
             layer.__class__ = SplitBatchNorm1d
         elif type(layer) in (nn.BatchNorm2d, SplitBatchNorm2d):
             layer.__class__ = SplitBatchNorm2d
-        elif isinstance(layer, nn.modules.batchnorm._BatchNorm):
+        elif isinstance(layer, _BatchNorm):
             raise ValueError(f"{path} is a {type(layer).__name__}, which cannot be split: use a torchvision backbone")
         if isinstance(layer, _SplitBatchNorm):
             layer.splits = splits
     return module
+
+
+def synchronise_batchnorm(module: nn.Module, *, cuda: bool) -> nn.Module:
+    """Turn every BatchNorm1d and BatchNorm2d of the module into a synchronised one, in place; return the module.
+
+    With `cuda` they become `torch.nn.SyncBatchNorm`, else ours. Parameters, buffers and their names stay. Split batch
+    norms stay too: their chunks take the place of processes. Raises ValueError for a trained batch norm of another
+    kind.
+    """
+    for path, layer in module.named_modules():
+        if type(layer) in (nn.BatchNorm1d, nn.BatchNorm2d):
+            layer.__class__ = nn.SyncBatchNorm if cuda else SyncBatchNorm
+            layer.process_group = None  # pyright: ignore[reportArgumentType] - None means all processes
+        elif isinstance(layer, _BatchNorm) and not _is_accepted(layer):
+            raise ValueError(
+                f"training.sync_batchnorm cannot replace {type(layer).__name__} ({path}): set it to false or choose "
+                "another backbone"
+            )
+    return module
+
+
+def _is_accepted(layer: _BatchNorm) -> bool:
+    frozen = not any(parameter.requires_grad for parameter in layer.parameters())
+    return frozen or isinstance(layer, (SyncBatchNorm, nn.SyncBatchNorm, _SplitBatchNorm))

@@ -1,8 +1,9 @@
-"""Projectors and predictors: the small networks behind a backbone, as every method builds them."""
+"""Layers behind a backbone: projectors, predictors, normalisation, and pooling over the quadrants of a map."""
 
 from collections.abc import Sequence
 from itertools import pairwise
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -16,10 +17,10 @@ def mlp(
     final_affine: bool = True,
     activation: type[nn.Module] = nn.ReLU,
 ) -> nn.Sequential:
-    """Build Linear layers of widths `dims`, (batch, dims[0]) -> (batch, dims[-1]), activated between but not after.
+    """Build Linear layers of widths `dims`: (batch, dims[0]) -> (batch, dims[-1]), with activations between them.
 
     `batch_norm` normalises the hidden layers, `final_batch_norm` the output (`final_affine`: with scale and shift).
-    `bias=False` drops the bias of layers that a batch norm follows and cancels; all others have one.
+    `bias=False` drops the bias of layers in front of a batch norm, which cancels it; the other layers keep theirs.
 
     MoCo v2: mlp((d, d, 128), batch_norm=False). SimCLR: mlp((d, 2048, 128), final_batch_norm=True). BYOL and ReSSL
     (journal): mlp((d, 4096, 256)), predictor mlp((256, 4096, 256)). ReSSL (NeurIPS): mlp((d, 4096, 512),
@@ -40,7 +41,23 @@ def mlp(
 
 
 class Normalize(nn.Module):
-    """Scale every row to length 1, in float32 even under autocast."""
+    """Scale each row to length 1, in float32 even under autocast."""
 
     def forward(self, rows: Tensor) -> Tensor:
         return functional.normalize(rows.float(), dim=1)
+
+
+def quadrants(maps: Tensor) -> Tensor:
+    """Average the quadrants of maps: (batch, channels, height, width) -> (4 * batch, channels).
+
+    The rows are all top left quadrants, then top right, bottom left and bottom right. Maps of an odd side are first
+    interpolated to the next even one, as JigClu does from 7 x 7 to 8 x 8. Raises ValueError for maps of one cell, which
+    have no quadrants.
+    """
+    side = min(maps.shape[2:])
+    if side < 2:
+        raise ValueError("the last map has one cell, no quadrants: use larger images or backbone.stem: small")
+    if side % 2:
+        maps = functional.interpolate(maps, size=(side + 1, side + 1), mode="bilinear", align_corners=False)
+    cells = functional.adaptive_avg_pool2d(maps, 2)  # (batch, channels, 2, 2)
+    return torch.cat([*cells.flatten(2).unbind(2)])

@@ -6,7 +6,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 
-from ssl_core.drawing.figures import COLOURS, FAINT, INK, SOFT, colour_of, marker_of, shorten, styled
+from ssl_core.drawing.style import COLOURS, FAINT, INK, SOFT, colour_of, marker_of, shorten, styled
 from ssl_core.report.results import Priced, Row, baselines, headline, summarise
 
 UNITS = (("hours", 3600), ("minutes", 60), ("seconds", 1))

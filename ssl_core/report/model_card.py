@@ -1,6 +1,6 @@
-"""The model card beside exported weights: what they are, how they came about, how good they are, how to use them.
+"""The model card of exported weights: origin, data, results and use.
 
-Markdown with the front matter that model hubs read. Its Python runs as it stands, from top to bottom.
+Markdown with the front matter that model hubs read. Its Python code runs unchanged from top to bottom.
 """
 
 import json
@@ -15,7 +15,7 @@ from ssl_core.data.card import Card
 from ssl_core.experiments.sweeps import weight_files
 from ssl_core.methods.base import load, resolve
 from ssl_core.networks.backbones import Network
-from ssl_core.networks.plain import architecture, rebuilding_code, stem_in_words
+from ssl_core.networks.families import architecture, describe_stem, rebuilding_code
 
 BASELINES = ("untrained", "pixels")
 
@@ -29,14 +29,14 @@ def write_model_card(
     card: Card,
     results: Sequence[Mapping[str, Any]],
 ) -> str:
-    """Return the card of `network`, whose file has `header`: `spec` is its experiment, `results` its evaluations."""
+    """Return the card of `network`; `header` is of its file, `spec` of its experiment, `results` of its evaluations."""
     config = Backbone.model_validate_json(header["backbone"])
     size = int(header["image_size"])
     origin = _adoption(spec, card) if "weights" in spec else _pretraining(spec, card)
     parts = [
         _front_matter(spec, config),
         f"# {experiment}",
-        f"{'/'.join(architecture(config))} without its classifier: pictures of {size} x {size} pixels in, "
+        f"{'/'.join(architecture(config))} without its classifier: images of {size} x {size} pixels in, "
         f"{network.num_features} features out.",
         *origin,
         "## Results",
@@ -55,24 +55,24 @@ def _front_matter(spec: Mapping[str, Any], config: Backbone) -> str:
     content = {
         "library_name": library,
         "pipeline_tag": "image-feature-extraction",
-        "license": "unknown",  # nobody but the user can say
+        "license": "unknown",  # only the user knows
         "tags": ["self-supervised-learning", *method, name, "onnx"],
     }
     return f"---\n{yaml.safe_dump(content, sort_keys=False)}---"
 
 
 def _pretraining(spec: Mapping[str, Any], card: Card) -> list[str]:
-    """Say by which method, with which settings and on which data."""
+    """Describe the method, its settings and its data."""
     resolved = resolve(spec)
     title = (load(resolved.method.name).__doc__ or resolved.method.name).splitlines()[0].rstrip(".")
     settings = yaml.safe_dump(resolved.model_dump(mode="json", serialize_as_any=True), sort_keys=False)
-    for file in weight_files(spec).values():  # where it lay is nobody's business
+    for file in weight_files(spec).values():  # without the folders of this machine
         settings = settings.replace(file, Path(file).name)
     subset = resolved.dataset.subset
     images = f"{subset.images} images, drawn with seed {subset.seed}, of the" if subset else "The"
     return [
         "## Pre-training",
-        f"Without labels, by {title}. Every setting:",
+        f"Without labels, by {title}. All settings:",
         f"```yaml\n{settings}```",
         "## Data",
         f"{images} split `{resolved.dataset.split}` of `{card.name}`.",
@@ -81,27 +81,25 @@ def _pretraining(spec: Mapping[str, Any], card: Card) -> list[str]:
 
 
 def _adoption(spec: Mapping[str, Any], card: Card) -> list[str]:
-    """Say that the weights came from elsewhere."""
+    """Describe weights that were trained elsewhere."""
     return [
         "## Pre-training",
-        f"Not done here: the weights are those of the file `{Path(spec['weights']).name}`, which does not say how they "
-        "were trained.",
+        f"The weights come from the file `{Path(spec['weights']).name}`, which has no record of their training.",
         "## Data",
-        "On what they were trained is not known here. Unless the results say otherwise, they were measured on "
-        f"`{card.name}`.",
+        f"The training data are unknown. The results below are on `{card.name}` unless they name other data.",
         *_about(card),
     ]
 
 
 def _about(card: Card) -> list[str]:
-    """List what the data set's card says of itself."""
-    known = {"Homepage": card.homepage, "Licence": card.licence, "Citation": card.citation}
-    lines = [f"- {name}: {text}" for name, text in known.items() if text]
+    """List homepage, licence and citation of the data set."""
+    facts = {"Homepage": card.homepage, "Licence": card.licence, "Citation": card.citation}
+    lines = [f"- {name}: {text}" for name, text in facts.items() if text]
     return ["\n".join(lines)] if lines else []
 
 
 def _results(results: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Write the evaluations as a table; numbers of different protocols do not compare."""
+    """Return the evaluations as a table, with the protocol of each."""
     rows = [_row(result) for result in results if result["metrics"].get(_headline(result)) is not None]
     if not rows:
         return ["Not evaluated."]
@@ -118,7 +116,8 @@ def _results(results: Sequence[Mapping[str, Any]]) -> list[str]:
     lines = [head, ["---"] * 4 + ["---:"] * 5, *rows]
     return [
         "\n".join(f"| {' | '.join(line)} |" for line in lines),
-        "In percent, by the same probe: these weights, the same network `untrained`, raw `pixels` without a network.",
+        "In percent, by the same protocol: these weights, the same network `untrained`, and raw `pixels` without a "
+        "network.",
     ]
 
 
@@ -136,12 +135,12 @@ def _row(result: Mapping[str, Any]) -> list[str]:
 
 
 def _use(network: Network, config: Backbone, header: Mapping[str, str], size: int) -> list[str]:
-    """Show the code: pictures to tensors, then torch, then ONNX Runtime."""
+    """Return example code: image to tensor, then torch, then ONNX Runtime."""
     mean, std = json.loads(header["mean"]), json.loads(header["std"])
     library, _ = architecture(config)
     return [
-        f"Pixels in 0..1 are normalised by mean {mean} and standard deviation {std} of the channels red, green and "
-        "blue; neither file does that by itself.",
+        f"Both files expect pixels in 0..1 that are normalised by mean {mean} and standard deviation {std} of the "
+        "channels red, green and blue.",
         f"""```python
 import torch
 from PIL import Image
@@ -156,7 +155,7 @@ prepare = v2.Compose([
 ])
 images = prepare(Image.open("picture.png").convert("RGB"))[None]  # (1, 3, {size}, {size})
 ```""",
-        f"With {library}. {stem_in_words(network, config)}",
+        f"With {library}. {describe_stem(network, config)}",
         f"""```python
 from safetensors.torch import load_file
 {rebuilding_code(network, config, size)}
@@ -164,7 +163,7 @@ model.load_state_dict(load_file("backbone.safetensors"))
 model.eval()
 features = model(images)  # (1, {network.num_features})
 ```""",
-        "With ONNX Runtime, any number of images at once:",
+        "With ONNX Runtime, for any number of images:",
         f"""```python
 import onnxruntime
 
@@ -176,10 +175,10 @@ session = onnxruntime.InferenceSession("backbone.onnx")
 
 def _files(header: Mapping[str, str]) -> list[str]:
     lines = [
-        "- `backbone.safetensors`: the weights; its header says architecture, stem, image size, mean and std. "
-        "ssl_core takes it up again as `weights` of an experiment.",
-        "- `backbone.onnx`: the same network in float32, batch norm folded into the convolutions; the same facts as "
-        "metadata.",
+        "- `backbone.safetensors`: the weights; its header has architecture, stem, image size, mean and std. "
+        "An experiment of ssl_core can use the file as its `weights`.",
+        "- `backbone.onnx`: the same network in float32 with batch norm folded into the convolutions, and the same "
+        "facts as metadata.",
     ]
     if "version" in header:
         lines.append(f"- Version of the pre-training (settings, code and data): `{header['version']}`.")

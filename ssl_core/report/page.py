@@ -98,7 +98,7 @@ def _cost(rows: Sequence[Row]) -> str:
     panels = priced(rows)
     if not panels:
         return ""
-    from ssl_core.drawing.figures import render  # matplotlib, which few tables need
+    from ssl_core.drawing.style import render  # matplotlib, which few tables need
     from ssl_core.report.cost_picture import draw_costs
 
     title = f"Accuracy against the time of pre-training, {rows[0].dataset}"

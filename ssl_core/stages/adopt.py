@@ -1,6 +1,6 @@
-"""The stage `adopt`: weights that were trained elsewhere become a backbone file as a pre-training writes it.
+"""The stage `adopt`: turn weights that were trained elsewhere into a backbone file like that of a pre-training.
 
-The file's own normalisation and image size matter as much as its weights: with others every number is worse, silently.
+Normalisation and image size must be those of the training: with others all results are worse, without an error.
 """
 
 import json
@@ -21,23 +21,25 @@ from ssl_core.networks.backbones import (
 from ssl_core.provenance import canonical, digest, file_digest
 
 IMAGENET = Normalisation(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
-SEED = "0"  # of the untrained network that evaluations set beside it, where the file does not say its own
+SEED = "0"  # of the untrained network that evaluations compare with, unless the file has a seed
 
 
 def run(experiment: str, *, spec: dict[str, Any], code: str, manifest: Path, output: Path) -> None:
     """Write the network of `spec` with the weights of its file to `output`.
 
-    A file by torchvision or timm is rebuilt as `spec.backbone` says, for images of `spec.image_size` pixels, else of
-    the data set's; its classifier is left out, all else must fit. A file of ours keeps the image size, normalisation
-    and seed of its header. Raises `ValueError` for a wrong key, a file that does not fit or holds another network.
+    For a file by torchvision or timm the network is built from `spec.backbone`, for images of `spec.image_size` pixels
+    (default: the data set's); the classifier is dropped, all other weights must fit. A backbone file of this project
+    keeps the image size, normalisation and seed of its header. Raises ValueError for an invalid key, and for a file
+    that does not fit or contains another network.
     """
     config = parse(Adopted, spec, f"experiments.{experiment}")
-    path, shards = Path(config.weights), Manifest.load(manifest)
+    path = Path(config.weights)
+    shards = Manifest.load(manifest)
     _, header = read_tensors(path)
     if "backbone" in header:
-        module, size, metadata = _ours(config, path, header)
+        module, size, metadata = _from_backbone_file(config, path)
     else:
-        module, size, metadata = _foreign(config, path, shards)
+        module, size, metadata = _from_state_dict(config, path, shards)
     digests = {
         "spec": digest(canonical(spec)),
         "code": code,
@@ -49,30 +51,31 @@ def run(experiment: str, *, spec: dict[str, Any], code: str, manifest: Path, out
     print(f"{experiment}: {config.backbone.name} for {size}-pixel images from {path} -> {output}")
 
 
-def _ours(config: Adopted, path: Path, header: dict[str, str]) -> tuple[Network, int, dict[str, str]]:
-    """Rebuild a backbone.safetensors with what its header says of it."""
-    holds = Backbone.model_validate_json(header["backbone"])
-    if holds != config.backbone:
-        raise ValueError(f"backbone: {path} holds {holds.model_dump(mode='json')}; say so or name another file")
+def _from_backbone_file(config: Adopted, path: Path) -> tuple[Network, int, dict[str, str]]:
+    """Load a backbone.safetensors with image size, normalisation and seed of its header."""
+    module, header = load_backbone(path)
+    backbone = Backbone.model_validate_json(header["backbone"])
+    if backbone != config.backbone:
+        network = backbone.model_dump(mode="json")
+        raise ValueError(f"backbone: {path} contains {network}; set `backbone` to that or choose another file")
     for key in ("image_size", "normalisation"):
         if getattr(config, key) is not None:
-            raise ValueError(f"{key}: {path} says its own; leave the key out")
-    module, header = load_backbone(path)
-    known = {name: header[name] for name in ("mean", "std", "seed") if name in header}
-    return module, int(header["image_size"]), known
+            raise ValueError(f"{key}: the header of {path} defines it already; remove the key")
+    metadata = {name: header[name] for name in ("mean", "std", "seed") if name in header}
+    return module, int(header["image_size"]), metadata
 
 
-def _foreign(config: Adopted, path: Path, shards: Manifest) -> tuple[Network, int, dict[str, str]]:
-    """Build the network that the section describes and load a state dict by torchvision or timm into it."""
+def _from_state_dict(config: Adopted, path: Path, shards: Manifest) -> tuple[Network, int, dict[str, str]]:
+    """Build the network of the settings and load a state dict of torchvision or timm into it."""
     size = config.image_size or shards.image_size
     module = build_backbone(config.backbone, size)
     dropped = load_weights(module, path)
     if dropped:
-        print(f"{path}: left out the classifier ({', '.join(dropped)})", file=sys.stderr)
-    pixels = config.normalisation or "imagenet"
-    if pixels == "imagenet":
-        pixels = IMAGENET
-    elif pixels == "dataset":
-        pixels = Normalisation(mean=shards.mean, std=shards.std)
-    said = {"mean": json.dumps(pixels.mean), "std": json.dumps(pixels.std), "seed": SEED}
-    return module, size, said
+        print(f"{path}: dropped the classifier ({', '.join(dropped)})", file=sys.stderr)
+    normalisation = config.normalisation or "imagenet"
+    if normalisation == "imagenet":
+        normalisation = IMAGENET
+    elif normalisation == "dataset":
+        normalisation = Normalisation(mean=shards.mean, std=shards.std)
+    metadata = {"mean": json.dumps(normalisation.mean), "std": json.dumps(normalisation.std), "seed": SEED}
+    return module, size, metadata

@@ -1,4 +1,4 @@
-"""The stage `cost`: what a network's pre-training and its use cost, as a result beside the percentages."""
+"""The stage `cost`: cost of a network's pre-training and inference, as a result beside the percentages."""
 
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ def run(
     pretrain: Path | None,
     output: Path,
 ) -> None:
-    """Measure `backbone` and its export `onnx` as the section `spec` says and write the results to `output`.
+    """Measure `backbone` and its export `onnx` by the section `spec` and write the results to `output`.
 
     `pretrain` is the summary of the pre-training; None for weights that were trained elsewhere.
     """

@@ -29,8 +29,9 @@ from ssl_core.experiments import sweeps
 from ssl_core.files import write_json, write_text
 from ssl_core.methods.base import method_class, resolve, views_of
 from ssl_core.networks.backbones import build_backbone, check_image_size, save_backbone, write_tensors
+from ssl_core.networks.batchnorm import synchronise_batchnorm
 from ssl_core.tracking import run as tracking
-from ssl_core.training import checkpoint as checkpoints
+from ssl_core.training.checkpoint import Identity, load_checkpoint, remove_checkpoint, save_checkpoint
 from ssl_core.training.loop import Trainer
 from ssl_core.training.monitor import online_knn
 
@@ -115,7 +116,7 @@ def _work(job: Job) -> None:
     training = resolved.training
     device = _start_process(training, job.threads)
     manifest = Manifest.load(job.manifest)
-    identity = checkpoints.Identity(spec=provenance.canonical(job.spec), code=job.code, data=_data_digest(job))
+    identity = Identity(spec=provenance.canonical(job.spec), code=job.code, data=_data_digest(job))
     # The backbone comes first after the seed, so that the evaluations' untrained baseline is this very network.
     torch.manual_seed(training.seed)
     backbone = build_backbone(resolved.backbone, manifest.image_size)
@@ -131,10 +132,10 @@ def _work(job: Job) -> None:
             seed=training.seed,
         )
         if distributed.is_distributed() and training.sync_batchnorm:
-            distributed.synchronise_batchnorm(method)
+            synchronise_batchnorm(method, cuda=device.type == "cuda")
         torch.manual_seed(training.seed + distributed.rank())
         trainer = Trainer(method, loader, training, device=device)
-        state = checkpoints.load(job.checkpoint, identity)
+        state = load_checkpoint(job.checkpoint, identity)
         if state is not None:
             trainer.restore(state)
         else:
@@ -169,7 +170,7 @@ def _lead(
     manifest: Manifest,
     views: Views,
     trainer: Trainer,
-    identity: checkpoints.Identity,
+    identity: Identity,
     tracking_run: str | None,
 ) -> None:
     """Train, track, save and write: what the first process does and the others do not."""
@@ -189,7 +190,7 @@ def _lead(
         tracked.artifact(picture)  # at the start, so that it can be viewed during the training
 
         def save() -> None:
-            checkpoints.save(job.checkpoint, {**trainer.state(), "tracking_run": tracked.id}, identity)
+            save_checkpoint(job.checkpoint, {**trainer.state(), "tracking_run": tracked.id}, identity)
 
         def log(row: dict[str, float]) -> None:
             epoch, into = divmod(trainer.step, trainer.steps_per_epoch)
@@ -211,10 +212,10 @@ def _lead(
             tracked.artifact(job.output / name)
         tracked.model(job.output / "backbone.safetensors", settings)
     picture.unlink()
-    checkpoints.remove(job.checkpoint)
+    remove_checkpoint(job.checkpoint)
 
 
-def _version(identity: checkpoints.Identity) -> str:
+def _version(identity: Identity) -> str:
     """Name this very pre-training: its evaluations find it by this."""
     return provenance.digest(identity.spec + identity.code + identity.data)
 
@@ -278,9 +279,7 @@ def watched(dataset: Dataset, images: int) -> Dataset:
     return dataset.model_copy(update={"subset": subset.model_copy(update={"images": PROBE_IMAGES})})
 
 
-def _report(
-    job: Job, resolved: Experiment, views: Views, trainer: Trainer, identity: checkpoints.Identity
-) -> dict[str, Any]:
+def _report(job: Job, resolved: Experiment, views: Views, trainer: Trainer, identity: Identity) -> dict[str, Any]:
     training, cuda = resolved.training, trainer.device.type == "cuda"
     peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {

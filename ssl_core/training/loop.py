@@ -19,20 +19,10 @@ from ssl_core.methods.base import Losses, Method, Progress
 from ssl_core.progress import progress_bar
 from ssl_core.training.monitor import Alarm, effective_rank, spread
 from ssl_core.training.optimizers import build_optimizer, set_learning_rate
+from ssl_core.training.precision import autocast_type
 
 LOG_STEPS = 50  # a look at losses and embeddings at least this often: the only moments the loop waits for the device
 RANK_ROWS = 512  # rows of an embedding that the effective rank is taken from
-
-
-def autocast_type(precision: str, device: torch.device) -> torch.dtype | None:
-    """Return the type matrix products run in: bfloat16 where asked for or, on auto, where the hardware has it."""
-    if precision == "auto":
-        if device.type == "cuda":
-            capable = torch.cuda.is_bf16_supported(including_emulation=False)
-        else:
-            capable = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-        precision = "bf16" if capable else "fp32"
-    return torch.bfloat16 if precision == "bf16" else None
 
 
 class Stop(SystemExit):

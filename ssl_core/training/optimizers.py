@@ -1,6 +1,6 @@
-"""Optimizers and what they leave alone: SGD, AdamW and LARS over parameter groups by weight-decay exclusion."""
+"""Optimizers: SGD, AdamW and LARS over parameter groups with and without weight decay."""
 
-# torch has foreach functions, the ones its own optimizers use, but no public names for them.
+# The foreach functions that torch's optimizers use have no public names.
 # pyright: reportPrivateImportUsage=false
 
 from collections.abc import Callable, Iterable, Sequence
@@ -17,11 +17,11 @@ from ssl_core.config import Training
 def build_optimizer(
     module: nn.Module, training: Training, *, constant: Sequence[str] = (), undecayed: Sequence[str] = ()
 ) -> Optimizer:
-    """Build the optimizer of all parameters that are trained; frozen ones are left out.
+    """Build the optimizer of all parameters that require gradients.
 
-    Its groups start at the peak learning rate. Those of submodules named in `constant` (SimSiam's predictor) stay
-    there through `set_learning_rate`; parameters named in `undecayed` (PID's class weights) never decay. AdamW takes
-    `momentum` as its first beta.
+    All groups start at the peak learning rate. `set_learning_rate` does not change those of the submodules named in
+    `constant` (SimSiam's predictor). Parameters named in `undecayed` (PID's class weights) have no weight decay. AdamW
+    uses `momentum` as its first beta.
     """
     groups = parameter_groups(module, training, constant=constant, undecayed=undecayed)
     rate, momentum, nesterov = effective_learning_rate(training), training.momentum, training.nesterov
@@ -35,7 +35,7 @@ def build_optimizer(
 
 
 def set_learning_rate(optimizer: Optimizer, rate: float) -> None:
-    """Give every group but the constant ones this learning rate."""
+    """Set the learning rate of all groups except the constant ones."""
     for group in optimizer.param_groups:
         if not group["constant"]:
             group["lr"] = rate
@@ -44,47 +44,48 @@ def set_learning_rate(optimizer: Optimizer, rate: float) -> None:
 def parameter_groups(
     module: nn.Module, training: Training, *, constant: Sequence[str] = (), undecayed: Sequence[str] = ()
 ) -> list[dict[str, Any]]:
-    """Sort the trained parameters by what `decay_exclusion` spares them; empty groups are left out.
+    """Return the groups of trained parameters that `decay_exclusion` makes, without empty ones.
 
-    `norm_bias`: one-dimensional parameters and biases, no decay and no trust ratio. `norm_bias_depthwise`: also
-    depthwise convolutions, no decay but a trust ratio, as SSLight's code has it (its paper drops both).
-    `named`: names with "bn" or "bias" in them, as ReSSL's code has it (downsampling batch norms are decayed).
+    `norm_bias`: one-dimensional parameters and biases have no decay and no trust ratio. `norm_bias_depthwise`:
+    depthwise convolutions also have no decay, but a trust ratio, as in SSLight's code (its paper excludes them from
+    both). `named`: parameters with "bn" or "bias" in their name have neither, as in ReSSL's code, which decays the
+    batch norms of downsampling layers.
     """
     groups: dict[tuple[bool, bool, bool], dict[str, Any]] = {}
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:
             continue
-        spared = _spared(name, parameter, training.decay_exclusion)
-        kept = training.decay_exclusion == "norm_bias_depthwise" and _is_depthwise(parameter)
-        decayed = not (spared or kept or name in undecayed)
+        excluded = _is_excluded(name, parameter, training.decay_exclusion)
+        depthwise = training.decay_exclusion == "norm_bias_depthwise" and _is_depthwise(parameter)
+        decayed = not (excluded or depthwise or name in undecayed)
         fixed = any(name == prefix or name.startswith(f"{prefix}.") for prefix in constant)
         new = {
             "params": [],
             "weight_decay": training.weight_decay if decayed else 0.0,
-            "trusted": not spared,
+            "trusted": not excluded,
             "constant": fixed,
         }
-        groups.setdefault((decayed, not spared, fixed), new)["params"].append(parameter)
+        groups.setdefault((decayed, not excluded, fixed), new)["params"].append(parameter)
     return list(groups.values())
 
 
-def _spared(name: str, parameter: Tensor, exclusion: str) -> bool:
+def _is_excluded(name: str, parameter: Tensor, exclusion: str) -> bool:
     if exclusion == "named":
         return "bn" in name or "bias" in name
     return exclusion != "none" and (parameter.ndim <= 1 or name.endswith(".bias"))
 
 
 def _is_depthwise(parameter: Tensor) -> bool:
-    """Tell whether a weight convolves each channel by itself; SSLight looks at the shape alone."""
+    """Return whether a weight convolves each channel by itself, from its shape alone, as SSLight does."""
     return parameter.ndim == 4 and parameter.shape[1] == 1
 
 
 class Lars(Optimizer):
-    """Layer-wise adaptive rates in the dialect of SSLight and DINO (recipes 0.3).
+    """Layer-wise adaptive rate scaling as in SSLight and DINO (docs/sources.md#lars).
 
-    u = gradient + weight_decay * p; trust r = coefficient * |p| / |u|, or 1 where a norm is 0 or the group is not
-    `trusted`; v = momentum * v + r * u; p = p - lr * v. timm's divides by |gradient| + weight_decay * |p| instead, and
-    drops the trust ratio exactly where the decay is 0; torch has none.
+    u = gradient + weight_decay * p; trust ratio r = coefficient * |p| / |u|, or 1 if a norm is 0 or the group is not
+    `trusted`; v = momentum * v + r * u; p = p - lr * v. LARS of timm divides by |gradient| + weight_decay * |p| and has
+    no trust ratio for groups without decay; torch has no LARS.
     """
 
     def __init__(
@@ -107,7 +108,7 @@ class Lars(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Take one step; `closure`, if given, recomputes the loss, which is returned."""
+        """Take one step; return the loss that `closure` recomputes, if given."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -119,7 +120,7 @@ class Lars(Optimizer):
         return loss
 
     def _update(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
-        """Move the parameters of one group; norms stay on the device, so nothing waits for it."""
+        """Update the parameters of one group; norms stay on the device, which avoids synchronisation."""
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         updates = list(torch._foreach_add(gradients, parameters, alpha=group["weight_decay"]))
         if group["trusted"]:
@@ -134,7 +135,7 @@ class Lars(Optimizer):
 
 
 def _trust(parameters: list[Tensor], updates: list[Tensor], coefficient: float) -> list[Tensor]:
-    """Return coefficient * |p| / |u| for each parameter, 1 where either norm is 0."""
+    """Return coefficient * |p| / |u| for each parameter, 1 if either norm is 0."""
     lengths = torch.stack(torch._foreach_norm(parameters))
     update_lengths = torch.stack(torch._foreach_norm(updates))
     ratios = coefficient * lengths / update_lengths

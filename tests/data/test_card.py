@@ -92,7 +92,7 @@ def test_a_missing_card_lists_those_there_are(tmp_path: Path) -> None:
 def test_a_key_that_stands_twice_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "x.yaml"
     path.write_text("name: x\nimage_size: 4\nimage_size: 8\n")
-    with pytest.raises(ValueError, match="the key 'image_size' stands twice"):
+    with pytest.raises(ValueError, match="the key 'image_size' appears twice"):
         load_card(path)
 
 

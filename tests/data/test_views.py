@@ -1,4 +1,4 @@
-"""Views: policies have the papers' numbers, changes touch what they name, mistakes are refused with a hint."""
+"""Policies have the papers' numbers, changes affect only their keys, mistakes are refused with a hint."""
 
 import subprocess
 import sys
@@ -18,7 +18,7 @@ def views() -> Views:
     }
 
 
-# Policy: flip, jitter, (brightness, contrast, saturation, hue), grayscale, blur, solarize; recipes section 0.1.
+# Policy: flip, jitter, (brightness, contrast, saturation, hue), grayscale, blur, solarize; docs/sources.md#augmentations.
 @pytest.mark.parametrize(
     ("name", "numbers"),
     [

@@ -7,10 +7,6 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 from PIL import Image
 from sklearn.metrics import confusion_matrix
-
-from ssl_core.config import Dataset, Subset
-from ssl_core.data.shards import Manifest
-from ssl_core.drawing import figures as drawing
 from ssl_core.drawing.figures import (
     DASHED,
     RIGHT,
@@ -22,6 +18,10 @@ from ssl_core.drawing.figures import (
     draw_spectrum,
     render,
 )
+
+from ssl_core.config import Dataset, Subset
+from ssl_core.data.shards import Manifest
+from ssl_core.drawing import figures as drawing
 from ssl_core.evaluations import knn, metrics
 from ssl_core.evaluations.pictures import Config, choose, confusion, embed, run, spectrum
 

@@ -49,7 +49,7 @@ def digests() -> dict[str, str]:
     found |= {f"views {name}": code.views_code(spec) for name, spec in specs.items()}
     found |= {f"export {name}": code.export_code(spec) for name, spec in specs.items()}
     found |= {f"evaluate {name}": code.evaluation_code({"protocol": name}) for name in PROTOCOLS}
-    found |= {name: code.stage_code(name) for name in ("adopt", "curves", "cost", "table")}
+    found |= {name: code.stage_code(name) for name in ("adopt", "curves", "draw", "cost", "table")}
     return found | {"shard": code.stage_code("shard", {"source": SHARDED})}
 
 

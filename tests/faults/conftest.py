@@ -1,4 +1,4 @@
-"""A tiny project, its stages as processes that can be killed within milliseconds, and what an undisturbed run wrote."""
+"""A tiny project, its stages as processes that start within milliseconds, and the output of an undisturbed run."""
 
 import json
 import os
@@ -18,16 +18,16 @@ import yaml
 from PIL import Image
 
 WARM = Path(__file__).with_name("warm.py")
-NAMESPACE = ("unshare", "--user", "--map-root-user", "--mount")  # in which an ordinary user may mount a small disk
+NAMESPACE = ("unshare", "--user", "--map-root-user", "--mount")  # here an unprivileged user may mount a small disk
 
-IMAGES = 24  # a class in each of the SPLITS
+IMAGES = 24  # per class and split
 CLASSES = ("circle", "square")
-SPLITS = ("train", "test", "extra_a", "extra_b", "extra_c", "extra_d")  # each is a shard at least
+SPLITS = ("train", "test", "extra_a", "extra_b", "extra_c", "extra_d")  # at least one shard each
 SPEC = {
     "dataset": {"name": "tiny"},
     "backbone": {"name": "mobilenet_v3_small", "stem": "small"},
     "method": {"name": "ressl", "queue_size": 32, "projector_hidden": 32, "embedding_dim": 16, "warmup": 0.5},
-    # A checkpoint at every look, which is every third step.
+    # Saves a checkpoint with every row of the history, which is every third step.
     "training": {"epochs": 8, "batch_size": 16, "warmup_epochs": 1, "checkpoint_minutes": 1e-6, "precision": "fp32"},
 }
 KNN = {"protocol": "knn", "dataset": {"name": "tiny"}, "k": 5}
@@ -44,7 +44,7 @@ STAGES = tuple(COMMANDS)
 
 @dataclass(frozen=True)
 class Ended:
-    """How a stage ended: its exit status (negative: the signal that ended it), its output, and how long it took."""
+    """The exit status of a stage (negative: the number of the signal that ended it), its output and its duration."""
 
     status: int
     output: str
@@ -52,25 +52,25 @@ class Ended:
 
 
 class Stage:
-    """A stage that runs."""
+    """A running stage."""
 
     def __init__(self, answers: IO[str], log: Path) -> None:
         self.process = int(answers.readline())
         self._answers, self._log, self._begin = answers, log, time.monotonic()
 
     def send(self, number: int, *, group: bool) -> None:
-        """Send a signal to the process, or to its whole group as a terminal does."""
-        with suppress(ProcessLookupError):  # it has just ended, or is not yet at the head of its group
+        """Send a signal to the process, or to its whole process group as a terminal does."""
+        with suppress(ProcessLookupError):  # it has just ended or does not lead its group yet
             (os.killpg if group else os.kill)(self.process, number)
 
     def wait(self) -> Ended:
-        """Wait for the end."""
+        """Wait until the stage ends."""
         status = os.waitstatus_to_exitcode(int(self._answers.readline()))
         return Ended(status, self._log.read_text(errors="replace"), time.monotonic() - self._begin)
 
 
 class Warm:
-    """Starts stages by forking `warm.py`; where the machine allows it, in a namespace with disks of its own."""
+    """Starts stages by forking `warm.py`, in a separate mount namespace where the machine allows one."""
 
     def __init__(self, scratch: Path) -> None:
         self.has_namespace = shutil.which(NAMESPACE[0]) is not None and subprocess.call([*NAMESPACE, "true"]) == 0
@@ -88,7 +88,7 @@ class Warm:
     def start(self, folder: Path, stage: str, *, more: Sequence[str] = ()) -> Stage:
         """Start a stage in the project `folder` with `more` arguments."""
         arguments = [stage, *COMMANDS[stage], *more]
-        self._say({"arguments": arguments, "folder": str(folder), "log": str(self.log)})
+        self._send({"arguments": arguments, "folder": str(folder), "log": str(self.log)})
         return Stage(self._answers, self.log)
 
     def run(self, folder: Path, stage: str, *, more: Sequence[str] = ()) -> Ended:
@@ -96,26 +96,26 @@ class Warm:
         return self.start(folder, stage, more=more).wait()
 
     def mount(self, folder: Path, size: str) -> Path:
-        """Mount a small empty disk on `folder`; return where it can be seen from outside."""
+        """Mount a small empty disk on `folder`; return its path outside the namespace."""
         folder.mkdir(parents=True, exist_ok=True)
-        self._say({"mount": ["-t", "tmpfs", "-o", f"size={size}", "none", str(folder)]})
+        self._send({"mount": ["-t", "tmpfs", "-o", f"size={size}", "none", str(folder)]})
         assert int(self._answers.readline()) == 0
         return Path(f"/proc/{self.process}/root{folder}")
 
     def close(self) -> None:
-        """End the server."""
+        """Stop the server."""
         self._commands.close()
         self.server.wait(timeout=300)
         self._answers.close()
 
-    def _say(self, command: dict[str, Any]) -> None:
+    def _send(self, command: dict[str, Any]) -> None:
         self._commands.write(json.dumps(command) + "\n")
         self._commands.flush()
 
 
 @pytest.fixture(scope="module")
 def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Warm]:
-    """Starts stages without their imports."""
+    """A server that starts stages without the time for their imports."""
     server = Warm(tmp_path_factory.mktemp("warm"))
     yield server
     server.close()
@@ -123,7 +123,7 @@ def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Warm]:
 
 @pytest.fixture(scope="session")
 def bare(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A project with a card and its images; nothing has run."""
+    """A project with a card and its images, before any stage."""
     folder = tmp_path_factory.mktemp("bare")
     generator = np.random.default_rng(0)
     for split in SPLITS:
@@ -143,7 +143,7 @@ def bare(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @dataclass(frozen=True)
 class Undisturbed:
-    """A project before and after each stage, and how long the stage took."""
+    """A project before and after each stage, and the duration of the stage."""
 
     before: dict[str, Path]
     after: dict[str, Path]
@@ -152,7 +152,7 @@ class Undisturbed:
 
 @pytest.fixture(scope="module")
 def undisturbed(warm: Warm, bare: Path, tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
-    """What the stages write when nothing goes wrong."""
+    """The project before and after each stage when nothing goes wrong."""
     folder, before, after, seconds = bare, {}, {}, {}
     for stage in STAGES:
         before[stage] = folder
@@ -165,17 +165,17 @@ def undisturbed(warm: Warm, bare: Path, tmp_path_factory: pytest.TempPathFactory
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Return all that a project's stages wrote by path, without what tells times."""
-    files = {}
+    """Return all files written by the stages of a project by path, without the times in them."""
+    files: dict[str, bytes] = {}
     for part in ("shards", "results", "checkpoints"):
         for path in sorted((folder / part).rglob("*")):
-            if path.is_file() and path.name != ".state.jsonl":  # the order in which shards were finished
+            if path.is_file() and path.name != ".state.jsonl":  # it lists shards in the order they were finished
                 files[str(path.relative_to(folder))] = _timeless(path)
     return files
 
 
 def final(folder: Path) -> dict[str, bytes]:
-    """Return what stands under its final name, and so must be whole."""
+    """Return the files under their final names, which must be complete."""
     return {
         name: content
         for name, content in contents(folder).items()

@@ -1,4 +1,4 @@
-"""Damaged files are found out and named, whatever bit of them has changed; nothing is learnt or measured from them."""
+"""A damaged file is recognised by any changed bit and named; no stage trains on it or evaluates it."""
 
 import json
 import os
@@ -19,8 +19,13 @@ from ssl_core.config import Backbone
 from ssl_core.data.shards import Manifest, verify
 from ssl_core.networks.backbones import build_backbone, load_backbone, read_tensors, save_backbone, write_tensors
 from ssl_core.stages import evaluate, pretrain, shard
-from ssl_core.training import checkpoint
-from ssl_core.training.checkpoint import Identity
+from ssl_core.training.checkpoint import (
+    Identity,
+    load_checkpoint,
+    previous_checkpoint,
+    remove_checkpoint,
+    save_checkpoint,
+)
 
 from .conftest import KNN, SPEC
 
@@ -37,7 +42,7 @@ def flipped(content: bytes, generator: random.Random) -> bytes:
 
 
 def attempt(read: Callable[[Path], Result], path: Path) -> Result | str:
-    """Return what reading gives, or the words with which it refuses."""
+    """Return the result of `read`, or the message of its `ValueError`."""
     try:
         return read(path)
     except ValueError as error:
@@ -88,7 +93,7 @@ def test_stages_refuse_shards_that_are_missing_or_cut(
 
 
 def learn(shards: Path, folder: Path) -> None:
-    """Run the pre-training as its rule does."""
+    """Run the stage `pretrain` with the arguments of its rule."""
     pretrain.run(
         "tiny",
         spec=SPEC,
@@ -117,13 +122,13 @@ def test_a_flipped_bit_in_a_manifest_is_found(copy: Path) -> None:
     whole, content, spaces = path.read_bytes(), Manifest.load(path), 0
     for _ in range(FLIPS):
         path.write_bytes(flipped(whole, generator))
-        found = attempt(Manifest.load, path)
-        if isinstance(found, Manifest):  # a blank between two words became another
-            assert found == content
+        result = attempt(Manifest.load, path)
+        if isinstance(result, Manifest):  # one whitespace character became another
+            assert result == content
             spaces += 1
         else:
-            assert str(path) in found
-            assert "\n" not in found
+            assert str(path) in result
+            assert "\n" not in result
     assert spaces < FLIPS / 3
 
 
@@ -169,11 +174,11 @@ STATE = {"step": 7, "weights": torch.arange(3000.0), "nested": {"rate": 0.5, "ro
 
 def test_a_flipped_bit_in_a_checkpoint_is_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path, generator, kept = tmp_path / "run.pt", random.Random(3), 0
-    checkpoint.save(path, STATE, MINE)
+    save_checkpoint(path, STATE, MINE)
     whole = path.read_bytes()
     for _ in range(FLIPS):
         path.write_bytes(flipped(whole, generator))
-        state = checkpoint.load(path, MINE)
+        state = load_checkpoint(path, MINE)
         if state is not None:  # the bit was one of padding
             assert same(state, STATE)
             kept += 1
@@ -183,7 +188,7 @@ def test_a_flipped_bit_in_a_checkpoint_is_found(tmp_path: Path, capsys: pytest.C
 
 
 def same(one: object, other: object) -> bool:
-    """Compare two states to the last bit."""
+    """Return whether two states are equal bit for bit."""
     if isinstance(one, dict) and isinstance(other, dict):
         return one.keys() == other.keys() and all(same(value, other[key]) for key, value in one.items())
     if isinstance(one, list) and isinstance(other, list):
@@ -194,31 +199,31 @@ def same(one: object, other: object) -> bool:
 def test_the_checkpoint_before_a_damaged_one_is_used(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "run.pt"
     for step in (1, 2, 3):
-        checkpoint.save(path, {"step": step}, MINE)
+        save_checkpoint(path, {"step": step}, MINE)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["run.previous.pt", "run.pt"]
     os.truncate(path, 200)
-    assert checkpoint.load(path, MINE) == {"step": 2}
+    assert load_checkpoint(path, MINE) == {"step": 2}
     output = capsys.readouterr()
     assert "the one before it is used" in output.out + output.err
-    checkpoint.save(path, {"step": 3}, MINE)
-    checkpoint.remove(path)
+    save_checkpoint(path, {"step": 3}, MINE)
+    remove_checkpoint(path)
     assert [file.name for file in tmp_path.iterdir()] == ["run.damaged.pt"]
 
 
 def test_the_checkpoint_before_the_last_is_used_after_a_kill_between_two_renames(tmp_path: Path) -> None:
     path = tmp_path / "run.pt"
-    checkpoint.save(path, {"step": 1}, MINE)
-    path.rename(checkpoint.previous(path))
-    assert checkpoint.load(path, MINE) == {"step": 1}
+    save_checkpoint(path, {"step": 1}, MINE)
+    path.rename(previous_checkpoint(path))
+    assert load_checkpoint(path, MINE) == {"step": 1}
 
 
 def test_two_damaged_checkpoints_mean_to_start_afresh(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "run.pt"
     for step in (1, 2):
-        checkpoint.save(path, {"step": step}, MINE)
+        save_checkpoint(path, {"step": step}, MINE)
     path.write_bytes(b"")
-    checkpoint.previous(path).write_bytes(b"nothing")
-    assert checkpoint.load(path, MINE) is None
+    previous_checkpoint(path).write_bytes(b"nothing")
+    assert load_checkpoint(path, MINE) is None
     output = capsys.readouterr()
     assert "training starts afresh" in output.out + output.err
 
@@ -226,13 +231,13 @@ def test_two_damaged_checkpoints_mean_to_start_afresh(tmp_path: Path, capsys: py
 def test_checkpoints_of_another_run_are_both_out_of_the_way(tmp_path: Path) -> None:
     path = tmp_path / "run.pt"
     for step in (1, 2):
-        checkpoint.save(path, {"step": step}, MINE)
-    assert checkpoint.load(path, Identity(spec="{}", code="c", data="d")) is None
+        save_checkpoint(path, {"step": step}, MINE)
+    assert load_checkpoint(path, Identity(spec="{}", code="c", data="d")) is None
     assert [file.name for file in tmp_path.iterdir()] == ["run.other.pt"]
 
 
 class Evil:
-    """Writes a file when it is unpickled."""
+    """Makes a folder when it is unpickled."""
 
     def __init__(self, witness: Path) -> None:
         self.witness = witness
@@ -244,11 +249,11 @@ class Evil:
 def test_pickles_that_pose_as_checkpoints_run_no_code(tmp_path: Path) -> None:
     path, witness = tmp_path / "run.pt", tmp_path / "witness"
     path.write_bytes(pickle.dumps(Evil(witness)))
-    assert checkpoint.load(path, MINE) is None
+    assert load_checkpoint(path, MINE) is None
     torch.save({"identity": Evil(witness), "step": 1}, path)  # within torch's own format, checksums and all
-    assert checkpoint.load(path, MINE) is None
+    assert load_checkpoint(path, MINE) is None
     torch.save(Evil(witness), path, _use_new_zipfile_serialization=False)
-    assert checkpoint.load(path, MINE) is None
+    assert load_checkpoint(path, MINE) is None
     assert not witness.exists()
 
 
@@ -266,13 +271,13 @@ def test_a_flipped_bit_in_weights_is_found(tmp_path: Path) -> None:
     whole, expected, kept = path.read_bytes(), read_tensors(path), 0
     for _ in range(FLIPS):
         path.write_bytes(flipped(whole, generator))
-        found = attempt(read_tensors, path)
-        if isinstance(found, str):
-            assert str(path) in found
+        result = attempt(read_tensors, path)
+        if isinstance(result, str):
+            assert str(path) in result
             continue
-        kept += 1  # a letter in the name under which the checksum stands
-        assert same(found[0], expected[0])
-        assert found[1].items() >= expected[1].items()
+        kept += 1  # the bit is part of the checksum's name
+        assert same(result[0], expected[0])
+        assert result[1].items() >= expected[1].items()
     assert kept < FLIPS / 10
 
 
@@ -308,8 +313,8 @@ LIES = {
     "a header of 2**63 bytes": with_header(b"{}", length=1 << 63),
     "an empty file": b"",
     "no header": struct.pack("<Q", 0),
-    "a header that is no JSON": with_header(b"{" * 64),
-    "a header that is no text": with_header(b"\xff" * 64),
+    "a header that is not JSON": with_header(b"{" * 64),
+    "a header that is not text": with_header(b"\xff" * 64),
     "a header that is a list": with_header(b"[]"),
     "a header nested too deep": with_header(b"[" * 100_000),
     "data beyond the end": with_header(entry([4], [0, 16]), b"1234"),
@@ -318,8 +323,8 @@ LIES = {
     "a shape of more numbers than data": with_header(entry([1 << 40, 1 << 40], [0, 16]), bytes(16)),
     "a negative shape": with_header(entry([-4], [0, 16]), bytes(16)),
     "an unknown type": with_header(entry([4], [0, 16], "F7"), bytes(16)),
-    "data that nobody claims": with_header(entry([1], [0, 4]), bytes(16)),
-    "metadata that are no text": with_header(b'{"__metadata__": {"a": 1}}'),
+    "data that no tensor claims": with_header(entry([1], [0, 4]), bytes(16)),
+    "metadata that are not text": with_header(b'{"__metadata__": {"a": 1}}'),
 }
 
 

@@ -1,4 +1,4 @@
-"""A run of two processes of which one dies, as when memory runs out: it ends, says so, leaves nobody, and goes on."""
+"""One of two processes dies, for example for lack of memory: the run ends with a message and can be resumed."""
 
 import json
 import os
@@ -23,11 +23,9 @@ def start(warm: Warm, folder: Path) -> Stage:
 
 
 def ranks(launcher: int) -> list[int]:
-    """Return the process ids of both ranks once both are there."""
-    found = sorted(
-        child for child in children(launcher) if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()
-    )
-    return found if len(found) == 2 else []
+    """Return the process ids of both ranks, or none until both have started."""
+    started = [child for child in children(launcher) if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()]
+    return sorted(started) if len(started) == 2 else []
 
 
 @pytest.fixture(scope="module")
@@ -50,12 +48,12 @@ def test_a_killed_rank_ends_the_run_within_a_minute(
     processes = until(lambda: ranks(running.process))
     if moment == "training":
         until(lambda: list(map(hash, (folder / "checkpoints").glob("tiny.pt"))))
-    time.sleep(random.Random(f"{moment} {victim}").uniform(0, 1))  # the moment is what is tested
+    time.sleep(random.Random(f"{moment} {victim}").uniform(0, 1))  # the moment is under test
     os.kill(processes[victim], signal.SIGKILL)
     killed = time.monotonic()
     ended = running.wait()
     assert time.monotonic() - killed < MINUTE
-    says(ended, f"process {victim} of 2 failed: it was killed, most likely for want of memory")
+    assert_one_error(ended, f"process {victim} of 2 failed: it was killed, most likely for want of memory")
     until(lambda: [] if survivors(running.process) else [1])
     ended = start(warm, folder).wait()
     assert ended.status == 0, ended.output
@@ -76,7 +74,8 @@ def test_ranks_do_not_outlive_a_killed_launcher(warm: Warm, undisturbed: Undistu
     assert time.monotonic() - killed < MINUTE
 
 
-def says(ended: Ended, words: str) -> None:
+def assert_one_error(ended: Ended, words: str) -> None:
+    """Assert that the output has one error line and that it contains `words`."""
     assert ended.status == 2, ended.output
     lines = [line for line in ended.output.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1, ended.output

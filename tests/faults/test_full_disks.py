@@ -1,4 +1,4 @@
-"""A full disk: the file is named, what was there before stays, and with room the same command goes on."""
+"""On a full disk the message names the file, the old content stays, and the same command resumes once there is room."""
 
 import os
 import resource
@@ -15,8 +15,7 @@ from ssl_core.evaluations.parts import features
 from ssl_core.files import write_json
 from ssl_core.networks.backbones import read_tensors, write_tensors
 from ssl_core.stages import shard
-from ssl_core.training import checkpoint
-from ssl_core.training.checkpoint import Identity
+from ssl_core.training.checkpoint import Identity, load_checkpoint, save_checkpoint
 
 from .conftest import Undisturbed, Warm, contents
 
@@ -25,9 +24,9 @@ MINE = Identity(spec="{}", code="c", data="d")
 
 @contextmanager
 def no_room_beyond(size: int) -> Iterator[None]:
-    """Let the kernel refuse to make any file longer than `size` bytes, in this process and those it starts."""
+    """Make the kernel refuse files longer than `size` bytes, for this process and those it starts."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    assert signal.getsignal(signal.SIGXFSZ) == signal.SIG_IGN  # Python's default: writing fails instead
+    assert signal.getsignal(signal.SIGXFSZ) == signal.SIG_IGN  # Python's default: the write raises instead
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
     try:
         yield
@@ -41,11 +40,11 @@ def refusal(name: str) -> str:
 
 def test_a_checkpoint_without_room_leaves_the_last_one(tmp_path: Path) -> None:
     path = tmp_path / "run.pt"
-    checkpoint.save(path, {"step": 1, "weights": torch.ones(9)}, MINE)
+    save_checkpoint(path, {"step": 1, "weights": torch.ones(9)}, MINE)
     with no_room_beyond(20_000), pytest.raises(ValueError, match=refusal("run.pt")):
-        checkpoint.save(path, {"step": 2, "weights": torch.ones(90_000)}, MINE)
+        save_checkpoint(path, {"step": 2, "weights": torch.ones(90_000)}, MINE)
     assert [file.name for file in tmp_path.iterdir()] == ["run.pt"]
-    state = checkpoint.load(path, MINE)
+    state = load_checkpoint(path, MINE)
     assert state is not None
     assert state["step"] == 1
 
@@ -65,13 +64,13 @@ def test_results_without_room_leave_the_old_ones(tmp_path: Path) -> None:
 
 
 def test_features_without_room_do_not_end_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(features, "MEMORY_LIMIT", 0)  # so that a file holds them, which would be SIGBUS
+    monkeypatch.setattr(features, "MEMORY_LIMIT", 0)  # so that they go into a file, where a full disk would mean SIGBUS
     with no_room_beyond(20_000), pytest.raises(ValueError, match=refusal(r"ssl-core-features-\w+")):
         features.allocate(1000, 10)
     assert features.allocate(1000, 10).fill_(1).sum() == 10_000
 
 
-def test_shards_without_room_are_not_there(bare: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shards_without_room_are_not_written(bare: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(bare)
     card, output = Path("datasets/tiny.yaml"), tmp_path / "shards"
     with no_room_beyond(30_000), pytest.raises(ValueError, match=refusal(r"extra_a-000000\.\w+")):
@@ -83,12 +82,12 @@ def test_shards_without_room_are_not_there(bare: Path, tmp_path: Path, monkeypat
         assert (output / path.name).read_bytes() == path.read_bytes()
 
 
-# stage, the folder that is a disk of its own, kB free on it, the files of which one is named (none: the stage goes on)
+# Stage, folder on a separate disk, kB free on it, files of which the message names one (none: the stage succeeds).
 DISKS = [
     ("shard", "shards", 400, ("shards/tiny/",)),
     ("shard", "shards", 8, ("shards/tiny/",)),
     ("pretrain", "checkpoints", 500, ("checkpoints/tiny.pt", "checkpoints/tiny.views.png")),
-    ("pretrain", "checkpoints", 30_000, ("checkpoints/tiny.pt",)),  # one is written, the next has no room
+    ("pretrain", "checkpoints", 30_000, ("checkpoints/tiny.pt",)),  # room for one checkpoint, not for the next
     ("pretrain", "results", 2_000, ("results/tiny/",)),
     ("pretrain", "results", 12_000, ("results/tiny/",)),
     ("evaluate", "results", 0, ("results/tiny/knn.json",)),
@@ -102,7 +101,7 @@ def test_a_stage_on_a_full_disk_goes_on_when_there_is_room(
     stage: str, place: str, free: int, named: tuple[str, ...], warm: Warm, undisturbed: Undisturbed, tmp_path: Path
 ) -> None:
     if not warm.has_namespace:
-        pytest.skip("this machine lets an ordinary user mount nothing")
+        pytest.skip("this machine does not let an unprivileged user mount a disk")
     folder = tmp_path / "project"
     shutil.copytree(undisturbed.before[stage], folder)
     disk = warm.mount(folder / place, "120m")

@@ -1,4 +1,4 @@
-"""Input from people who mean harm, or from broken tools: refused or handled in one line, nothing written elsewhere."""
+"""Input made to do harm, or by broken tools, is refused in one line or handled; nothing is written elsewhere."""
 
 import io
 import json
@@ -24,7 +24,7 @@ ODD_NAMES = {
     "a tab and blanks": " \t  .a b.png",
     "quotes": "a'b\"c$(touch witness)`d`.png",
     "many scripts": "日本語 العربية ñ 🦆.png",
-    "no UTF-8": os.fsdecode(b"caf\xe9.png"),
+    "not UTF-8": os.fsdecode(b"caf\xe9.png"),
     "right to left": "\u202egnp.exe.png",
     "250 letters": "x" * 246 + ".png",
     "only dots": "...png.png",
@@ -66,7 +66,7 @@ def refusal(folder: Path, source: dict[str, Any], **more: Any) -> str:
 
 
 def outside(folder: Path) -> set[str]:
-    """Return all files but those in the output folder."""
+    """Return all files except those in the output folder."""
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if "out" not in path.relative_to(folder).parts}
 
 
@@ -104,7 +104,7 @@ def test_file_names_of_any_kind_become_short_keys(tmp_path: Path) -> None:
         assert all(len(name) < 30 and name[:8].isdecimal() for name in written.getnames())
 
 
-def test_names_of_bad_images_of_any_kind_stand_in_the_manifest(tmp_path: Path) -> None:
+def test_the_manifest_lists_bad_images_with_names_of_any_kind(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "good.png").write_bytes(png())
     for name in ODD_NAMES.values():
@@ -143,7 +143,7 @@ def test_very_many_tiny_members_cost_little_memory(members: int, tmp_path: Path)
     run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr
     assert Manifest.load(tmp_path / "out" / "manifest.json").split("train").images == -(-members // 500)
-    assert int(run.stdout.split()[-1]) < 60_000  # the list of names lies on disk
+    assert int(run.stdout.split()[-1]) < 60_000  # the list of names is on disk
 
 
 def header(name: str, content: bytes) -> bytes:

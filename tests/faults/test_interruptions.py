@@ -1,4 +1,4 @@
-"""Stages are ended at random moments; the plain command then writes what an undisturbed run writes, byte by byte."""
+"""Stages are ended at random moments; the same command then writes the same bytes as an undisturbed run."""
 
 import os
 import random
@@ -20,22 +20,22 @@ ENDS = {"SIGKILL": {-9}, "SIGTERM": {-15, 143}, "Ctrl-C": {130, 1}}
 
 
 def disturb(warm: Warm, undisturbed: Undisturbed, folder: Path, stage: str, name: str, *, seed: int, times: int) -> int:
-    """End a stage `times` times, then let it finish; return how often it was ended before it was through."""
+    """End a stage `times` times, then let it finish; return how many times it was ended before it had finished."""
     moments, whole, hits = random.Random(f"{stage} {name} {seed}"), final(undisturbed.after[stage]), 0
     number, group = SIGNALS[name]
     latest = undisturbed.seconds[stage]
     shutil.copytree(undisturbed.before[stage], folder)
     for _ in range(times):
         running = warm.start(folder, stage)
-        time.sleep(moments.uniform(0.02, latest))  # the moment is what is tested
+        time.sleep(moments.uniform(0.02, latest))  # the moment is under test
         running.send(number, group=group)
         ended = running.wait()
         assert ended.status in {0} | ENDS[name], ended.output
-        until(lambda group=running.process: [] if survivors(group) else [group])  # its workers go with it
+        until(lambda group=running.process: [] if survivors(group) else [group])  # its workers end with it
         hits += ended.status != 0
-        found = final(folder)
-        assert {file: whole.get(file) for file in found} == found, f"{stage}, {name}, seed {seed}"
-        if ended.status == 0:  # quicker than when it was undisturbed
+        written = final(folder)
+        assert {file: whole.get(file) for file in written} == written, f"{stage}, {name}, seed {seed}"
+        if ended.status == 0:  # it was faster than the undisturbed run
             latest = min(latest, ended.seconds)
             shutil.rmtree(folder)
             shutil.copytree(undisturbed.before[stage], folder)
@@ -45,7 +45,7 @@ def disturb(warm: Warm, undisturbed: Undisturbed, folder: Path, stage: str, name
     return hits
 
 
-# A pre-training among the quick tests is killed in tests/workflow/test_interruption.py.
+# tests/workflow/test_interruption.py has the fast test of a killed pre-training.
 FEW = [*(("shard", name) for name in SIGNALS), ("evaluate", "SIGKILL")]
 
 
@@ -63,15 +63,15 @@ def test_stages_ended_at_many_random_moments_go_on_to_the_same_bytes(
     stage: str, name: str, warm: Warm, undisturbed: Undisturbed, tmp_path: Path
 ) -> None:
     hits = sum(disturb(warm, undisturbed, tmp_path / str(seed), stage, name, seed=seed, times=4) for seed in (1, 2))
-    print(f"{stage}, {name}: ended {hits} times of 8 before it was through")
+    print(f"{stage}, {name}: ended {hits} times of 8 before it had finished")
     assert hits
 
 
-def test_a_killed_shard_worker_ends_the_stage_with_a_word(warm: Warm, bare: Path, tmp_path: Path) -> None:
-    """As when memory runs out and the kernel picks a worker."""
+def test_a_killed_shard_worker_ends_the_stage_with_a_message(warm: Warm, bare: Path, tmp_path: Path) -> None:
+    """The kernel does this to a worker when memory runs out."""
     folder = tmp_path / "project"
     shutil.copytree(bare, folder)
-    (folder / "images/train/circle/slow.png").symlink_to("/dev/zero")  # which a worker reads until it is killed
+    (folder / "images/train/circle/slow.png").symlink_to("/dev/zero")  # a worker reads it until it is killed
     running = warm.start(folder, "shard")
     (worker, *_) = until(lambda: children(running.process))
     os.kill(worker, signal.SIGKILL)
@@ -96,22 +96,22 @@ def test_a_worker_whose_parent_died_before_it_began_does_not_stay() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.PIPE).stdout == b""
 
 
-def until(found: Callable[[], list[int]]) -> list[int]:
-    """Look again and again until something is found."""
+def until(look: Callable[[], list[int]]) -> list[int]:
+    """Call `look` until its result is not empty; return it."""
     deadline = time.monotonic() + 300
-    while not (result := found()):
+    while not (result := look()):
         assert time.monotonic() < deadline
         time.sleep(0.005)  # between looks
     return result
 
 
 def children(process: int) -> list[int]:
-    """Return the ids of a process's children that live."""
+    """Return the ids of the living children of a process."""
     return [child for child, parent, _ in processes() if parent == process]
 
 
 def survivors(group: int) -> list[int]:
-    """Return the ids of the processes of a group that live."""
+    """Return the ids of the living processes of a group."""
     return [process for process, _, its_group in processes() if its_group == group]
 
 

@@ -1,4 +1,4 @@
-"""A real MLflow server that hangs, refuses, dies and comes back: no step waits, and all numbers arrive in the end."""
+"""An MLflow server hangs, refuses, dies and comes back: no training step waits, and all numbers arrive in the end."""
 
 import os
 import signal
@@ -20,7 +20,7 @@ STEPS = 200
 
 
 class Server:
-    """`mlflow server` on a port of its own, as a process group that can be stopped and killed."""
+    """`mlflow server` on a free port, as a process group that can be stopped and killed."""
 
     def __init__(self, folder: Path) -> None:
         with socket.create_server(("127.0.0.1", 0)) as free:
@@ -59,7 +59,7 @@ class Server:
             return False
 
     def send(self, number: int) -> None:
-        """Send a signal to all its processes."""
+        """Send a signal to all processes of the server."""
         assert self.process is not None
         os.killpg(self.process.pid, number)
 
@@ -69,7 +69,7 @@ class Server:
             self.process.wait()
 
     def losses(self) -> list[tuple[int, float]]:
-        """Return the steps and losses that the database holds, and check that the run has ended well."""
+        """Return the steps and losses in the database, and check that the run has finished."""
         connection = sqlite3.connect(self.folder / "mlflow.db")
         statuses = connection.execute("select distinct status from runs").fetchall()
         rows = connection.execute("select step, value from metrics where key = 'loss' order by step").fetchall()
@@ -93,7 +93,7 @@ def test_all_numbers_arrive_whatever_the_server_did_meanwhile(
     server: Server, capfd: pytest.CaptureFixture[str]
 ) -> None:
     slowest = 0.0
-    with tracking.start("pretrain", "tiny", digest="d", parameters={"a": 1}) as run:  # nobody listens yet
+    with tracking.start("pretrain", "tiny", digest="d", parameters={"a": 1}) as run:  # the server has not started yet
 
         def log(steps: range) -> None:
             nonlocal slowest
@@ -106,19 +106,19 @@ def test_all_numbers_arrive_whatever_the_server_did_meanwhile(
         wait_for(lambda: "warning" in capfd.readouterr().err)
         server.start()
         log(range(50, 80))
-        wait_for(lambda: run.id is not None)  # RETRY_SECONDS later it is there
-        server.send(signal.SIGSTOP)  # takes connections and never answers
+        wait_for(lambda: run.id is not None)  # after RETRY_SECONDS
+        server.send(signal.SIGSTOP)  # it accepts connections and never answers
         log(range(80, 120))
-        time.sleep(8)  # longer than a request may take
+        time.sleep(8)  # longer than the time limit of a request
         server.send(signal.SIGCONT)
         log(range(120, 150))
         server.kill()
         log(range(150, STEPS))
-        time.sleep(4)  # until it has been tried
+        time.sleep(4)  # until a request has failed
         server.start()
     assert server.losses() == [(step, float(step)) for step in range(STEPS)]
     assert slowest < 0.5
-    assert "warning" not in capfd.readouterr().err  # one was enough
+    assert "warning" not in capfd.readouterr().err  # only the first failure warns
 
 
 def wait_for(condition: Callable[[], bool]) -> None:

@@ -1,4 +1,4 @@
-"""The whole workflow under Snakemake: ended at random moments, and started twice at once."""
+"""The whole workflow under Snakemake, ended at random moments and started twice at the same time."""
 
 import os
 import random
@@ -19,12 +19,12 @@ from .test_interruptions import survivors, until
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(3600)]
 TARGET = "results/tiny/knn.json"
-MOMENTS = 9  # three by each signal
+MOMENTS = 9  # three per signal
 
 
 @pytest.fixture(scope="module")
 def project(root: Path, bare: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny project with the rules."""
+    """The tiny project with Snakefile and rules."""
     folder = tmp_path_factory.mktemp("workflow") / "project"
     shutil.copytree(bare, folder)
     shutil.copy(root / "Snakefile", folder)
@@ -54,23 +54,23 @@ def test_the_workflow_ended_at_random_moments_goes_on_to_the_same_bytes(
         shutil.copytree(project, folder)
         process = start(folder, TARGET)
         moment = moments.uniform(1, 0.7 * seconds)
-        time.sleep(moment)  # the moment is what is tested
+        time.sleep(moment)  # the moment is under test
         if process.poll() is None:
             os.killpg(process.pid, kind)
         output, _ = process.communicate(timeout=600)
         until(lambda group=process.pid: [] if survivors(group) else [1])
         hits += process.returncode != 0
-        found = final(folder)
-        assert {file: whole.get(file) for file in found} == found, f"{kind.name} after {moment:.1f} s: {output}"
+        written = final(folder)
+        assert {file: whole.get(file) for file in written} == written, f"{kind.name} after {moment:.1f} s: {output}"
         if (folder / ".snakemake" / "locks").is_dir() and any((folder / ".snakemake" / "locks").iterdir()):
             finish(folder, "--unlock")
         finish(folder, "--rerun-incomplete", TARGET)
         assert contents(folder) == whole, f"{kind.name} after {moment:.1f} s"
-    print(f"ended {hits} times of {MOMENTS} before it was through")
+    print(f"ended {hits} times of {MOMENTS} before it had finished")
     assert hits >= MOMENTS // 2
 
 
-def test_a_kill_between_an_output_and_snakemakes_note_of_it_wants_one_more_word(
+def test_a_kill_between_an_output_and_snakemakes_record_of_it_needs_rerun_incomplete(
     project: Path, undisturbed: tuple[dict[str, bytes], float], tmp_path: Path
 ) -> None:
     folder = tmp_path / "project"
@@ -78,7 +78,7 @@ def test_a_kill_between_an_output_and_snakemakes_note_of_it_wants_one_more_word(
     (folder / "bin").mkdir()
     real, target = Path(sys.executable).parent / "ssl-core", "shards/tiny/manifest.json"
     stage = folder / "bin" / "ssl-core"
-    stage.write_text(f'#!/bin/sh\n{real} "$@"\nkill -9 0\n')  # itself, Snakemake and all of its group
+    stage.write_text(f'#!/bin/sh\n{real} "$@"\nkill -9 0\n')  # kills itself, Snakemake and the rest of the group
     stage.chmod(0o755)
     process = start(folder, target)
     process.communicate(timeout=300)
@@ -92,13 +92,13 @@ def test_a_kill_between_an_output_and_snakemakes_note_of_it_wants_one_more_word(
     assert contents(folder).items() <= undisturbed[0].items()
 
 
-def test_a_second_workflow_in_the_same_folder_is_refused_and_harms_nobody(
+def test_a_second_workflow_in_the_same_folder_is_refused_and_does_not_disturb_the_first(
     project: Path, undisturbed: tuple[dict[str, bytes], float], tmp_path: Path
 ) -> None:
     folder = tmp_path / "project"
     shutil.copytree(project, folder)
     (folder / "bin").mkdir()
-    gate = folder / "bin" / "ssl-core"  # holds the first workflow in its first job until the second has tried
+    gate = folder / "bin" / "ssl-core"  # keeps the first workflow in its first job until the second has been refused
     real = Path(sys.executable).parent / "ssl-core"
     gate.write_text(f'#!/bin/sh\ntouch started\nuntil [ -e go ]; do sleep 0.05; done\nexec {real} "$@"\n')
     gate.chmod(0o755)

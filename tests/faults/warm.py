@@ -1,8 +1,8 @@
-"""A process that has imported all that a stage needs, and forks a fresh one for each command it reads.
+"""A server that has imported everything a stage needs and forks a new process for each command.
 
-Starting a stage takes seconds of imports; forked from here it takes none, so that many can be killed. Reads lines of
-JSON on standard input: `{"arguments": [...], "folder": ..., "log": ...}` runs `ssl-core` with the arguments, answers
-with the process id and, when the process has ended, with its status; `{"mount": [...]}` runs `mount`.
+A forked stage starts without seconds of imports, so that a test can kill many. The server reads lines of JSON from
+standard input: `{"arguments": [...], "folder": ..., "log": ...}` runs `ssl-core` with the arguments and answers with
+the process id and, once the process has ended, with its status; `{"mount": [...]}` runs `mount`.
 """
 
 import json
@@ -14,16 +14,19 @@ from typing import Any
 
 import torch
 
-import ssl_core.evaluations.knn
-import ssl_core.methods.ressl
-import ssl_core.stages.evaluate
-import ssl_core.stages.pretrain
-import ssl_core.stages.shard  # noqa: F401
-from ssl_core import cli
+from ssl_core import cli, late_compiler
+
+late_compiler.postpone()  # as the command line does, before the stages import torchvision
+
+import ssl_core.evaluations.knn  # noqa: E402
+import ssl_core.methods.ressl  # noqa: E402
+import ssl_core.stages.evaluate  # noqa: E402
+import ssl_core.stages.pretrain  # noqa: E402
+import ssl_core.stages.shard  # noqa: E402, F401
 
 
 def stage(command: dict[str, Any]) -> None:
-    """Be `ssl-core`, at the head of a process group as under a shell; never returns."""
+    """Run `ssl-core` as the leader of a process group, as a shell starts it; never returns."""
     os.setsid()
     os.chdir(command["folder"])
     log = os.open(command["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -40,7 +43,7 @@ def stage(command: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    """Serve until standard input ends."""
+    """Answer commands until standard input ends."""
     torch.set_num_threads(1)
     answer = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())

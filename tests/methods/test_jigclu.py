@@ -13,7 +13,8 @@ from ssl_core.data.loader import Batch
 from ssl_core.methods.base import Progress
 from ssl_core.methods.jigclu import CORNERS, Config, JigClu, clustering_loss, montage
 from ssl_core.networks.backbones import build_backbone
-from ssl_core.networks.maps import feature_map, pooled_features, quadrants
+from ssl_core.networks.families import feature_map, pooled_features
+from ssl_core.networks.heads import quadrants
 from tests.methods.harness import START, batch, collapse_alarms, make, resume_is_exact, two_processes_equal_one
 
 VIEWS = JigClu.views(Config(), 8)

@@ -1,4 +1,4 @@
-"""Backbones: sizes, stems, names as torchvision's, and files that load strictly or not at all."""
+"""Backbones: sizes, stems, parameter names, and strict loading of files."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +23,7 @@ from ssl_core.networks.backbones import (
 METADATA = {"mean": "[0.5]", "std": "[0.2]", "seed": "0", "digest_spec": "a", "digest_code": "b", "digest_data": "é"}
 
 
-# Recipes section 3 and fixture 13; exact counts are torchvision's without the classifier.
+# docs/sources.md#backbones; exact counts are torchvision's without the classifier.
 @pytest.mark.parametrize(
     ("name", "hidden_layer", "parameters", "num_features"),
     [
@@ -43,7 +43,9 @@ METADATA = {"mean": "[0.5]", "std": "[0.2]", "seed": "0", "digest_spec": "a", "d
         ("deit_tiny", True, 7_286_976, 192),  # 7.29M: 6 heads of 64, not of 32
     ],
 )
-def test_parameters_and_features_are_the_papers(name: str, hidden_layer: bool, parameters: int, num_features: int):
+def test_numbers_of_parameters_and_features_are_the_papers(
+    name: str, hidden_layer: bool, parameters: int, num_features: int
+):
     backbone = build_backbone(Backbone(name=name, hidden_layer=hidden_layer), 224)
     assert sum(parameter.numel() for parameter in backbone.parameters()) == parameters
     assert backbone.num_features == num_features
@@ -52,7 +54,7 @@ def test_parameters_and_features_are_the_papers(name: str, hidden_layer: bool, p
 @pytest.mark.parametrize(
     "name", ["resnet18", "mobilenet_v2", "mobilenet_v3_small", "mobilenet_v3_large", "vit_tiny_16"]
 )
-def test_features_come_as_wide_as_said(name: str):
+def test_features_have_the_width_num_features(name: str):
     backbone = build_backbone(Backbone(name=name), 64).eval()
     assert backbone(torch.rand(2, 3, 64, 64)).shape == (2, backbone.num_features)
 
@@ -61,7 +63,7 @@ def test_features_come_as_wide_as_said(name: str):
     "name", ["resnet18", "resnet50", "mobilenet_v2", "mobilenet_v3_small", "mobilenet_v3_large", "efficientnet_b0"]
 )
 @pytest.mark.parametrize(("stem", "side"), [("imagenet", 2), ("tiny", 4), ("small", 8)])
-def test_stem_decides_the_last_map(name: str, stem: str, side: int):
+def test_the_stem_determines_the_size_of_the_last_map(name: str, stem: str, side: int):
     backbone = build_backbone(Backbone.model_validate({"name": name, "stem": stem}), 64).to("meta")
     maps: list[torch.Size] = []
     last = backbone.get_submodule("layer4" if name.startswith("resnet") else "features")
@@ -73,7 +75,9 @@ def test_stem_decides_the_last_map(name: str, stem: str, side: int):
 def test_small_resnet_keeps_the_resolution_of_its_first_layer():
     backbone = build_backbone(Backbone(name="resnet18", stem="small"), 32)
     assert backbone.get_submodule("conv1")(torch.rand(1, 3, 32, 32)).shape == (1, 64, 32, 32)
-    assert sum(parameter.numel() for parameter in backbone.parameters()) == 11_168_832  # 11.17M (recipes section 3)
+    assert (
+        sum(parameter.numel() for parameter in backbone.parameters()) == 11_168_832
+    )  # 11.17M, docs/sources.md#backbones
 
 
 def test_same_seed_draws_the_same_weights():
@@ -85,7 +89,7 @@ def test_same_seed_draws_the_same_weights():
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_checking_a_size_touches_neither_the_network_nor_the_generator():
+def test_checking_a_size_changes_neither_the_network_nor_the_generator():
     config = Backbone(name="efficientnet_b0")
     backbone = build_backbone(config, 64)
     before = {name: value.clone() for name, value in backbone.state_dict().items()}
@@ -95,7 +99,7 @@ def test_checking_a_size_touches_neither_the_network_nor_the_generator():
     assert all(torch.equal(before[name], value) for name, value in backbone.state_dict().items())
 
 
-def test_deit_keeps_its_patch_projection_as_drawn():
+def test_the_patch_projection_of_deit_is_frozen():
     backbone = build_backbone(Backbone(name="deit_tiny"), 32)
     frozen = [name for name, parameter in backbone.named_parameters() if not parameter.requires_grad]
     assert frozen == ["patch_embed.proj.weight", "patch_embed.proj.bias"]
@@ -126,7 +130,7 @@ def test_vision_transformer_takes_crops_of_several_sizes():
         ({"name": "vit_tiny_16", "stem": "small"}, 32, "vit_tiny_16 has no small stem, use imagenet"),
     ],
 )
-def test_what_cannot_be_built_says_what_can(config: dict[str, str], image_size: int, message: str):
+def test_errors_of_impossible_backbones_name_an_alternative(config: dict[str, str], image_size: int, message: str):
     with pytest.raises(ValueError, match=message):
         build_backbone(Backbone.model_validate(config), image_size)
 
@@ -149,7 +153,9 @@ def test_other_networks_of_torchvision_and_timm(name: str, num_features: int):
     ("name", "stem", "image_size"),
     [("resnet18", "small", 32), ("mobilenet_v3_small", "imagenet", 64), ("deit_tiny", "imagenet", 32)],
 )
-def test_file_rebuilds_the_network_and_repeats_byte_by_byte(tmp_path: Path, name: str, stem: str, image_size: int):
+def test_a_file_rebuilds_the_network_and_is_written_with_equal_bytes(
+    tmp_path: Path, name: str, stem: str, image_size: int
+):
     config = Backbone.model_validate({"name": name, "stem": stem})
     backbone = build_backbone(config, image_size).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     save_backbone(tmp_path / "first.safetensors", backbone, config, image_size, METADATA)
@@ -163,7 +169,7 @@ def test_file_rebuilds_the_network_and_repeats_byte_by_byte(tmp_path: Path, name
     assert header["num_features"] == str(backbone.num_features)
 
 
-def test_plain_torchvision_loads_our_file_but_for_the_classifier(tmp_path: Path):
+def test_plain_torchvision_loads_a_backbone_file_except_for_the_classifier(tmp_path: Path):
     config = Backbone(name="resnet18")
     save_backbone(tmp_path / "backbone.safetensors", build_backbone(config, 64), config, 64, METADATA)
     weights, _ = read_tensors(tmp_path / "backbone.safetensors")
@@ -172,7 +178,7 @@ def test_plain_torchvision_loads_our_file_but_for_the_classifier(tmp_path: Path)
 
 
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small"])
-def test_our_backbone_loads_plain_torchvision_weights(tmp_path: Path, name: str):
+def test_a_backbone_loads_plain_torchvision_weights(tmp_path: Path, name: str):
     plain = torchvision.models.get_model(name, weights=None)
     save_file(plain.state_dict(), tmp_path / "plain.safetensors")
     backbone = build_backbone(Backbone(name=name), 64)
@@ -206,7 +212,7 @@ def _reshape(weights: dict[str, Tensor]) -> None:
         (_reshape, r"conv1.weight is \(64, 1, 3, 3\), not \(64, 3, 3, 3\)"),
     ],
 )
-def test_t23_weights_load_strictly(tmp_path: Path, damage: Callable[[dict[str, Tensor]], None], message: str):
+def test_weights_load_strictly(tmp_path: Path, damage: Callable[[dict[str, Tensor]], None], message: str):
     path, config = tmp_path / "backbone.safetensors", Backbone(name="resnet18", stem="small")
     save_backbone(path, build_backbone(config, 32), config, 32, METADATA)
     weights, header = read_tensors(path)
@@ -216,7 +222,7 @@ def test_t23_weights_load_strictly(tmp_path: Path, damage: Callable[[dict[str, T
         load_backbone(path)
 
 
-def test_broken_and_foreign_files_are_named(tmp_path: Path):
+def test_missing_broken_and_foreign_files_are_named(tmp_path: Path):
     path, config = tmp_path / "backbone.safetensors", Backbone(name="mobilenet_v3_small")
     with pytest.raises(ValueError, match=r"backbone.safetensors does not exist"):
         load_backbone(path)
@@ -230,7 +236,7 @@ def test_broken_and_foreign_files_are_named(tmp_path: Path):
 
 
 def test_a_stride_over_a_single_pixel_is_refused():
-    # Its bfloat16 weight gradient is garbage on CPUs (oneDNN), and there is nothing left to see.
+    # Its bfloat16 weight gradient is uninitialised memory on CPUs (oneDNN).
     config = Backbone(name="timm/test_resnet")
     backbone = build_backbone(Backbone(name="timm/test_resnet"), 32)
     with pytest.raises(ValueError, match="only one pixel is left before the last stride"):

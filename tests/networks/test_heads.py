@@ -1,4 +1,4 @@
-"""Heads have the layers that the papers name."""
+"""Heads have the layers of the papers."""
 
 import pytest
 import torch
@@ -22,13 +22,13 @@ def test_ressl_neurips_projector_has_no_batch_norm():
     assert layers(mlp((512, 4096, 512), batch_norm=False)) == ["Linear", "ReLU", "Linear"]
 
 
-def test_simsiam_projector_ends_in_a_batch_norm_without_scale():
+def test_simsiam_projector_ends_with_a_batch_norm_without_scale():
     head = mlp((8, 16, 16, 16), bias=False, final_batch_norm=True, final_affine=False)
     assert layers(head) == ["linear", "BatchNorm1d", "ReLU"] * 2 + ["linear", "BatchNorm1d"]
     assert [layer.affine for layer in head if isinstance(layer, nn.BatchNorm1d)] == [True, True, False]
 
 
-def test_simsiam_predictor_keeps_the_bias_that_no_batch_norm_cancels():
+def test_the_last_layer_of_simsiams_predictor_has_a_bias():
     assert layers(mlp((16, 4, 16), bias=False)) == ["linear", "BatchNorm1d", "ReLU", "Linear"]
 
 

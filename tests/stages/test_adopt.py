@@ -1,4 +1,4 @@
-"""Weights that were trained elsewhere become a backbone that every evaluation takes, unchanged to the last weight."""
+"""Weights that were trained elsewhere become a backbone for every evaluation, with unchanged values."""
 
 import json
 from pathlib import Path
@@ -31,7 +31,7 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def resnet18() -> nn.Module:
-    """torchvision's ResNet-18 with its classifier, batch norm no longer as it starts."""
+    """ResNet-18 of torchvision with its classifier, after one step of its batch norms."""
     torch.manual_seed(1)
     network = torchvision.models.resnet18()
     network.train()(torch.randn(4, 3, 64, 64))
@@ -40,12 +40,12 @@ def resnet18() -> nn.Module:
 
 @pytest.fixture(scope="module")
 def small() -> dict[str, Tensor]:
-    """The weights of a smaller network by torchvision, which `SMALL` describes."""
+    """The weights of the smaller network of torchvision in `SMALL`."""
     torch.manual_seed(1)
     return torchvision.models.shufflenet_v2_x0_5().state_dict()
 
 
-def take(folder: Path, manifest: Path, weights: dict[str, Tensor] | Path, **spec: Any) -> Path:
+def adopted(folder: Path, manifest: Path, weights: dict[str, Tensor] | Path, **spec: Any) -> Path:
     """Adopt the weights and return the backbone file."""
     path = weights if isinstance(weights, Path) else folder / "weights.safetensors"
     if not isinstance(weights, Path):
@@ -64,27 +64,28 @@ def measured(backbone: Path, manifest: Path, folder: Path) -> dict[str, Any]:
     return read_json(folder / "knn.json")
 
 
-def test_torchvisions_network_gives_its_own_features(
+def test_features_are_those_of_torchvisions_network(
     tmp_path: Path, manifest: Path, resnet18: nn.Module, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    path = take(tmp_path, manifest, resnet18.state_dict(), image_size=64)
-    assert "left out the classifier (fc.bias, fc.weight)" in capfd.readouterr().err
+    path = adopted(tmp_path, manifest, resnet18.state_dict(), image_size=64)
+    assert "dropped the classifier (fc.bias, fc.weight)" in capfd.readouterr().err
     backbone, header = load_backbone(path)
     assert header["image_size"] == "64"
     assert {name: json.loads(header[name]) for name in ("mean", "std")} == IMAGENET
-    images, seen = torch.randn(3, 3, 64, 64), []
-    resnet18.get_submodule("avgpool").register_forward_hook(lambda *args: seen.append(args[-1]))
+    images = torch.randn(3, 3, 64, 64)
+    pooled: list[Tensor] = []
+    resnet18.get_submodule("avgpool").register_forward_hook(lambda *args: pooled.append(args[-1]))
     with torch.no_grad():
         resnet18(images)
         features = backbone.eval()(images)
-    assert torch.allclose(features, seen[0].flatten(1), atol=1e-6)
+    assert torch.allclose(features, pooled[0].flatten(1), atol=1e-6)
 
 
-def test_it_is_evaluated_as_any_other_beside_its_own_untrained_network(
+def test_adopted_weights_are_evaluated_with_an_untrained_baseline(
     tmp_path: Path, manifest: Path, resnet18: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SSL_TRACKING", "off")
-    path = take(tmp_path, manifest, resnet18.state_dict(), image_size=32)
+    path = adopted(tmp_path, manifest, resnet18.state_dict(), image_size=32)
     result = measured(path, manifest, tmp_path)
     assert result["metrics"]["top1"] >= 0
     assert result["baselines"].keys() == {"untrained", "pixels"}
@@ -95,14 +96,12 @@ def test_it_is_evaluated_as_any_other_beside_its_own_untrained_network(
     assert all(torch.equal(weight, untrained[name]) for name, weight in drawn.items())
 
 
-def test_timms_network_gives_its_own_features_and_is_evaluated(
-    tmp_path: Path, manifest: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_features_are_those_of_timms_network(tmp_path: Path, manifest: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SSL_TRACKING", "off")
     torch.manual_seed(2)
     network: Any = timm.create_model("mobilenetv3_small_050", pretrained=False).eval()
     spec = {"backbone": {"name": "timm/mobilenetv3_small_050"}, "image_size": 32, "normalisation": "dataset"}
-    path = take(tmp_path, manifest, network.state_dict(), **spec)
+    path = adopted(tmp_path, manifest, network.state_dict(), **spec)
     backbone, header = load_backbone(path)
     assert {name: json.loads(header[name]) for name in ("mean", "std")} == {"mean": list(MEAN), "std": list(STD)}
     images = torch.randn(3, 3, 32, 32)
@@ -112,38 +111,40 @@ def test_timms_network_gives_its_own_features_and_is_evaluated(
     assert measured(path, manifest, tmp_path)["num_test"] == 12
 
 
-def test_a_file_of_ours_keeps_its_size_normalisation_and_seed(tmp_path: Path, manifest: Path) -> None:
+def test_a_backbone_file_keeps_its_size_normalisation_and_seed(tmp_path: Path, manifest: Path) -> None:
     config = Backbone(name="mobilenet_v3_small", stem="small")
     metadata = {"mean": "[0.1, 0.2, 0.3]", "std": "[1.0, 1.0, 1.0]", "seed": "7", "version": "v"}
     network = build_backbone(config, 24)
     save_backbone(tmp_path / "own.safetensors", network, config, 24, metadata)
     backbone = {"name": "mobilenet_v3_small", "stem": "small"}
-    found, header = load_backbone(take(tmp_path, manifest, tmp_path / "own.safetensors", backbone=backbone))
-    assert all(torch.equal(weight, found.state_dict()[name]) for name, weight in network.state_dict().items())
+    loaded, header = load_backbone(adopted(tmp_path, manifest, tmp_path / "own.safetensors", backbone=backbone))
+    assert all(torch.equal(weight, loaded.state_dict()[name]) for name, weight in network.state_dict().items())
     expected = {"image_size": "24", "mean": "[0.1, 0.2, 0.3]", "std": "[1.0, 1.0, 1.0]", "seed": "7"}
     assert {name: header[name] for name in expected} == expected
-    assert "version" not in header  # that pre-training's run is not this experiment's
-    with pytest.raises(ValueError, match=r"normalisation: .*own\.safetensors says its own; leave the key out"):
-        take(tmp_path, manifest, tmp_path / "own.safetensors", backbone=backbone, normalisation="imagenet")
-    with pytest.raises(ValueError, match=r"backbone: .*own\.safetensors holds {'name': 'mobilenet_v3_small', 'stem'"):
-        take(tmp_path, manifest, tmp_path / "own.safetensors", backbone=backbone | {"stem": "tiny"})
+    assert "version" not in header  # the run of that pre-training belongs to another experiment
+    with pytest.raises(ValueError, match=r"normalisation: .*own\.safetensors defines it already; remove the key"):
+        adopted(tmp_path, manifest, tmp_path / "own.safetensors", backbone=backbone, normalisation="imagenet")
+    with pytest.raises(
+        ValueError, match=r"backbone: .*own\.safetensors contains {'name': 'mobilenet_v3_small', 'stem'"
+    ):
+        adopted(tmp_path, manifest, tmp_path / "own.safetensors", backbone=backbone | {"stem": "tiny"})
 
 
-def test_a_normalisation_of_its_own_is_kept(tmp_path: Path, manifest: Path, small: dict[str, Tensor]) -> None:
-    own = {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}
-    _, header = load_backbone(take(tmp_path, manifest, small, **SMALL, normalisation=own))
-    assert {name: json.loads(header[name]) for name in own} == own
+def test_a_normalisation_in_the_settings_is_used(tmp_path: Path, manifest: Path, small: dict[str, Tensor]) -> None:
+    normalisation = {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}
+    _, header = load_backbone(adopted(tmp_path, manifest, small, **SMALL, normalisation=normalisation))
+    assert {name: json.loads(header[name]) for name in normalisation} == normalisation
 
 
 def test_the_same_file_gives_the_same_bytes(tmp_path: Path, manifest: Path, small: dict[str, Tensor]) -> None:
-    once = take(tmp_path, manifest, small, **SMALL).read_bytes()
-    assert take(tmp_path, manifest, tmp_path / "weights.safetensors", **SMALL).read_bytes() == once
+    once = adopted(tmp_path, manifest, small, **SMALL).read_bytes()
+    assert adopted(tmp_path, manifest, tmp_path / "weights.safetensors", **SMALL).read_bytes() == once
 
 
-def test_counters_that_old_files_lack_are_no_fault(tmp_path: Path, manifest: Path, small: dict[str, Tensor]) -> None:
+def test_files_without_batch_counters_are_accepted(tmp_path: Path, manifest: Path, small: dict[str, Tensor]) -> None:
     old = {name: weight for name, weight in small.items() if "num_batches" not in name}
-    found, _ = load_backbone(take(tmp_path, manifest, old, **SMALL))
-    assert torch.equal(found.state_dict()["conv1.1.running_mean"], old["conv1.1.running_mean"])
+    loaded, _ = load_backbone(adopted(tmp_path, manifest, old, **SMALL))
+    assert torch.equal(loaded.state_dict()["conv1.1.running_mean"], old["conv1.1.running_mean"])
 
 
 @pytest.mark.parametrize(
@@ -157,20 +158,20 @@ def test_counters_that_old_files_lack_are_no_fault(tmp_path: Path, manifest: Pat
         ),
     ],
 )
-def test_what_does_not_fit_is_refused(
+def test_weights_that_do_not_fit_are_refused(
     tmp_path: Path, manifest: Path, small: dict[str, Tensor], change: Any, message: str
 ) -> None:
     weights = dict(small)
     change(weights)
     with pytest.raises(ValueError) as caught:  # noqa: PT011 - the message is compared below
-        take(tmp_path, manifest, weights, **SMALL)
+        adopted(tmp_path, manifest, weights, **SMALL)
     assert message in str(caught.value)
     assert not (tmp_path / "backbone.safetensors").exists()
 
 
-def test_a_file_that_is_none_is_named(tmp_path: Path, manifest: Path) -> None:
+def test_missing_and_broken_files_are_named(tmp_path: Path, manifest: Path) -> None:
     (tmp_path / "none.safetensors").write_text("nothing")
     with pytest.raises(ValueError, match=r"none\.safetensors is truncated or no safetensors file"):
-        take(tmp_path, manifest, tmp_path / "none.safetensors")
+        adopted(tmp_path, manifest, tmp_path / "none.safetensors")
     with pytest.raises(ValueError, match=r"gone\.safetensors does not exist"):
-        take(tmp_path, manifest, tmp_path / "gone.safetensors")
+        adopted(tmp_path, manifest, tmp_path / "gone.safetensors")

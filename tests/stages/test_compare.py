@@ -1,4 +1,4 @@
-"""`ssl-core compare` sets what was reported beside what was measured."""
+"""`ssl-core compare` prints reported and measured numbers side by side."""
 
 import json
 from pathlib import Path
@@ -30,7 +30,7 @@ def lines(text: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.split("  ") if cell.strip()] for line in text.splitlines()]
 
 
-def test_measured_numbers_stand_beside_reported_ones_and_what_is_missing_is_not_run(tmp_path: Path) -> None:
+def test_measured_and_reported_numbers_share_a_row_and_missing_ones_are_not_run(tmp_path: Path) -> None:
     measure(tmp_path, "one", 87.24)
     for seed, top1 in enumerate((85.0, 86.0, 88.0)):
         measure(tmp_path, f"many-seed{seed}", top1)

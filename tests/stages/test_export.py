@@ -1,4 +1,4 @@
-"""Exported files: the same features wherever they are loaded, the same bytes each time, and a card that is true."""
+"""Exported files: equal features in torch and ONNX Runtime, equal bytes each time, and a correct model card."""
 
 import os
 import re
@@ -43,7 +43,7 @@ HEADER = {"mean": "[0.3, 0.4, 0.5]", "std": "[0.2, 0.25, 0.3]", "seed": "0", "ve
 
 
 def trained(name: str, stem: str, size: int) -> Network:
-    """Build a network whose batch norms have seen images, so that its features are no zeros."""
+    """Build a network whose batch norms have seen images, so that its features are not all zero."""
     torch.manual_seed(0)
     network = build_backbone(Backbone(name=name, stem=stem), size)  # pyright: ignore[reportArgumentType]
     for layer in network.modules():
@@ -56,7 +56,7 @@ def trained(name: str, stem: str, size: int) -> Network:
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a backbone and an evaluation, as the stages before write them."""
+    """A folder with a backbone and an evaluation as the earlier stages write them."""
     folder = tmp_path_factory.mktemp("results")
     config = Backbone(name="resnet18", stem="tiny")
     save_backbone(folder / "backbone.safetensors", trained("resnet18", "tiny", 16), config, 16, HEADER)
@@ -88,18 +88,18 @@ def text(exported: Path) -> str:
 
 
 def differ(network: nn.Module, model: bytes, size: int) -> float:
-    """Return by how much ONNX Runtime's features differ from torch's, for one image and for five."""
+    """Return the largest difference between the features of ONNX Runtime and torch, for one image and for five."""
     session = onnxruntime.InferenceSession(model)
-    worst = 0.0
+    largest = 0.0
     for batch in (1, 5):
         images = torch.rand(batch, 3, size, size) * 4 - 2
         with torch.no_grad():
             expected = network(images)
-        assert expected.std() > 1e-3  # else any file would do
-        found = np.asarray(session.run(["features"], {"images": images.numpy()})[0])
-        assert found.shape == expected.shape
-        worst = max(worst, (torch.from_numpy(found) - expected).abs().max().item())
-    return worst
+        assert expected.std() > 1e-3  # otherwise any file would pass
+        features = np.asarray(session.run(["features"], {"images": images.numpy()})[0])
+        assert features.shape == expected.shape
+        largest = max(largest, (torch.from_numpy(features) - expected).abs().max().item())
+    return largest
 
 
 def test_onnx_gives_the_features_of_the_network_for_any_batch(exported: Path, sources: Path) -> None:
@@ -136,13 +136,13 @@ class Small(nn.Module):
         return self.norm(self.convolution(images)).relu().mean(dim=(2, 3))
 
 
-def test_a_file_that_gives_other_features_is_refused() -> None:
+def test_a_file_with_wrong_features_is_refused() -> None:
     network = Small().eval()
     model = export.to_onnx(network, 8, {})
     assert export.largest_difference(network, model, 8) < 1e-5
     with torch.no_grad():
         network.convolution.weight[0, 0, 0, 0] += 0.1
-    with pytest.raises(RuntimeError, match="other features"):
+    with pytest.raises(RuntimeError, match="features of the ONNX file differ"):
         export.largest_difference(network, model, 8)
 
 
@@ -160,7 +160,7 @@ def test_another_process_writes_the_same_bytes(exported: Path, sources: Path, ro
             assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes(), path.name
 
 
-def test_onnx_says_what_it_is_and_not_where_it_was(exported: Path, root: Path) -> None:
+def test_onnx_describes_the_network_without_paths_of_this_machine(exported: Path, root: Path) -> None:
     content = (exported / "backbone.onnx").read_bytes()
     for word in (
         str(root),
@@ -188,51 +188,50 @@ def test_onnx_says_what_it_is_and_not_where_it_was(exported: Path, root: Path) -
     assert batch == ["batch", "batch"]
 
 
-def test_safetensors_hold_the_same_weights_and_more_words(exported: Path, sources: Path) -> None:
+def test_safetensors_have_the_same_weights_and_a_longer_header(exported: Path, sources: Path) -> None:
     weights, header = read_tensors(exported / "backbone.safetensors")
-    before, old = read_tensors(sources / "backbone.safetensors")
-    assert weights.keys() == before.keys()
-    assert all(torch.equal(weight, before[name]) for name, weight in weights.items())
-    assert header.items() >= old.items()
+    original, original_header = read_tensors(sources / "backbone.safetensors")
+    assert weights.keys() == original.keys()
+    assert all(torch.equal(weight, original[name]) for name, weight in weights.items())
+    assert header.items() >= original_header.items()
     assert (header["architecture"], header["library"], header["stem"]) == ("resnet18", "torchvision", "tiny")
 
 
-def test_a_plain_resnet_lacks_nothing_but_its_classifier(tmp_path: Path) -> None:
+def test_a_plain_resnet_lacks_only_its_classifier(tmp_path: Path) -> None:
     config = Backbone(name="resnet18")
     save_backbone(tmp_path / "plain.safetensors", build_backbone(config, 32), config, 32, HEADER)
-    left = torchvision.models.resnet18().load_state_dict(load_file(tmp_path / "plain.safetensors"), strict=False)
-    assert (left.missing_keys, left.unexpected_keys) == (["fc.weight", "fc.bias"], [])
+    result = torchvision.models.resnet18().load_state_dict(load_file(tmp_path / "plain.safetensors"), strict=False)
+    assert (result.missing_keys, result.unexpected_keys) == (["fc.weight", "fc.bias"], [])
 
 
-def test_the_cards_code_runs_as_it_stands(
-    exported: Path, sources: Path, text: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_code_of_the_card_runs(exported: Path, sources: Path, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(exported / "picture.png")
     monkeypatch.chdir(exported)
     blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
     assert len(blocks) == 3
-    found: list[torch.Tensor] = []
+    outputs: list[torch.Tensor] = []
     names: dict = {}
     for block in blocks:
         exec(block, names)
-        found += [torch.as_tensor(names.pop("features"))] if "features" in names else []
+        if "features" in names:
+            outputs.append(torch.as_tensor(names.pop("features")))
     images = (torch.from_numpy(pixels / 255) - torch.tensor([0.3, 0.4, 0.5])) / torch.tensor([0.2, 0.25, 0.3])
     network, _ = load_backbone(sources / "backbone.safetensors")
     with torch.no_grad():
         expected = network.eval()(images.permute(2, 0, 1)[None].float())
-    assert [features.shape for features in found] == [(1, 512)] * 2
-    for features in found:
+    assert [features.shape for features in outputs] == [(1, 512)] * 2
+    for features in outputs:
         torch.testing.assert_close(features, expected, atol=1e-4, rtol=0)
 
 
-def test_the_card_states_where_the_network_comes_from(text: str) -> None:
+def test_the_card_describes_the_origin_of_the_network(text: str) -> None:
     front = yaml.safe_load(text.split("---\n")[1])
     assert front["library_name"] == "torchvision"
     assert {"ressl", "resnet18"} <= set(front["tags"])
     (settings,) = [yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", text, flags=re.DOTALL)]
     assert settings["method"]["queue_size"] == 77
-    assert settings["method"]["teacher_temperature"] == 0.04  # the paper's, unsaid
+    assert settings["method"]["teacher_temperature"] == 0.04  # the paper's value, which SPEC does not set
     assert "by ReSSL: relational self-supervised learning (Zheng et al., 2021)" in text
     assert "96 images, drawn with seed 1, of the split `train` of `demo`" in text
     assert "Licence: CC BY 4.0" in text
@@ -241,11 +240,11 @@ def test_the_card_states_where_the_network_comes_from(text: str) -> None:
     assert "`conv1` is a 3x3 convolution of stride 2" in text
 
 
-def test_the_card_has_every_number_beside_its_protocol_and_baselines(text: str) -> None:
+def test_the_card_lists_each_result_with_protocol_and_baselines(text: str) -> None:
     assert "| probe | linear/v1 | demo/test | top1 | 81.2 | 43.8 | 62.5 | 96 | 360 |" in text
 
 
-def test_the_card_of_adopted_weights_claims_no_training(root: Path, sources: Path) -> None:
+def test_the_card_of_adopted_weights_describes_no_training(root: Path, sources: Path) -> None:
     from ssl_core.data.card import load_card
     from ssl_core.report.model_card import write_model_card
 
@@ -254,6 +253,6 @@ def test_the_card_of_adopted_weights_claims_no_training(root: Path, sources: Pat
     text = write_model_card(
         "theirs", spec, network, header, card=load_card(root / "datasets" / "demo.yaml"), results=[]
     )
-    assert "Not done here: the weights are those of the file `theirs.safetensors`" in text
+    assert "The weights come from the file `theirs.safetensors`, which has no record of their training" in text
     assert "/somewhere" not in text
     assert "Not evaluated." in text

@@ -65,7 +65,7 @@ def test_a_rerun_gives_the_same_bytes(finished, manifest, tmp_path):
         assert (again / name).read_bytes() == (finished / name).read_bytes(), name
 
 
-def test_the_files_of_weights_belong_to_what_a_run_learns_from(manifest, tmp_path):
+def test_files_of_weights_are_part_of_the_data_digest(manifest, tmp_path):
     def digest(**method):
         job = pretrain.Job(
             experiment="tiny", spec={"method": method}, code="c", manifest=manifest, output=tmp_path,
@@ -83,7 +83,7 @@ def test_the_files_of_weights_belong_to_what_a_run_learns_from(manifest, tmp_pat
     assert len({digest(), first, digest(initial=str(start)), digest(teacher={"weights": str(manifest)})}) == 4
 
 
-def test_the_backbone_loads_back_and_moved_from_where_it_began(finished):
+def test_the_backbone_loads_back_and_differs_from_its_initialisation(finished):
     network, header = load_backbone(finished / "backbone.safetensors")
     torch.manual_seed(0)
     untrained = build_backbone(Backbone(name="mobilenet_v3_small", stem="small"), 16)
@@ -92,7 +92,7 @@ def test_the_backbone_loads_back_and_moved_from_where_it_began(finished):
     assert header["seed"] == "0"
 
 
-def test_the_untrained_baseline_is_the_network_training_began_from(manifest, tmp_path):
+def test_the_untrained_baseline_is_the_initial_network(manifest, tmp_path):
     slow = run(manifest, tmp_path, spec(training={"epochs": 2, "learning_rate": 1e-30, "weight_decay": 0.0}))
     torch.manual_seed(0)
     untrained = dict(build_backbone(Backbone(name="mobilenet_v3_small", stem="small"), 16).named_parameters())
@@ -101,7 +101,7 @@ def test_the_untrained_baseline_is_the_network_training_began_from(manifest, tmp
         torch.testing.assert_close(value, untrained[name], atol=1e-20, rtol=0)
 
 
-def test_history_has_a_row_a_look_and_the_online_knn_where_it_was_asked(finished):
+def test_history_has_a_row_per_log_and_the_online_knn_in_its_epochs(finished):
     rows = list(csv.DictReader((finished / "history.csv").read_text().splitlines()))
     assert [int(row["step"]) for row in rows] == [3, 6, 9, 12]
     assert [bool(row["online/knn"]) for row in rows] == [False, True, False, True]
@@ -121,8 +121,8 @@ def test_the_summary_has_resolved_settings_and_cost(finished):
     ("method", "passes"),
     [({"name": "ressl"}, 1), ({"name": "simclr"}, 2), ({"name": "swav", "num_locals": 6}, 8), ({"name": "jigclu"}, 1)],
 )
-def test_a_pass_is_a_picture_that_the_student_sees(method, passes):
-    """JigClu lays its four patches into one montage; SwAV's are two large and six small crops."""
+def test_backward_passes_count_the_images_that_the_student_sees(method, passes):
+    """JigClu joins four patches into one montage; SwAV has two large and six small crops."""
     resolved = resolve({**SPEC, "method": method})
     assert pretrain.students_views(method_class(method["name"]).views(resolved.method, 32)) == passes
 
@@ -158,14 +158,14 @@ def test_two_processes_train_from_the_same_recipe(manifest, tmp_path):
         ({"dataset": {"subset": {"images": 5000}}}, "subset.images 5000 is more than demo/train has .1437."),
     ],
 )
-def test_a_mistake_is_one_clear_line_before_anything_is_written(changes, words, manifest, tmp_path):
+def test_a_mistake_is_one_line_and_nothing_is_written(changes, words, manifest, tmp_path):
     with pytest.raises(ValueError, match=words) as error:
         run(manifest, tmp_path, spec(**changes))
     assert "\n" not in str(error.value)
     assert not (tmp_path / "results").exists()
 
 
-def test_a_checkpoint_of_another_configuration_is_set_aside_and_says_so(manifest, tmp_path, capsys):
+def test_a_checkpoint_of_another_configuration_is_set_aside_with_a_message(manifest, tmp_path, capsys):
     checkpoint = tmp_path / "checkpoints" / "tiny.pt"
     stopped(manifest, tmp_path)
     run(manifest, tmp_path, spec(method={"student_temperature": 0.2}))
@@ -175,7 +175,7 @@ def test_a_checkpoint_of_another_configuration_is_set_aside_and_says_so(manifest
 
 
 def stopped(manifest: Path, folder: Path) -> None:
-    """Send this process a SIGTERM once the first checkpoint is there."""
+    """Start a run and end it by SIGTERM once it has written a checkpoint."""
     checkpoint = folder / "checkpoints" / "tiny.pt"
 
     def send() -> None:
@@ -191,7 +191,7 @@ def stopped(manifest: Path, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("subset", [None, Subset(images=8000, seed=3)])
-def test_the_online_knn_looks_at_images_of_the_subset(subset):
+def test_the_online_knn_uses_images_of_the_subset(subset):
     watched = Subset(images=pretrain.PROBE_IMAGES, seed=subset.seed if subset else 0)
     assert pretrain.watched(Dataset(name="large", subset=subset), 20000).subset == watched
     own = range(20000) if subset is None else draw_subset(20000, subset, "large")

@@ -1,24 +1,25 @@
+"""Checkpoints: exact content, refusal of other runs, damage and pickles."""
+
 import pickle
 
 import pytest
 import torch
 
-from ssl_core.training import checkpoint
-from ssl_core.training.checkpoint import Identity
+from ssl_core.training.checkpoint import Identity, load_checkpoint, save_checkpoint
 
 MINE = Identity(spec='{"method":{"name":"ressl","queue_size":64}}', code="c", data="d")
 
 
-def test_gives_back_what_was_saved(tmp_path):
-    checkpoint.save(tmp_path / "run.pt", {"step": 3, "rows": torch.arange(3)}, MINE)
-    state = checkpoint.load(tmp_path / "run.pt", MINE)
+def test_the_saved_state_is_loaded(tmp_path):
+    save_checkpoint(tmp_path / "run.pt", {"step": 3, "rows": torch.arange(3)}, MINE)
+    state = load_checkpoint(tmp_path / "run.pt", MINE)
     assert state is not None
     assert state["step"] == 3
     assert torch.equal(state["rows"], torch.arange(3))
 
 
-def test_no_file_means_nothing_to_continue(tmp_path):
-    assert checkpoint.load(tmp_path / "run.pt", MINE) is None
+def test_without_a_file_there_is_no_state(tmp_path):
+    assert load_checkpoint(tmp_path / "run.pt", MINE) is None
 
 
 @pytest.mark.parametrize(
@@ -32,9 +33,9 @@ def test_no_file_means_nothing_to_continue(tmp_path):
         (Identity(spec=MINE.spec, code="c", data="x"), "another run: data;"),
     ],
 )
-def test_another_runs_checkpoint_is_set_aside_and_says_why(tmp_path, capsys, other, words):
-    checkpoint.save(tmp_path / "run.pt", {"step": 3}, other)
-    assert checkpoint.load(tmp_path / "run.pt", MINE) is None
+def test_a_checkpoint_of_another_run_is_set_aside_with_the_reason(tmp_path, capsys, other, words):
+    save_checkpoint(tmp_path / "run.pt", {"step": 3}, other)
+    assert load_checkpoint(tmp_path / "run.pt", MINE) is None
     assert not (tmp_path / "run.pt").exists()
     assert (tmp_path / "run.other.pt").exists()
     output = capsys.readouterr()
@@ -43,9 +44,9 @@ def test_another_runs_checkpoint_is_set_aside_and_says_why(tmp_path, capsys, oth
 
 def test_a_damaged_checkpoint_is_set_aside(tmp_path, capsys):
     path = tmp_path / "run.pt"
-    checkpoint.save(path, {"step": 3}, MINE)
+    save_checkpoint(path, {"step": 3}, MINE)
     path.write_bytes(path.read_bytes()[:100])
-    assert checkpoint.load(path, MINE) is None
+    assert load_checkpoint(path, MINE) is None
     assert (tmp_path / "run.damaged.pt").exists()
 
 
@@ -54,8 +55,8 @@ class Evil:
         return (print, ("code ran",))
 
 
-def test_a_pickle_posing_as_a_checkpoint_runs_no_code(tmp_path, capsys):
+def test_a_pickle_in_place_of_a_checkpoint_runs_no_code(tmp_path, capsys):
     path = tmp_path / "run.pt"
     path.write_bytes(pickle.dumps(Evil()))
-    assert checkpoint.load(path, MINE) is None
+    assert load_checkpoint(path, MINE) is None
     assert "code ran" not in capsys.readouterr().out

@@ -2,11 +2,9 @@
 
 import pytest
 import torch
-from torch import nn
 
 from ssl_core.blocks import distributed
 from ssl_core.methods.ressl import Config, ReSSL
-from ssl_core.networks.batchnorm import SplitBatchNorm2d
 from tests.methods.harness import two_processes_equal_one
 
 
@@ -25,17 +23,6 @@ def test_alone_everything_is_the_identity():
     assert distributed.gather(rows) is rows
     assert (distributed.rank(), distributed.world_size()) == (0, 1)
     assert distributed.agree(True, rows.device)
-
-
-def test_a_batch_norm_that_cannot_be_synchronised_is_refused_where_it_trains():
-    class Other(nn.BatchNorm2d):
-        pass
-
-    with pytest.raises(ValueError, match=r"cannot replace Other \(1\)"):
-        distributed.synchronise_batchnorm(nn.Sequential(nn.Flatten(), Other(3)))
-    frozen = nn.Sequential(Other(3).requires_grad_(False), SplitBatchNorm2d(3))
-    distributed.synchronise_batchnorm(frozen)
-    assert [type(layer) for layer in frozen] == [Other, SplitBatchNorm2d]
 
 
 def test_unshuffle_undoes_shuffle_and_the_order_depends_on_seed_and_step_alone():

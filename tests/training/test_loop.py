@@ -1,4 +1,4 @@
-"""Stopping anywhere and going on changes no bit (T6)."""
+"""A run that stops anywhere and resumes is bit for bit an undisturbed one."""
 
 import contextlib
 import io
@@ -13,7 +13,7 @@ from ssl_core.data.views import View
 from ssl_core.methods.ressl import Config, ReSSL
 from ssl_core.networks.backbones import build_backbone
 from ssl_core.stages import shard
-from ssl_core.training.loop import Trainer, autocast_type
+from ssl_core.training.loop import Trainer
 from ssl_core.training.monitor import online_knn
 
 
@@ -68,9 +68,10 @@ def final(trained: Trainer) -> dict[str, torch.Tensor]:
             {"crops": "two", "final_teacher_momentum": 1.0},
             {"optimizer": "adamw", "accumulation": 2, "learning_rate": 1e-3},
         ),
-        ({"crops": "multi"}, {"nesterov": True, "gradient_clip": 1.0, "precision": "bf16"}),
+        # `auto` is bfloat16 where it is native; emulated it takes minutes.
+        ({"crops": "multi"}, {"nesterov": True, "gradient_clip": 1.0, "precision": "auto"}),
     ],
-    ids=["plain", "split, lars", "two crops, adamw, accumulated", "five crops, bf16"],
+    ids=["plain", "split, lars", "two crops, adamw, accumulated", "five crops, native precision"],
 )
 def test_training_resumed_in_and_between_epochs_equals_training_undisturbed(method, training, trainer):
     whole = trainer(method, **training)
@@ -137,9 +138,3 @@ def test_another_number_of_processes_is_refused(trainer):
     state["ranks"] = state["ranks"] * 2
     with pytest.raises(ValueError, match=r"written by 2 processes, training\.gpus is 1"):
         one.restore(state)
-
-
-def test_precision_says_what_it_does():
-    cpu = torch.device("cpu")
-    assert autocast_type("fp32", cpu) is None
-    assert autocast_type("bf16", cpu) is torch.bfloat16

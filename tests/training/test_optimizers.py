@@ -1,4 +1,4 @@
-"""Optimizers: LARS against a NumPy oracle, groups against the recipes, and states that survive a checkpoint."""
+"""Optimizers: LARS against NumPy, parameter groups as in the papers, and exact resumption from a checkpoint."""
 
 import copy
 import io
@@ -24,7 +24,7 @@ def training(**changes: Any) -> Training:
 
 
 def lars_oracle(value: np.ndarray, gradients: list[np.ndarray], *, decay: float, trusted: bool) -> np.ndarray:
-    """Follow recipes 0.3 word by word, lr .5, momentum .9, coefficient .001."""
+    """LARS of docs/sources.md#lars with lr 0.5, momentum 0.9 and coefficient 0.001."""
     velocity = np.zeros_like(value)
     for gradient in gradients:
         update = gradient + decay * value
@@ -36,7 +36,7 @@ def lars_oracle(value: np.ndarray, gradients: list[np.ndarray], *, decay: float,
 
 
 @pytest.mark.parametrize(("decay", "trusted"), [(0.1, True), (0.0, True), (0.0, False)])
-def test_lars_is_the_recipe(decay: float, trusted: bool):
+def test_lars_equals_numpy(decay: float, trusted: bool):
     random = np.random.default_rng(0)
     values = [random.normal(size=(4, 3)), random.normal(size=5), np.zeros((2, 2))]
     gradients = [[random.normal(size=value.shape) for value in values] for _ in range(4)]
@@ -53,7 +53,7 @@ def test_lars_is_the_recipe(decay: float, trusted: bool):
         np.testing.assert_allclose(parameter.detach().numpy(), expected, rtol=1e-12)
 
 
-def test_lars_leaves_gradients_and_parameters_without_one_alone():
+def test_lars_changes_neither_gradients_nor_parameters_without_gradient():
     used, unused = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
     used.grad = torch.ones(3)
     Lars([used, unused], lr=1.0, weight_decay=0.1).step()
@@ -77,7 +77,7 @@ def sorted_names(module: nn.Module, exclusion: str) -> dict[str, tuple[float, bo
         ("features.0.1.bias", [(0.1, True), (0.0, False), (0.0, False), (0.0, False)]),
     ],
 )
-def test_what_each_exclusion_spares_in_mobilenet(name: str, expected: list[tuple[float, bool]]):
+def test_parameters_that_each_exclusion_spares_in_mobilenet(name: str, expected: list[tuple[float, bool]]):
     backbone = build_backbone(Backbone(name="mobilenet_v2"), 32)
     assert [sorted_names(backbone, exclusion)[name] for exclusion in EXCLUSIONS] == expected
 
@@ -90,7 +90,7 @@ def test_named_exclusion_decays_downsampling_batch_norms_as_ressl_does():
 
 
 @pytest.mark.parametrize("exclusion", EXCLUSIONS)
-def test_groups_hold_every_trained_parameter_once_and_no_frozen_one(exclusion: str):
+def test_each_trained_parameter_is_in_one_group_and_no_frozen_one_is(exclusion: str):
     backbone = build_backbone(Backbone(name="deit_tiny"), 32)
     grouped = [p for group in parameter_groups(backbone, training(decay_exclusion=exclusion)) for p in group["params"]]
     trained = [parameter for parameter in backbone.parameters() if parameter.requires_grad]
@@ -137,7 +137,7 @@ def values(network: nn.Module) -> Tensor:
 
 
 @pytest.mark.parametrize("name", ["sgd", "lars", "adamw"])
-def test_state_survives_a_weights_only_checkpoint_exactly(name: str):
+def test_training_resumes_exactly_from_a_weights_only_checkpoint(name: str):
     plan = training(optimizer=name, learning_rate=0.01, decay_exclusion="norm_bias")
     network = small_network()
     optimizer = build_optimizer(network, plan)
@@ -156,8 +156,8 @@ def test_state_survives_a_weights_only_checkpoint_exactly(name: str):
 
 
 def test_fused_adamw_is_the_unfused_one_on_channels_last_weights():
-    # The fused kernel walks memory: a gradient laid out unlike its weight would be applied to the wrong elements.
-    # (No batch norm here: the biases it cancels have noise for gradients, which Adam blows up to full steps.)
+    # The fused kernel iterates over memory: a gradient with another layout than its weight would update the wrong
+    # elements. Without batch norm, because it cancels biases, whose gradients are noise that Adam scales to full steps.
     network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.Flatten())
     network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     twin = copy.deepcopy(network)

@@ -14,11 +14,11 @@ def training(**changes: Any) -> Training:
     return Training.model_validate(plain | changes)
 
 
-# T20: (processes, accumulation) -> images a forward; the learning rate is of the global batch, whoever computes it.
+# (processes, accumulation) -> images per forward. The learning rate depends on the global batch only.
 @pytest.mark.parametrize(
     ("gpus", "accumulation", "images"), [(1, 1, 512), (1, 4, 128), (2, 1, 256), (4, 2, 64), (8, 1, 64)]
 )
-def test_t20_batch_is_dealt_out_and_the_rate_scaled_once(gpus: int, accumulation: int, images: int):
+def test_batch_is_divided_and_the_rate_scaled_once(gpus: int, accumulation: int, images: int):
     plan = training(
         batch_size=512, gpus=gpus, accumulation=accumulation, learning_rate=0.06, learning_rate_scaling="linear"
     )
@@ -51,7 +51,7 @@ def test_minimum_is_absolute_under_scaling():
     assert learning_rate(50, training=plan, steps_per_epoch=5) == 0.0048
 
 
-def test_cosine_by_epoch_stands_still_within_one():
+def test_cosine_by_epoch_is_constant_within_one():
     plan = training(schedule_unit="epoch", warmup_epochs=0)
     rates = [learning_rate(step, training=plan, steps_per_epoch=3) for step in range(30)]
     closed = [0.4 * (1 + math.cos(math.pi * (step // 3) / 10)) for step in range(30)]

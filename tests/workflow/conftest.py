@@ -23,7 +23,10 @@ pretrain) for file in backbone.safetensors model.safetensors pretrain.json histo
     mkdir -p "$output"; echo "$output" > "$output/$file"; done ;;
 sample-views) mkdir -p "${output%/*}"; echo > "$output" ;;
 adopt) mkdir -p "${output%/*}"; echo "$output" > "$output" ;;
-evaluate | cost) echo '{}' > "$output" ;;
+evaluate) mkdir -p "${output%.json}"; echo '{}' > "$output"; echo > "${output%.json}/pictures.npz" ;;
+cost) echo '{}' > "$output" ;;
+draw) for name in tsne triangles neighbours confusion spectrum; do
+    echo > "$output/$name.png"; echo > "$output/$name.svg"; done ;;
 export) mkdir -p "$output"; for file in backbone.safetensors backbone.onnx README.md; do
     echo "$output" > "$output/$file"; done ;;
 curves) echo > "$output"; echo > "${output%.png}.svg" ;;
@@ -31,7 +34,11 @@ table) echo > "$output"; echo > "${output%.csv}.html" ;;
 esac
 """
 
-CARD = {"name": "tiny", "image_size": 16, "source": {"type": "image_folder", "path": "images", "splits": {"train": {}}}}
+CARD = {
+    "name": "tiny",
+    "image_size": 16,
+    "source": {"type": "image_folder", "path": "images", "splits": {"train": {}, "test": {}}},
+}
 
 CONFIG: dict[str, Any] = {
     "experiments": {

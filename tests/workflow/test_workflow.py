@@ -154,6 +154,7 @@ def test_adopted_weights_have_pictures_but_no_curves(fresh: Project) -> None:
     run = fresh.snakemake("-n", "all", "results/taken/looks/tsne.svg")
     assert run.returncode == 0, run.stderr
     assert run.stdout.count("rule pictures:") == 3
+    assert run.stdout.count("rule draw:") == 3
     assert "results/taken/looks/neighbours.png" in run.stdout
     assert "results/first/curves.png" in run.stdout
     assert "results/taken/curves.png" not in run.stdout

@@ -11,7 +11,7 @@ import yaml
 from snakemake.persistence import Persistence
 from snakemake.scheduling.job_scheduler import JobScheduler
 
-from ssl_core.experiments import bundled, checks, overlays, sweeps
+from ssl_core.experiments import bundled, checks, needs, overlays, sweeps
 from ssl_core.data.card import load_card
 from ssl_core.experiments.code import evaluation_code, export_code, pretraining_code, stage_code, views_code
 from ssl_core.provenance import canonical
@@ -47,11 +47,12 @@ def checked(config):
     """Return all experiments of a valid configuration, those of sweeps included; exit with one line if it is invalid."""
     try:
         overlays.check_config_files(workflow.configfiles)
-        checks.check(config, json.loads(bundled.SCHEMA.read_text()), bundled.card_names())
+        checks.check(config, SCHEMA, bundled.card_names())
         checks.check_targets(config, sys.argv[1:])
         checks.check_files(config, sys.argv[1:])
-        for name in dict.fromkeys(sweeps.datasets(config).values()):
-            load_card(bundled.card_path(name))
+        datasets = dict.fromkeys(sweeps.datasets(config).values())
+        labels = {name: load_card(bundled.card_path(name)).labels for name in datasets}
+        needs.check_needs(config, SCHEMA, labels, sys.argv[1:])
         return sweeps.experiments(config)
     except ValueError as error:
         sys.exit(f"error: {' '.join(str(error).split())}")
@@ -74,11 +75,11 @@ def files_of(wildcards):
 
 
 def model_of(wildcards):
-    """Return the whole pre-trained model for the evaluations that build on its projector too, else nothing."""
+    """Return the whole pre-trained model for evaluations that need its projector, else nothing."""
     section = EVALUATIONS[wildcards.evaluation]
-    needed = section["protocol"] == "semi_supervised" and section.get("variant", "").startswith("sslight")
-    trained = wildcards.experiment not in ADOPTED
-    return [f"results/{wildcards.experiment}/model.safetensors"] if needed and trained else []
+    if not CONTRACTS[section["protocol"]].needs_of(section).projector:
+        return []
+    return [f"results/{wildcards.experiment}/model.safetensors"]
 
 
 def card_content(dataset):
@@ -99,9 +100,11 @@ def results_of(experiments):
 
 
 def pictures_of(experiments):
-    """Return the pictures of these experiments' views and histories; adopted weights have none."""
+    """Return the pictures of these experiments: views and curves of what was trained here, and drawn evaluations."""
     trained = [experiment for experiment in experiments if experiment not in ADOPTED]
-    return [f"results/{experiment}/{picture}.png" for experiment in trained for picture in ("views", "curves")]
+    own = [f"results/{experiment}/{picture}.png" for experiment in trained for picture in ("views", "curves")]
+    drawn = evaluations_of("pictures")  # one job draws all pictures of an evaluation
+    return own + [f"results/{name}/{evaluation}/tsne.png" for name in experiments for evaluation in drawn]
 
 
 def one_of(names):
@@ -109,11 +112,13 @@ def one_of(names):
     return "|".join(map(re.escape, names)) or "(?!)"
 
 
-def protocols(*names):
-    """Return a regular expression that matches exactly the evaluations by one of these protocols."""
-    return one_of(evaluation for evaluation, section in EVALUATIONS.items() if section["protocol"] in names)
+def evaluations_of(rule):
+    """Return the evaluations whose protocol this rule runs."""
+    return [name for name, section in EVALUATIONS.items() if CONTRACTS[section["protocol"]].rule == rule]
 
 
+SCHEMA = json.loads(bundled.SCHEMA.read_text())
+CONTRACTS = needs.contracts(SCHEMA)
 CONFIG = overlays.without_nulls(config)
 EXPERIMENTS = checked(CONFIG)
 ADOPTED = [experiment for experiment, section in EXPERIMENTS.items() if "weights" in section]

@@ -1,4 +1,4 @@
-# Protocols that need or write more than this have rules of their own.
+# Protocols with other inputs or outputs name another rule in their contract: see pictures.smk and export.smk.
 rule evaluate:
     input:
         backbone="results/{experiment}/backbone.safetensors",
@@ -9,7 +9,7 @@ rule evaluate:
     log:
         "logs/evaluate/{experiment}/{evaluation}.log",
     wildcard_constraints:
-        evaluation=protocols(*{section["protocol"] for section in EVALUATIONS.values()} - {"pictures", "cost"}),
+        evaluation=one_of(evaluations_of("evaluate")),
     threads: 16
     resources:
         gpu=GPU,

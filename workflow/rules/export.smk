@@ -4,8 +4,8 @@ rule export:
         backbone="results/{experiment}/backbone.safetensors",
         results=[
             f"results/{{experiment}}/{evaluation}.json"
-            for evaluation, section in EVALUATIONS.items()
-            if section["protocol"] != "cost"
+            for evaluation in EVALUATIONS
+            if evaluation not in evaluations_of("cost")
         ],
     output:
         weights="results/{experiment}/export/backbone.safetensors",
@@ -25,8 +25,8 @@ rule export:
         " --card {params.dataset} --results {input.results} --output {params.folder} --threads {threads} --log {log}"
 
 
-# Timings are never twice the same: nothing but the table may take this result as an input. All threads, so that no
-# other job disturbs the clock.
+# Timings differ from run to run: only the table may have this result as an input. The job takes all threads, so that no
+# other job disturbs the timing.
 rule cost:
     input:
         backbone="results/{experiment}/backbone.safetensors",
@@ -39,7 +39,7 @@ rule cost:
     log:
         "logs/cost/{experiment}/{evaluation}.log",
     wildcard_constraints:
-        evaluation=protocols("cost"),
+        evaluation=one_of(evaluations_of("cost")),
     threads: 16
     params:
         spec=lambda wildcards: canonical(evaluate_spec(wildcards)),

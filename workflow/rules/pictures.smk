@@ -1,14 +1,37 @@
 localrules:
+    draw,
     curves,
 
 
-# Beside the numbers, each picture as PNG and SVG, in the folder that the stage names after its JSON.
+# Measures; `draw` makes the pictures, so that a change of drawing code measures nothing again.
 rule pictures:
     input:
         backbone="results/{experiment}/backbone.safetensors",
         manifest=lambda wildcards: manifest_of(evaluate_spec(wildcards)),
     output:
         json="results/{experiment}/{evaluation}.json",
+        data="results/{experiment}/{evaluation}/pictures.npz",
+    log:
+        "logs/pictures/{experiment}/{evaluation}.log",
+    wildcard_constraints:
+        evaluation=one_of(evaluations_of("pictures")),
+    threads: 16
+    resources:
+        gpu=GPU,
+    params:
+        spec=lambda wildcards: canonical(evaluate_spec(wildcards)),
+        code=lambda wildcards: evaluation_code(evaluate_spec(wildcards)),
+    shell:
+        "ssl-core evaluate {wildcards.experiment} {wildcards.evaluation} --spec {params.spec:q} --code {params.code}"
+        " --backbone {input.backbone} --manifest {input.manifest} --output {output.json}"
+        " --threads {threads} --log {log}"
+
+
+# Each picture as PNG and SVG.
+rule draw:
+    input:
+        data="results/{experiment}/{evaluation}/pictures.npz",
+    output:
         tsne=report(
             "results/{experiment}/{evaluation}/tsne.png",
             caption="../report/tsne.rst",
@@ -48,19 +71,15 @@ rule pictures:
             "spectrum.svg",
         ),
     log:
-        "logs/pictures/{experiment}/{evaluation}.log",
+        "logs/draw/{experiment}/{evaluation}.log",
     wildcard_constraints:
-        evaluation=protocols("pictures"),
-    threads: 16
-    resources:
-        gpu=GPU,
+        evaluation=one_of(evaluations_of("pictures")),
     params:
-        spec=lambda wildcards: canonical(evaluate_spec(wildcards)),
-        code=lambda wildcards: evaluation_code(evaluate_spec(wildcards)),
+        code=lambda wildcards: stage_code("draw"),
+        folder=lambda wildcards, output: str(Path(output.tsne).parent),
     shell:
-        "ssl-core evaluate {wildcards.experiment} {wildcards.evaluation} --spec {params.spec:q} --code {params.code}"
-        " --backbone {input.backbone} --manifest {input.manifest} --output {output.json}"
-        " --threads {threads} --log {log}"
+        "ssl-core draw {wildcards.experiment} {wildcards.evaluation} --data {input.data} --output {params.folder}"
+        " --log {log}"
 
 
 # No input of a pre-training: a picture that is drawn anew trains nothing.
@@ -84,7 +103,7 @@ rule views:
         " --output {output} --log {log}"
 
 
-# Adopted weights have no history, so nothing asks for their curves.
+# Adopted weights have no history, so `rule all` requests no curves of them.
 rule curves:
     input:
         history="results/{experiment}/history.csv",

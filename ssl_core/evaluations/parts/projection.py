@@ -1,7 +1,7 @@
-"""Networks that end in the first two layers of their pre-training's projector (SSLight's semi-supervised protocol).
+"""Networks that end in the first two layers of the pre-training's projector (SSLight's semi-supervised protocol).
 
-With three layers (DINO, BYOL, SimSiam, NPID's `mlp`) that is Linear, BatchNorm and activation, twice; with two (MoCo,
-SwAV, SimCLR, ReSSL, ...) the second is the output, which nothing activates.
+Of a projector with three layers (DINO, BYOL, SimSiam, NPID's `mlp`) these are Linear, BatchNorm and activation, twice.
+Of a projector with two layers (MoCo, SwAV, SimCLR, ReSSL, ...) the second is the output, without an activation.
 """
 
 import copy
@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ssl_core.config import Backbone, parse
-from ssl_core.evaluations.parts.features import Subjects
+from ssl_core.evaluations.base import Subjects
 from ssl_core.files import read_json
 from ssl_core.methods.base import method_class
 from ssl_core.networks.backbones import build_backbone, load_strictly, read_tensors
@@ -22,12 +22,12 @@ from ssl_core.networks.batchnorm import split_batchnorm
 
 
 def with_projector(subjects: Subjects) -> Subjects:
-    """Put two layers of the trained projector behind the pre-trained network, and new ones behind the untrained.
+    """Append two layers of the trained projector to the pre-trained network, and new ones to the untrained network.
 
-    Pixels stay as they are. Raises `ValueError` where there is no such projector, or weights do not fit exactly.
+    The raw-pixel baseline is unchanged. Raises `ValueError` if there is no such projector or its weights do not fit.
     """
     if subjects.model is None:
-        raise ValueError("this variant needs a projector: this backbone has none from a pre-training; choose another")
+        raise ValueError("this variant needs a projector and the backbone has none: choose another variant")
     projector = load_projector(subjects.model, subjects.header).to(subjects.device)
     fresh = copy.deepcopy(projector)
     with torch.random.fork_rng(devices=[]):
@@ -42,13 +42,13 @@ def with_projector(subjects: Subjects) -> Subjects:
 
 
 def load_projector(model: Path, header: Mapping[str, str]) -> nn.Sequential:
-    """Rebuild the method of a model.safetensors, load it strictly and return its projector's first two layers.
+    """Rebuild the method of a model.safetensors, load it strictly and return the first two layers of its projector.
 
-    `header` is that of the backbone beside it, where `pretrain.json` has the settings.
+    `header` is that of the backbone's file. The settings come from `pretrain.json` in the folder of `model`.
     """
-    weights, said = read_tensors(model)
-    if any(said.get(name) != header.get(f"digest_{name}") for name in ("spec", "code", "data")):
-        raise ValueError(f"{model} is of another pre-training than the backbone: take both from one folder")
+    weights, metadata = read_tensors(model)
+    if any(metadata.get(name) != header.get(f"digest_{name}") for name in ("spec", "code", "data")):
+        raise ValueError(f"{model} and the backbone are of different pre-trainings: take both from one folder")
     report = read_json(model.with_name("pretrain.json"))
     resolved = report["resolved"]
     kind = method_class(resolved["method"]["name"])
@@ -65,15 +65,15 @@ def load_projector(model: Path, header: Mapping[str, str]) -> nn.Sequential:
 
 
 def first_two_layers(method: Any, name: str) -> nn.Sequential:
-    """Return the projector's layers in front of its third linear one; a `ValueError` where it has no second."""
+    """Return the projector's layers before its third linear layer; a `ValueError` if it has no second."""
     projector = getattr(getattr(method, "head", method), "layers", getattr(method, "projector", None))
     layers = list(projector) if isinstance(projector, nn.Sequential) else []
     linear = [position for position, layer in enumerate(layers) if isinstance(layer, nn.Linear)]
     if len(linear) < 2:
         raise ValueError(
-            f"method '{name}' has no projector of two layers for a classifier to stand on: choose a variant of "
-            "semi_supervised other than SSLight's"
+            f"method '{name}' has no projector of two layers, which this variant needs: choose a variant that needs "
+            "the backbone alone"
         )
     kept = nn.Sequential(*layers[: linear[2]] if len(linear) > 2 else layers)
-    split_batchnorm(kept, 1)  # statistics of parts of the batch were the pre-training's
+    split_batchnorm(kept, 1)  # split statistics belong to the pre-training
     return kept.requires_grad_(False)

@@ -1,77 +1,89 @@
-"""How the pictures look: one font, white ground, colours that colour-blind readers tell apart and never colour alone.
+"""The pictures of a representation, drawn from the arrays of the protocol `pictures`.
 
-Each `draw_...` takes arrays and gives a figure; `render` makes a PNG and an SVG of it, the same bytes each time.
+Each `draw_...` takes arrays and returns a figure.
 """
 
-import io
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-import matplotlib.style
 import numpy as np
-from matplotlib import color_sequences
 from matplotlib.axes import Axes
 from matplotlib.collections import PolyCollection
-from matplotlib.colors import to_hex, to_rgb
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-DPI = 150
-INK, SOFT, FAINT = "#1c2430", "#667080", "#c9cfd8"
-# Petroff (2021), made for colour-blind readers; its last is too pale for small points on white
-COLOURS = (*map(to_hex, color_sequences["petroff10"][:-1]), INK)
-MARKERS = "o^sDvPX<>*"
+from ssl_core.drawing.style import FAINT, INK, NETWORKS, SOFT, colour_of, marker_of, shorten, styled
+
 RIGHT, WRONG = "#009e73", "#d55e00"  # Okabe and Ito
 SOLID, DASHED = (0, ()), (0, (3, 1.5))  # frames
-NETWORKS = {"pretrained": ("pre-trained", COLOURS[0], "-"), "untrained": ("untrained", COLOURS[6], "--")}
-NUMBERED_CLASSES = 25  # up to here a confusion matrix has numbers
-NAMED_CLASSES = 60  # and up to here names
-STYLE = {
-    "font.family": "DejaVu Sans",  # comes with matplotlib
-    "font.size": 9,
-    "text.color": INK,
-    "text.parse_math": False,  # a class may be called $x$
-    "axes.edgecolor": SOFT,
-    "axes.labelcolor": INK,
-    "axes.linewidth": 0.8,
-    "axes.titlesize": 10,
-    "axes.titlelocation": "left",
-    "axes.grid": False,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "xtick.color": SOFT,
-    "ytick.color": SOFT,
-    "xtick.labelcolor": INK,
-    "ytick.labelcolor": INK,
-    "xtick.labelsize": 8,
-    "ytick.labelsize": 8,
-    "legend.frameon": False,
-    "legend.fontsize": 8.5,
-    "figure.facecolor": "white",
-    "savefig.facecolor": "white",
-    "svg.hashsalt": "ssl-core",
-}
-styled = matplotlib.style.context(["default", STYLE])  # whatever a reader's matplotlibrc says
+NUMBERED_CLASSES = 25  # a confusion matrix of more classes has no numbers
+NAMED_CLASSES = 60  # and of more than this no names
 
 
 class Neighbours(NamedTuple):
-    """What one network finds nearest to each query, nearest first."""
+    """The nearest training images of each query by one network, nearest first."""
 
-    images: np.ndarray  # (queries, k, height, width, 3), 0..1
+    images: np.ndarray  # (queries, k, height, width, 3), uint8 or 0..1
     labels: np.ndarray  # (queries, k)
 
 
-@styled
-def render(figure: Figure) -> dict[str, bytes]:
-    """Return the figure as a PNG of 150 dpi and an SVG, by extension."""
-    pictures = {}
-    for extension, metadata in (("png", {"Software": None}), ("svg", {"Date": None, "Creator": None})):
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format=extension, dpi=DPI, metadata=metadata)
-        pictures[extension] = buffer.getvalue()
-    return pictures
+def draw_all(data: Mapping[str, np.ndarray]) -> dict[str, Figure]:
+    """Draw the arrays of `evaluations.pictures`; keys with a dot belong to the network before it."""
+    networks = [name for name in NETWORKS if f"{name}.points" in data]
+    classes = [str(name) for name in data["classes"]]
+
+    def of(key: str) -> dict[str, np.ndarray]:
+        return {name: data[f"{name}.{key}"] for name in networks}
+
+    def notes(text: str) -> dict[str, str]:
+        keys = ("tsne_kl", "trustworthiness", "triangles_kl", "rankme", "effective_rank")
+        return {name: text.format(**{key: float(data[f"{name}.{key}"]) for key in keys}) for name in networks}
+
+    neighbours = {
+        name: Neighbours(data[f"{name}.neighbour_images"], data[f"{name}.neighbour_labels"]) for name in networks
+    }
+    shown = next(iter(neighbours.values())).labels.shape[1]
+    perplexity = float(data["perplexity"])
+    accuracies = ", ".join(f"{NETWORKS[name][0]} {float(top1):.1f} %" for name, top1 in of("top1").items())
+    return {
+        "tsne": draw_points(
+            of("points"),
+            data["labels"],
+            classes,
+            title=f"t-SNE of {len(data['labels']):,} images of {data['data']}, perplexity {perplexity:g}",
+            notes=notes("divergence {tsne_kl:.2f}, trustworthiness {trustworthiness:.3f}"),
+        ),
+        "triangles": draw_points(
+            of("triangles"),
+            data["corner_labels"],
+            classes,
+            title=(
+                f"t-SNE of {len(data['corner_labels']):,} images of {data['data']}, each joined to its two augmented "
+                "copies"
+            ),
+            notes=notes("divergence {triangles_kl:.2f}"),
+        ),
+        "neighbours": draw_neighbours(
+            data["query_images"],
+            data["query_labels"],
+            neighbours,
+            classes,
+            title=f"Queries of {data['data']} and their {shown} nearest of {int(data['num_bank']):,} training images",
+        ),
+        "confusion": draw_confusion(
+            data["confusion"],
+            classes,
+            title=f"Weighted {data['k']}-nearest-neighbour classifier on {data['data']}\n{accuracies}",
+        ),
+        "spectrum": draw_spectrum(
+            of("spectrum"),
+            notes("RankMe {rankme:.1f}, effective rank {effective_rank:.1f}"),
+            title=f"Spectrum of {int(data['num_tests']):,} centered features of {data['data']}",
+        ),
+    }
 
 
 @styled
@@ -113,15 +125,15 @@ def draw_points(
 
 @styled
 def draw_neighbours(
-    queries: np.ndarray, labels: np.ndarray, found: Mapping[str, Neighbours], classes: Sequence[str], *, title: str
+    queries: np.ndarray, labels: np.ndarray, nearest: Mapping[str, Neighbours], classes: Sequence[str], *, title: str
 ) -> Figure:
-    """Draw `queries` (queries, height, width, 3) and, one network above the other, what each finds nearest.
+    """Draw `queries` (queries, height, width, 3) and the nearest images of each network, one network above the other.
 
-    A neighbour of the query's class is framed green with a tick, another red, dashed and with a cross.
+    A neighbour of the query's class has a green frame and a tick; another has a dashed red frame and a cross.
     """
-    k = next(iter(found.values())).labels.shape[1]
+    k = next(iter(nearest.values())).labels.shape[1]
     side, column, row, gap, left, top = 0.72, 0.82, 0.94, 0.22, 1.9, 0.78
-    block = row * len(found) + gap
+    block = row * len(nearest) + gap
     width, height = left + column * k + 0.55, top + block * len(queries)
     figure = Figure(figsize=(width, height))
     figure.text(0.15 / width, 1 - 0.14 / height, title, fontsize=11, va="top")
@@ -138,9 +150,9 @@ def draw_neighbours(
     )
     for number, (image, label) in enumerate(zip(queries, labels)):
         base = height - top - block * number
-        low = base - (row * len(found) + side) / 2 + 0.1
+        low = base - (row * len(nearest) + side) / 2 + 0.1
         _picture(figure, image, (0.15, low, side), f"query: {shorten(classes[int(label)], 12)}")
-        for line, (network, others) in enumerate(found.items()):
+        for line, (network, others) in enumerate(nearest.items()):
             bottom = base - row * line - side
             right = others.labels[number] == label
             figure.text(
@@ -155,7 +167,7 @@ def draw_neighbours(
 
 @styled
 def draw_confusion(counts: np.ndarray, classes: Sequence[str], *, title: str) -> Figure:
-    """Draw counts (classes, classes), true class by predicted, as the share of each true class."""
+    """Draw counts (classes, classes), true by predicted class, as shares of each true class."""
     num = len(counts)
     shares = 100 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     side = float(np.clip(0.42 * num, 3.6, 8.4)) if num <= NUMBERED_CLASSES else 8.4 if num <= NAMED_CLASSES else 7.0
@@ -198,7 +210,7 @@ def draw_spectrum(spectra: Mapping[str, np.ndarray], notes: Mapping[str, str], *
     for network, values in spectra.items():
         name, colour, dashes = NETWORKS[network]
         shares = values / max(values[0], np.finfo(float).tiny)
-        seen = shares > 1e-8  # float32 features have no more; what lies below is the dimensions not used
+        seen = shares > 1e-8  # the precision of float32 features; dimensions below it are unused
         lowest = min(lowest, shares[seen].min(initial=1))
         axes.plot(
             np.arange(1, len(values) + 1)[seen],
@@ -217,13 +229,8 @@ def draw_spectrum(spectra: Mapping[str, np.ndarray], notes: Mapping[str, str], *
     return figure
 
 
-def shorten(name: str, length: int) -> str:
-    """Cut a long name, with an ellipsis as its last character."""
-    return name if len(name) <= length else name[: length - 1] + "…"
-
-
 def _scatter(axes: Axes, positions: np.ndarray, rank: int) -> None:
-    """Draw one class: its points, or its triangles with a point at the image itself."""
+    """Draw one class: its points, or its triangles with a point at each image."""
     colour = colour_of(rank)
     if positions.ndim == 3:
         triangles = PolyCollection(
@@ -245,11 +252,11 @@ def _picture(
     *,
     right: bool | None = None,
 ) -> None:
-    """Show an image at (left, bottom, side) in inches, framed, its name below; `right` is None for a query."""
+    """Draw an image at (left, bottom, side) in inches with a frame and its name; `right` is None for a query."""
     width, height = figure.get_size_inches()
     left, bottom, side = place
     axes = figure.add_axes((left / width, bottom / height, side / width, side / height))
-    axes.imshow(pixels, interpolation="nearest")  # 16 px are shown as 16 px
+    axes.imshow(pixels, interpolation="nearest")  # without smoothing
     axes.set_axis_off()
     colour, line = INK, SOLID
     if right is not None:
@@ -260,13 +267,3 @@ def _picture(
     axes.add_patch(frame).set_clip_on(False)
     ink, start, align = (INK, left, "left") if right is None else (colour, left + side / 2, "center")
     figure.text(start / width, (bottom - 0.05) / height, name, ha=align, va="top", fontsize=7, color=ink)
-
-
-def colour_of(rank: int) -> str:
-    """Give each of ten classes or experiments a colour."""
-    return COLOURS[rank % len(COLOURS)]
-
-
-def marker_of(rank: int) -> str:
-    """Give the second ten classes other shapes than those of their colours in the first ten."""
-    return MARKERS[(rank + rank // len(MARKERS)) % len(MARKERS)]

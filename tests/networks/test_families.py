@@ -1,4 +1,4 @@
-"""The code that a model card gives rebuilds each network by its library alone: same names, same features."""
+"""The code of a model card rebuilds each network with its library alone: equal names, equal features."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from torch import nn
 
 from ssl_core.config import Backbone
 from ssl_core.networks.backbones import build_backbone
-from ssl_core.networks.plain import architecture, rebuilding_code, stem_in_words
+from ssl_core.networks.families import architecture, describe_stem, rebuilding_code
 
 
 @pytest.mark.parametrize(
@@ -33,7 +33,7 @@ def test_the_code_rebuilds_the_network(config: Backbone, size: int) -> None:
     for layer in network.modules():
         if isinstance(layer, nn.BatchNorm2d):
             layer.momentum = 0.9
-    network.train()(torch.randn(8, 3, size, size))  # else features of untrained batch norms vanish
+    network.train()(torch.randn(8, 3, size, size))  # otherwise the features of untrained batch norms vanish
     network.eval()
     names: dict = {}
     exec(rebuilding_code(network, config, size), names)
@@ -47,7 +47,7 @@ def test_the_code_rebuilds_the_network(config: Backbone, size: int) -> None:
         assert torch.equal(model.eval()(images), expected)
 
 
-def test_without_its_stem_a_mobilenet_takes_the_weights_and_gives_other_features() -> None:
+def test_a_mobilenet_without_its_stem_loads_the_weights_but_gives_other_features() -> None:
     torch.manual_seed(0)
     config = Backbone(name="mobilenet_v2", stem="small")
     network = build_backbone(config, 32)
@@ -57,7 +57,7 @@ def test_without_its_stem_a_mobilenet_takes_the_weights_and_gives_other_features
     names["model"].load_state_dict(network.state_dict())
     images = torch.randn(2, 3, 32, 32)
     assert not torch.allclose(names["model"].eval()(images), network.eval()(images), rtol=0.01, atol=0)
-    assert "load without this change, too, but the features are then others" in stem_in_words(network, config)
+    assert "load without this change as well, but then give other features" in describe_stem(network, config)
 
 
 @pytest.mark.parametrize(
@@ -69,5 +69,5 @@ def test_without_its_stem_a_mobilenet_takes_the_weights_and_gives_other_features
         ("vit_small_16", ("timm", "vit_small_patch16_224")),
     ],
 )
-def test_names_are_the_librarys(name: str, expected: tuple[str, str]) -> None:
+def test_architecture_names_the_library_and_its_network(name: str, expected: tuple[str, str]) -> None:
     assert architecture(Backbone(name=name)) == expected
