@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ssl_core.config import Experiment, Strict, Training, nearest, parse
-from ssl_core.data.loader import Batch, Loader
+from ssl_core.data.batch import Batch, BatchSource
 from ssl_core.data.views import Views, adjust
 from ssl_core.networks.backbones import Network
 
@@ -79,7 +79,7 @@ class Method(nn.Module):
         """Return the views made of each image, by group."""
         raise NotImplementedError
 
-    def prepare(self, loader: Loader, device: torch.device) -> None:
+    def prepare(self, loader: BatchSource, device: torch.device) -> None:
         """Read the data once before the first step of a new run; the caller resets the loader afterwards."""
 
     def forward(self, batch: Batch, progress: Progress) -> Losses:

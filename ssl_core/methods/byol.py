@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ssl_core.blocks import distributed
 from ssl_core.blocks.momentum import MomentumTeacher
-from ssl_core.data.loader import Batch
+from ssl_core.data.batch import Batch
 from ssl_core.data.views import POLICIES, Augmentation, Probability, View, Views
 from ssl_core.methods.base import Losses, Memory, Method, MethodConfig, Preset, Progress, full_precision
 from ssl_core.networks.backbones import Network

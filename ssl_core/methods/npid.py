@@ -17,7 +17,7 @@ from torch import Tensor
 from ssl_core.blocks import distributed
 from ssl_core.blocks.cutmix import Mixed, cutmix
 from ssl_core.blocks.instance_softmax import InstanceSoftmax, instance_loss, instance_softmax
-from ssl_core.data.loader import Batch, Loader
+from ssl_core.data.batch import Batch, BatchSource
 from ssl_core.data.views import POLICIES, Augmentation, View, Views
 from ssl_core.methods.base import Losses, Memory, Method, MethodConfig, Preset, Progress, full_precision
 from ssl_core.networks.backbones import Network
@@ -120,7 +120,7 @@ class NPID(Method):
         return {"student": View(size=image_size, area=config.area, augmentation=config.augmentation)}
 
     @torch.no_grad()
-    def prepare(self, loader: Loader, device: torch.device) -> None:
+    def prepare(self, loader: BatchSource, device: torch.device) -> None:
         """Fill the bank with the untrained network's embeddings.
 
         Epochs are repeated until every image was seen, because each epoch drops its last incomplete batch. The running

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ssl_core.blocks.cutmix import Mixed, cutmix
 from ssl_core.blocks.instance_softmax import instance_loss, instance_softmax
-from ssl_core.data.loader import Batch
+from ssl_core.data.batch import Batch
 from ssl_core.data.views import POLICIES, Augmentation, View, Views
 from ssl_core.methods.base import Losses, Method, MethodConfig, Preset, Progress, full_precision
 from ssl_core.networks.backbones import Network

@@ -16,7 +16,7 @@ from ssl_core.blocks import distributed
 from ssl_core.blocks.losses import info_nce
 from ssl_core.blocks.momentum import MomentumTeacher
 from ssl_core.blocks.queue import Queue, check_queue_size
-from ssl_core.data.loader import Batch
+from ssl_core.data.batch import Batch
 from ssl_core.data.views import POLICIES, Augmentation, View, Views
 from ssl_core.methods.base import Losses, Memory, Method, MethodConfig, Preset, Progress, full_precision
 from ssl_core.networks.backbones import Network

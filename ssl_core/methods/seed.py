@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ssl_core.blocks import distributed
 from ssl_core.blocks.queue import Queue
 from ssl_core.config import Backbone, Strict
-from ssl_core.data.loader import Batch, Loader
+from ssl_core.data.batch import Batch, BatchSource
 from ssl_core.data.views import POLICIES, Augmentation, View, Views
 from ssl_core.methods.base import Losses, Memory, Method, MethodConfig, Preset, Progress, full_precision
 from ssl_core.networks.backbones import Network, build_backbone, load_backbone, load_weights, read_tensors
@@ -87,7 +87,7 @@ class SEED(Method):
         view = View(size=image_size, area=config.area, augmentation=config.augmentation, seen_by=seen_by)
         return {"both": view}
 
-    def prepare(self, loader: Loader, device: torch.device) -> None:
+    def prepare(self, loader: BatchSource, device: torch.device) -> None:
         """Compute the map from the data's normalisation to the teacher's."""
 
         def per_channel(values: Sequence[float]) -> Tensor:

@@ -24,7 +24,7 @@ from ssl_core.blocks.multicrop import (
     local_views,
 )
 from ssl_core.blocks.queue import Queue
-from ssl_core.data.loader import Batch
+from ssl_core.data.batch import Batch
 from ssl_core.data.views import POLICIES, Augmentation, View, Views
 from ssl_core.methods.base import Losses, Memory, Method, MethodConfig, Preset, Progress, full_precision
 from ssl_core.networks.backbones import Network
