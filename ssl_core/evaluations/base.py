@@ -50,7 +50,7 @@ class ProtocolConfig(Strict):
 
     def overridden(self) -> list[str]:
         """List the settings that differ from those of the variant."""
-        variant = self.variant
+        variant = dict(self)["variant"]
         original = type(self).model_validate({"dataset": self.dataset, "variant": variant})
         keys = type(self).model_fields.keys() - {*SHARED_KEYS, "variant", "image_size"}
         return sorted(key for key in keys if getattr(self, key) != getattr(original, key))

@@ -64,9 +64,9 @@ def generate() -> dict[str, Any]:
 
 def _add_contracts(definitions: dict[str, Any]) -> None:
     """Add to protocols their contract, and to methods the layers of their projector per preset, for the dry run."""
-    for name, config in named_configs("evaluations").items():
-        contract = config.contract
-        definitions[f"protocol.{name}"]["contract"] = contract.model_dump(mode="json", exclude_defaults=True)
+    protocols: dict[str, Any] = named_configs("evaluations")
+    for name, config in protocols.items():
+        definitions[f"protocol.{name}"]["contract"] = config.contract.model_dump(mode="json", exclude_defaults=True)
     for name, config in named_configs("methods").items():
         presets = importlib.import_module(config.__module__).PRESETS
         layers = {}

@@ -11,7 +11,7 @@ from ssl_core.config import parse
 from ssl_core.data.shards import Manifest
 from ssl_core.evaluations import base
 from ssl_core.experiments import checks
-from ssl_core.experiments.needs import check_needs, contracts
+from ssl_core.experiments.needs import SplitLabels, check_needs, contracts
 from ssl_core.stages import evaluate
 
 from .conftest import Tiny, write_shards
@@ -28,7 +28,7 @@ SHORT: dict[str, dict[str, Any]] = {
 }
 NAMES = base.names()
 MEASURING = [name for name in NAMES if hasattr(base.load({"protocol": name}, ""), "run")]  # the others read no images
-LABELLED = {"train": "one", "test": "one"}
+LABELLED: SplitLabels = {"train": "one", "test": "one"}
 
 
 def spec_of(name: str, **changes: Any) -> dict[str, Any]:
@@ -166,8 +166,8 @@ def test_an_unknown_key_is_refused_with_the_nearest(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_the_configuration_names_its_file_and_derives_from_the_base(name):
     config = base.load({"protocol": name}, "").Config
+    assert config.model_validate({"dataset": SQUARES}).protocol == name
     assert issubclass(config, base.ProtocolConfig)
-    assert config(dataset=SQUARES).protocol == name
 
 
 @pytest.mark.parametrize("name", NAMES)

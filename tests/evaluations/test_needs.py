@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from ssl_core.experiments.needs import Contract, Needs, check_needs, find_test_split, projector_layers
+from ssl_core.experiments.needs import Contract, Needs, SplitLabels, check_needs, find_test_split, projector_layers
 
 EXPERIMENT = {"dataset": {"name": "squares"}, "backbone": {"name": "resnet18"}, "method": {"name": "simclr"}}
 ADOPTED = {"dataset": {"name": "squares"}, "backbone": {"name": "resnet18"}, "weights": "w.safetensors"}
@@ -19,8 +19,8 @@ def schema(root) -> dict[str, Any]:
 
 def check(schema, evaluation, experiment=EXPERIMENT, splits=None, targets=()):
     config = {"experiments": {"first": experiment}, "evaluations": {"mine": evaluation, "price": {"protocol": "cost"}}}
-    labels = splits or {"train": "one", "test": "one"}
-    check_needs(config, schema, {"squares": labels, "bare": {"train": "none"}}, targets)
+    labels: dict[str, SplitLabels] = {"squares": splits or {"train": "one", "test": "one"}, "bare": {"train": "none"}}
+    check_needs(config, schema, labels, targets)
 
 
 @pytest.mark.parametrize(
@@ -102,8 +102,10 @@ def test_only_evaluations_that_the_targets_need_are_checked(schema, targets, ref
 
 
 def test_the_default_test_split_is_test_and_then_val():
-    for splits, expected in (({"val": "one", "test": "one", "train": "one"}, "test"), ({"val": "one"}, "val")):
-        assert find_test_split(Needs(test_split="any"), "data", splits, training="train", test=None) == expected
+    both: SplitLabels = {"val": "one", "test": "one", "train": "one"}
+    only_val: SplitLabels = {"val": "one", "train": "one"}
+    for splits, expected in ((both, "test"), (only_val, "val")):
+        assert find_test_split(Needs(), "data", splits, training="train", test=None) == expected
 
 
 def test_the_value_of_a_key_selects_the_needs():
