@@ -80,7 +80,7 @@ def _is_depthwise(parameter: Tensor) -> bool:
 
 
 class Lars(Optimizer):
-    """Layer-wise adaptive rates in the dialect of SSLight and DINO (recipes 0.3).
+    """Layer-wise adaptive rates as in SSLight and DINO (docs/sources.md#lars).
 
     u = gradient + weight_decay * p; trust r = coefficient * |p| / |u|, or 1 where a norm is 0 or the group is not
     `trusted`; v = momentum * v + r * u; p = p - lr * v. timm's divides by |gradient| + weight_decay * |p| instead, and

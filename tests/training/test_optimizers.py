@@ -1,4 +1,4 @@
-"""Optimizers: LARS against a NumPy oracle, groups against the recipes, and states that survive a checkpoint."""
+"""Optimizers: LARS against a NumPy oracle, groups per exclusion, and states that survive a checkpoint."""
 
 import copy
 import io
@@ -24,7 +24,7 @@ def training(**changes: Any) -> Training:
 
 
 def lars_oracle(value: np.ndarray, gradients: list[np.ndarray], *, decay: float, trusted: bool) -> np.ndarray:
-    """Follow recipes 0.3 word by word, lr .5, momentum .9, coefficient .001."""
+    """Compute docs/sources.md#lars in NumPy: lr .5, momentum .9, coefficient .001."""
     velocity = np.zeros_like(value)
     for gradient in gradients:
         update = gradient + decay * value
