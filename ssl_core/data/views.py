@@ -1,6 +1,6 @@
 """Views: size, crop, augmentation, and the networks that see them. Torch-free.
 
-The numbers of the named policies are those of the papers' code, collected in recipes section 0.1.
+The numbers of the named policies are those of the papers' code (docs/sources.md#augmentations).
 """
 
 from collections.abc import Mapping, Sequence

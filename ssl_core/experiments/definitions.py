@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ssl_core.provenance import canonical
+from ssl_core.provenance import canonical, file_digest
 
 PACKAGE = Path(__file__).parents[1]
 # These modules watch, store or start a run. They never change a number, so the search ends at them.
@@ -62,6 +62,7 @@ def meaning_of(key: Key) -> Meaning:
         raise ValueError(f"{key.module} defines no {'.'.join(filter(None, key[1:]))}")
     reducer = _Reducer(module, key)
     shape = [reducer.dump(node) for node in nodes]
+    shape += [f"{name} {file_digest(path)}" for name, path in _files_beside(key.module, reducer.texts)]
     return Meaning(canonical(shape), reducer.references, reducer.texts, reducer.attributes)
 
 
@@ -115,6 +116,13 @@ def source_of(module: str) -> Path | None:
     stem = PACKAGE.joinpath(*parts)
     candidates = (stem / "__init__.py", stem.with_name(f"{stem.name}.py"))
     return next((path for path in candidates if path.is_file()), None)
+
+
+def _files_beside(module: str, texts: set[str]) -> list[tuple[str, Path]]:
+    """List the files, such as templates, that a definition names and that lie beside its module."""
+    folder = (source_of(module) or PACKAGE).parent
+    names = sorted(text for text in texts if re.fullmatch(r"\w+\.(html|css|j2)", text))
+    return [(name, folder / name) for name in names if (folder / name).is_file()]
 
 
 def is_outside(module: str, drawing: bool = True) -> bool:

@@ -247,6 +247,10 @@ def test_a_statement_runs_again_what_it_moves(package: Path, function: str, expe
     assert changed_by(lambda: add_statement(package, function)) == expected
 
 
+def test_a_template_is_part_of_the_code_that_names_it(package: Path) -> None:
+    assert changed_by(lambda: replace(package, "report/page.html", "<body", "<body lang='en'")) == {"table"}
+
+
 def test_a_proven_edit_runs_nothing_again(package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = {"method": {"name": "moco"}, "backbone": {"name": "resnet18"}}
     roots = (code.Key("ssl_core.stages.pretrain", "run"), *code._method(spec))
