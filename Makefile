@@ -3,6 +3,7 @@
 PYTHON ?= python3
 CORES ?= all
 ARGS ?=
+BASE ?= HEAD
 PORT ?= 5000
 UV_VERSION := 0.13.8
 
@@ -14,7 +15,7 @@ unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV CONDA_PREFIX
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 export MLFLOW_DISABLE_TELEMETRY := true
 
-.PHONY: all install test test-avx2 test-long bench check format schema docs ui lock clean
+.PHONY: all install test test-avx2 test-long bench prove check format schema docs ui lock clean
 .DELETE_ON_ERROR:
 .SUFFIXES:
 
@@ -56,6 +57,10 @@ BENCHMARKS := loader step sharding evaluation instance_loss workflow
 bench: $(INSTALLED)
 	mkdir -p build/benchmarks
 	set -e; for name in $(BENCHMARKS); do python benchmarks/$$name.py --output build/benchmarks/$$name.json $(ARGS); done
+
+# Compares the bytes of the working tree's code with those of a revision: make prove BASE=main [ARGS="--write"]
+prove: $(INSTALLED)
+	python workflow/prove.py $(BASE) $(ARGS)
 
 check: $(INSTALLED)
 	ruff check

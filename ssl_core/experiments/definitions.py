@@ -202,8 +202,14 @@ class _Reducer:
         if isinstance(node, ast.AnnAssign) and node.value is None and not self.in_class:
             return True
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
-            return _dotted(self.resolve(node.value.func), node.value.func) in SPOKEN
+            return self._is_spoken(node.value)
         return isinstance(node, ast.keyword) and node.arg == "description"
+
+    def _is_spoken(self, call: ast.Call) -> bool:
+        """Recognise a call that informs a person and whose text is no result of a function of the package."""
+        inner = (node for argument in call.args for node in ast.walk(argument) if isinstance(node, ast.Call))
+        works = any(isinstance(self.resolve(node.func), Key) for node in inner)
+        return _dotted(self.resolve(call.func), call.func) in SPOKEN and not works
 
     def _plain(self, node: ast.AST, **replaced: Any) -> list[Any]:
         """Write a node's fields; empty ones are left out, so that all versions of Python agree."""

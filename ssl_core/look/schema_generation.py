@@ -4,6 +4,7 @@ Imports every method and protocol, and so torch: dry runs read the file that `ma
 """
 
 import importlib
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,7 @@ def _add_contracts(definitions: dict[str, Any]) -> None:
     for name, config in protocols.items():
         definitions[f"protocol.{name}"]["contract"] = config.contract.model_dump(mode="json", exclude_defaults=True)
     for name, config in named_configs("methods").items():
-        presets = importlib.import_module(config.__module__).PRESETS
+        presets = sys.modules[config.__module__].PRESETS
         layers = {}
         for preset, changes in presets.items():
             resolved = config.model_construct(**changes.method)  # required keys may be missing

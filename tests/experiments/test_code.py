@@ -239,8 +239,12 @@ def test_a_default_that_a_stage_reads_is_a_change(package: Path) -> None:
         ("Trainer._one_step", PRETRAININGS),  # the loop
         ("_crop", PRETRAININGS | VIEWS | EVALUATIONS),  # the graph of the views
         ("uniformity", {"evaluate metrics"}),  # a protocol
+        ("write_shards", {"shard"}),  # sharding, whose result is printed
+        ("open_image_folder", {"shard"}),  # the kind of source of the card
+        ("open_voc", set()),  # another kind
         ("Run.headline", set()),  # the tracking
         ("write_json", set()),  # files that appear whole
+        ("check_targets", set()),  # checks of the configuration
     ],
 )
 def test_a_statement_runs_again_what_it_moves(package: Path, function: str, expected: set[str]) -> None:

@@ -4,11 +4,12 @@ Each kind of source lists its images first (names, labels, place of the bytes) a
 sharding reads in a shuffled order.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
-from ssl_core.data.card import Card, Coco, ImageFolder, SklearnDigits, Table, Torchvision, Voc, WebDataset
+from ssl_core.data.card import Card
 from ssl_core.data.records import OpenSource
 from ssl_core.data.sources.annotations import open_coco, open_voc
 from ssl_core.data.sources.digits import open_digits
@@ -16,6 +17,18 @@ from ssl_core.data.sources.image_folder import open_image_folder
 from ssl_core.data.sources.table import open_table
 from ssl_core.data.sources.torchvision import open_torchvision
 from ssl_core.data.sources.webdataset import open_webdataset
+
+# type of source -> function of the source, its card, a folder for lists, and the stack that closes tars at the end
+OPENERS: dict[str, Callable[[Any, Card, Path, ExitStack], OpenSource]] = {
+    "image_folder": open_image_folder,
+    "image_tar": open_image_folder,
+    "webdataset": open_webdataset,
+    "table": lambda source, card, scratch, _: open_table(source, card, scratch),
+    "torchvision": lambda source, card, *_: open_torchvision(source, card),
+    "sklearn_digits": lambda source, *_: open_digits(source),
+    "voc": open_voc,
+    "coco": open_coco,
+}
 
 
 @contextmanager
@@ -25,26 +38,8 @@ def open_source(card: Card, *, scratch: Path) -> Iterator[OpenSource]:
     Raises a one-line `ValueError` if the source is missing, empty, corrupt or contradicts the card.
     """
     with ExitStack() as stack:
-        opened = _open(card, scratch, stack)
+        opened = OPENERS[card.source.type](card.source, card, scratch, stack)
         for name, split in opened.splits.items():
             if split.size == 0:
                 raise ValueError(f"{card.name}: the split {name!r} has no images")
         yield opened
-
-
-def _open(card: Card, scratch: Path, stack: ExitStack) -> OpenSource:
-    match card.source:
-        case ImageFolder() as source:
-            return open_image_folder(source, card, scratch, stack)
-        case WebDataset() as source:
-            return open_webdataset(source, card, scratch, stack)
-        case Table() as source:
-            return open_table(source, card, scratch)
-        case Torchvision() as source:
-            return open_torchvision(source, card)
-        case SklearnDigits() as source:
-            return open_digits(source)
-        case Voc() as source:
-            return open_voc(source, card, scratch, stack)
-        case Coco() as source:
-            return open_coco(source, card, scratch, stack)
