@@ -17,7 +17,7 @@ Labels = Literal["none", "one", "several"]  # per image
 SplitLabels = Mapping[str, Labels]  # the splits of a data set, in their order
 
 TEST_SPLITS = ("test", "val")  # the default test split is the first of these that the data set has
-ANY = "*"  # stands for any value of a key
+ANY = "*"  # matches any value of a key
 HEADS = {"none": 0, "linear": 1}  # linear layers of a method's `head`; other heads have two or more
 
 
