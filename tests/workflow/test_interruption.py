@@ -20,9 +20,9 @@ CONFIG = {
             "dataset": {"name": "demo", "subset": {"images": 128}},
             "backbone": {"name": "mobilenet_v3_small", "stem": "small"},
             "method": {"name": "ressl", "queue_size": 64, "projector_hidden": 32, "embedding_dim": 16, "warmup": 0.5},
-            # A checkpoint every time that is checked, each fourth step.
+            # A checkpoint after each of the 12 steps
             "training": {
-                "epochs": 8,
+                "epochs": 3,
                 "batch_size": 32,
                 "warmup_epochs": 1,
                 "checkpoint_minutes": 1e-6,
