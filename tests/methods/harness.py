@@ -1,7 +1,6 @@
 """Shared by the tests of methods: a tiny backbone, batches of noise, and proofs of exact resume and of distribution."""
 
 import io
-import multiprocessing
 import sys
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -32,8 +31,6 @@ EPOCHS = 2
 START = Progress(0, 100)
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[2]
-# Processes are forked from a server that has imported these modules, which saves seconds per process.
-multiprocessing.get_context("forkserver").set_forkserver_preload(["torch._dynamo", "ssl_core.training.loop"])
 
 
 class Tiny(nn.Module):
