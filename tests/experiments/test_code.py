@@ -75,8 +75,9 @@ def defining(package: Path, name: str) -> tuple[Path, ast.FunctionDef | ast.Clas
     """Find the one function or class with this name, or `Class.method`."""
     outer, _, inner = name.partition(".")
     found = []
-    for path in sources(package):
-        for node in ast.parse(path.read_text()).body:
+    texts = {path: path.read_text() for path in sources(package)}
+    for path in [path for path, text in texts.items() if re.search(rf"^(def|class) {outer}\b", text, re.MULTILINE)]:
+        for node in ast.parse(texts[path]).body:
             if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name == outer:
                 members = node.body if inner else []
                 methods = [one for one in members if isinstance(one, ast.FunctionDef) and one.name == inner]
