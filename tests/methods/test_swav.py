@@ -1,29 +1,26 @@
 """SwAV: assignments, swapped predictions, prototypes, queues, and the loss over many crops."""
 
 import math
-import sys
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch.multiprocessing.spawn import start_processes
 
 from ssl_core.blocks.multicrop import balance
 from ssl_core.config import parse
 from ssl_core.methods.base import Progress, resolve
 from ssl_core.methods.swav import Config, SwAV, sinkhorn, swapped_prediction
 from tests.methods.harness import (
-    ROOT,
     START,
     batch,
     make,
     remember,
     resume_is_exact,
+    start_in_processes,
     trainer,
     two_processes_equal_one,
 )
@@ -108,8 +105,7 @@ def in_process(rank, path):
 
 def test_sinkhorn_over_two_processes_equals_one_on_everything(tmp_path):
     path = str(tmp_path / "codes")
-    with patch.object(sys, "path", [*sys.path, str(ROOT)]):
-        start_processes(in_process, (path,), nprocs=2, start_method="forkserver")
+    start_in_processes(in_process, path)
     both = torch.cat([torch.load(Path(f"{path}.{rank}")) for rank in (0, 1)])
     torch.testing.assert_close(both, sinkhorn(cosines(16, 6), epsilon=0.05, iterations=3), atol=1e-6, rtol=1e-5)
 
