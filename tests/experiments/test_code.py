@@ -233,10 +233,7 @@ def test_a_default_that_a_stage_reads_is_a_change(package: Path) -> None:
         ("draw_confusion", {"draw"}),
         ("as_html", {"table"}),
         ("ReSSL.forward", {"pretrain ressl", "views ressl"}),  # a method
-        (
-            "Queue.enqueue",
-            {f"{stage} {name}" for stage in ("pretrain", "views") for name in ("ressl", "moco")},
-        ),
+        ("Queue.enqueue", {f"{stage} {name}" for stage in ("pretrain", "views") for name in ("ressl", "moco")}),
         ("Trainer._one_step", PRETRAININGS),  # the loop
         ("_crop", PRETRAININGS | VIEWS | EVALUATIONS),  # the graph of the views
         ("uniformity", {"evaluate metrics"}),  # a protocol
