@@ -21,6 +21,7 @@ from ssl_core.data.card import load_card
 from ssl_core.experiments import bundled, checks, overlays
 from tests.markdown import PAGES, ROOT, TOOLS, Block, anchors, blocks, commands, files, links, script
 from tests.methods.harness import trainer
+from tests.warm_snakemake import run_snakemake
 
 BIN = Path(sys.executable).parent
 HARMLESS = {"source", "export", "cd", "mv", "uv"}  # shell commands that need no test
@@ -210,9 +211,7 @@ def runs(page: Path, project: Path) -> list[tuple[tuple[str, ...], list[str]]]:
 
 
 def snakemake(project: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        ["snakemake", "--cores", "1", *arguments], env=environment(project), capture_output=True, text=True
-    )
+    return run_snakemake(project, "--cores", "1", *arguments, environment=environment(project))
 
 
 def environment(project: Path) -> dict[str, str]:

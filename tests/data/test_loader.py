@@ -20,6 +20,7 @@ from ssl_core.data.loader import Batch, Loader, _data_error, draw_subset
 from ssl_core.data.shards import Manifest
 from ssl_core.data.views import POLICIES, View, Views
 from ssl_core.drawing.views import draw_views
+from tests.methods.harness import start_in_processes
 
 IMAGES = 101
 SMALL: Views = {"view": View(size=8, augmentation=POLICIES["weak"])}
@@ -187,24 +188,16 @@ def test_unlabelled_images_have_label_minus_one(
     assert make(manifest, batch_size=5).next().labels.tolist() == [-1] * 5
 
 
-RESUME = """
-import sys, torch
-from pathlib import Path
-from ssl_core.config import Dataset, Subset
-from ssl_core.data.loader import Loader
-from ssl_core.data.shards import Manifest
-from ssl_core.data.views import View
-saved = torch.load(sys.argv[2], weights_only=True)
-views = {name: View.model_validate_json(text) for name, text in saved["views"].items()}
-dataset = Dataset(name="tiny", subset=Subset(images=60))
-loader = Loader(Manifest.load(Path(sys.argv[1])), dataset, views, batch_size=10, seed=0, threads=2)
-loader.restore(saved["loader"])
-batches = [loader.next() for _ in range(9)]
-torch.save([(batch.views, batch.labels, batch.indices) for batch in batches], sys.argv[3])
-"""
+def continue_in_process(rank: int, manifest: Path, folder: Path) -> None:
+    saved = torch.load(folder / "state.pt", weights_only=True)
+    views = {name: View.model_validate_json(text) for name, text in saved["views"].items()}
+    loader = make(Manifest.load(manifest), views, subset=Subset(images=60), threads=2)
+    loader.restore(saved["loader"])
+    batches = [loader.next() for _ in range(9)]
+    torch.save([(batch.views, batch.labels, batch.indices) for batch in batches], folder / "batches.pt")
 
 
-def test_a_new_process_continues_bit_for_bit(tiny: Manifest, tmp_path: Path, root: Path) -> None:
+def test_a_new_process_continues_bit_for_bit(tiny: Manifest, tmp_path: Path) -> None:
     views: Views = {**BOTH, "strong": View(size=16, augmentation=POLICIES["strong"])}
     loader = make(tiny, views, subset=Subset(images=60))
     for _ in range(8):  # into the second epoch
@@ -213,8 +206,7 @@ def test_a_new_process_continues_bit_for_bit(tiny: Manifest, tmp_path: Path, roo
     torch.save(saved, tmp_path / "state.pt")
     expected = [loader.next() for _ in range(9)]  # over the end of the epoch
     assert loader.steps_per_epoch == 6
-    arguments = [tiny.folder / "manifest.json", tmp_path / "state.pt", tmp_path / "batches.pt"]
-    subprocess.run([sys.executable, "-c", RESUME, *map(str, arguments)], check=True, cwd=root)
+    start_in_processes(continue_in_process, tiny.folder / "manifest.json", tmp_path, processes=1)
     found = [Batch(*values) for values in torch.load(tmp_path / "batches.pt", weights_only=True)]
     assert all(equal(one, two) for one, two in zip(expected, found, strict=True))
 

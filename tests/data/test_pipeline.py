@@ -1,5 +1,6 @@
 """The DALI graph against torchvision and PIL: fixed parameters, distributions, seeds, and the graph for GPUs."""
 
+import functools
 import io
 from collections.abc import Callable
 from pathlib import Path
@@ -12,8 +13,9 @@ from nvidia.dali import fn
 from nvidia.dali.pipeline import pipeline_def
 from PIL import Image, ImageEnhance, ImageOps
 from torch import Tensor
-from torchvision.transforms import InterpolationMode, v2
-from torchvision.transforms.v2 import functional as tv
+from torchvision import transforms
+from torchvision.transforms import InterpolationMode  # v2 would import torch's compiler, which takes seconds
+from torchvision.transforms import functional as tv
 
 from ssl_core.config import Dataset
 from ssl_core.data import pipeline
@@ -173,7 +175,7 @@ def test_a_center_crop_is_torchvisions(
     view = View(size=32, crop="center", resize=36, interpolation=interpolation, augmentation=POLICIES["none"])
     found = render(manifest, {"view": view})["view"][0]
     mode = {"linear": InterpolationMode.BILINEAR, "cubic": InterpolationMode.BICUBIC}[interpolation]
-    transform = v2.Compose([v2.Resize(36, mode), v2.CenterCrop(32), v2.PILToTensor()])
+    transform = transforms.Compose([transforms.Resize(36, mode), transforms.CenterCrop(32), transforms.PILToTensor()])
     for number, image in enumerate(shaped):
         assert difference(found[number], transform(image)) < 1.0, sides[number]
 
@@ -189,10 +191,9 @@ def test_random_crops_have_torchvisions_areas_and_ratios(tmp_path: Path, make_sh
     width = (found[:, 0, 32, 48] - found[:, 0, 32, 16]) / 2 * 64 / 32
     height = (found[:, 1, 48, 32] - found[:, 1, 16, 32]) / 2 * 64 / 32
     image = torch.zeros(3, side, side)
-    drawn = [
-        v2.RandomResizedCrop.make_params(v2.RandomResizedCrop(64, scale=(0.2, 0.8)), [image]) for _ in range(count)
-    ]
-    expected = torch.tensor([[params["width"], params["height"]] for params in drawn]).float().T
+    draw = functools.partial(transforms.RandomResizedCrop.get_params, scale=[0.2, 0.8], ratio=[3 / 4, 4 / 3])
+    boxes = [draw(image) for _ in range(count)]
+    expected = torch.tensor([[width, height] for _, _, height, width in boxes]).float().T
     limit = 1.63 * (2 / count) ** 0.5  # Kolmogorov-Smirnov at 1 %
     assert _distance(width * height, expected[0] * expected[1]) < limit
     assert _distance(width / height, expected[0] / expected[1]) < limit
@@ -229,8 +230,12 @@ def test_jittered_images_are_distributed_like_torchvisions(tiny: Manifest, pictu
     how = {"jitter": 0.8, "brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1, "grayscale": 0.2}
     view = View(count=4, size=32, crop="center", augmentation=Augmentation.model_validate({"flip": 0.0, **how}))
     found = torch.cat([_moments(images) for images in render(tiny, {"view": view})["view"]])
-    transform = v2.Compose(
-        [v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8), v2.RandomGrayscale(0.2), v2.PILToTensor()]
+    transform = transforms.Compose(
+        [
+            transforms.RandomApply([transforms.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
+            transforms.RandomGrayscale(0.2),
+            transforms.PILToTensor(),
+        ]
     )
     torch.manual_seed(0)
     expected = torch.cat([_moments(torch.stack([transform(image) for image in pictures]).float()) for _ in range(4)])

@@ -77,10 +77,7 @@ def test_the_results_state_the_measurement_and_its_settings(run, capsys):
         ({"neighbours": 5}, r"evaluations\.few\.neighbours: unknown key"),
         ({"temprature": 0.1}, r"evaluations\.few\.temprature: unknown key; did you mean 'temperature'\?"),
         ({"k": 0}, r"evaluations\.few\.k: .*found 0"),
-        (
-            {"protocol": "lineer"},
-            r"evaluations\.few\.protocol: unknown protocol 'lineer'; did you mean 'linear'\?",
-        ),
+        ({"protocol": "lineer"}, r"evaluations\.few\.protocol: unknown protocol 'lineer'; did you mean 'linear'\?"),
         ({"protocol": "features"}, "unknown protocol 'features'"),
         ({"protocol": "base"}, "unknown protocol 'base'"),
         ({"test_split": "validation"}, "'squares' has no split 'validation': choose one of train, test"),

@@ -160,12 +160,7 @@ def run(dino, manifest_path, tmp_path, monkeypatch):
         evaluate.run(
             "mine",
             "few",
-            spec={
-                "protocol": "semi_supervised",
-                "variant": "sslight_10",
-                "epochs": 1,
-                "dataset": {"name": "squares"},
-            },
+            spec={"protocol": "semi_supervised", "variant": "sslight_10", "epochs": 1, "dataset": {"name": "squares"}},
             backbone=dino / "backbone.safetensors",
             model=model,
             manifest=manifest_path,

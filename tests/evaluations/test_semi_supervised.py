@@ -32,11 +32,7 @@ def test_the_draw_follows_from_the_seed_alone():
     labels = [n % 5 for n in range(100)]
     draws = [
         draw_by_class(labels, candidates, lambda _: 4, seed)
-        for candidates, seed in (
-            (range(100), 0),
-            (list(reversed(range(100))), 0),
-            (range(100), 1),
-        )
+        for candidates, seed in ((range(100), 0), (list(reversed(range(100))), 0), (range(100), 1))
     ]
     assert draws[0] == draws[1] != draws[2]
 

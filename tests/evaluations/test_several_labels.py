@@ -157,19 +157,13 @@ def test_the_card_of_voc_2007_reads_its_published_layout(root, monkeypatch, tmp_
     ("spoil", "message"),
     [
         (lambda folder: (folder / "ImageSets/Main/test.txt").unlink(), r"has no file 'ImageSets/Main/test\.txt'"),
-        (
-            lambda folder: (folder / "Annotations/000002.xml").write_text("<a>"),
-            r"Annotations/000002\.xml is not XML",
-        ),
+        (lambda folder: (folder / "Annotations/000002.xml").write_text("<a>"), r"Annotations/000002\.xml is not XML"),
         (lambda folder: (folder / "Annotations/000002.xml").unlink(), r"has no file 'Annotations/000002\.xml'"),
     ],
 )
 def test_missing_and_broken_annotations_are_a_clear_error(tmp_path, spoil, message):
     spoil(write_voc(tmp_path / "VOC2007", {"trainval": range(1, 4), "test": range(4, 6)}))
-    with (
-        pytest.raises(ValueError, match=message),
-        open_source(load_card(write_card(tmp_path)), scratch=tmp_path),
-    ):
+    with pytest.raises(ValueError, match=message), open_source(load_card(write_card(tmp_path)), scratch=tmp_path):
         pass
 
 

@@ -75,8 +75,9 @@ def defining(package: Path, name: str) -> tuple[Path, ast.FunctionDef | ast.Clas
     """Find the one function or class with this name, or `Class.method`."""
     outer, _, inner = name.partition(".")
     found = []
-    for path in sources(package):
-        for node in ast.parse(path.read_text()).body:
+    texts = {path: path.read_text() for path in sources(package)}
+    for path in [path for path, text in texts.items() if re.search(rf"^(def|class) {outer}\b", text, re.MULTILINE)]:
+        for node in ast.parse(texts[path]).body:
             if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name == outer:
                 members = node.body if inner else []
                 methods = [one for one in members if isinstance(one, ast.FunctionDef) and one.name == inner]
@@ -232,10 +233,7 @@ def test_a_default_that_a_stage_reads_is_a_change(package: Path) -> None:
         ("draw_confusion", {"draw"}),
         ("as_html", {"table"}),
         ("ReSSL.forward", {"pretrain ressl", "views ressl"}),  # a method
-        (
-            "Queue.enqueue",
-            {f"{stage} {name}" for stage in ("pretrain", "views") for name in ("ressl", "moco")},
-        ),
+        ("Queue.enqueue", {f"{stage} {name}" for stage in ("pretrain", "views") for name in ("ressl", "moco")}),
         ("Trainer._one_step", PRETRAININGS),  # the loop
         ("_crop", PRETRAININGS | VIEWS | EVALUATIONS),  # the graph of the views
         ("uniformity", {"evaluate metrics"}),  # a protocol

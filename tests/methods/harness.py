@@ -1,7 +1,6 @@
 """Shared by the tests of methods: a tiny backbone, batches of noise, and proofs of exact resume and of distribution."""
 
 import io
-import multiprocessing
 import sys
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -32,8 +31,6 @@ EPOCHS = 2
 START = Progress(0, 100)
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[2]
-# Processes are forked from a server that has imported these modules, which saves seconds per process.
-multiprocessing.get_context("forkserver").set_forkserver_preload(["torch._dynamo", "ssl_core.training.loop"])
 
 
 class Tiny(nn.Module):
@@ -204,14 +201,19 @@ def float64() -> Iterator[None]:
         torch.set_default_dtype(default)
 
 
-def two_processes_equal_one(method: type[Method], *configs: MethodConfig, folder: Path, steps: int = 4) -> None:
+def start_in_processes(function: Callable[..., None], *arguments: Any, processes: int = 2) -> None:
+    """Run a function of a test in new processes, with their rank as its first argument."""
+    with patch.object(sys, "path", [*sys.path, str(ROOT)]):  # so that the processes find the file of the test
+        start_processes(function, arguments, nprocs=processes, start_method="forkserver")
+
+
+def two_processes_equal_one(method: type[Method], *configs: MethodConfig, folder: Path, steps: int = 3) -> None:
     """Assert that two gloo processes have the losses, gradients and state of one on the concatenated batch.
 
     BatchNorm is synchronised, all is computed in float64. `folder` is the test's `tmp_path`.
     """
     path = folder / "two.pt"
-    with patch.object(sys, "path", [*sys.path, str(ROOT)]):  # so that the processes find this file
-        start_processes(_as_rank, (method, configs, steps, str(path)), nprocs=2, start_method="forkserver")
+    start_in_processes(_as_rank, method, configs, steps, str(path))
     for config, two in zip(configs, torch.load(path), strict=True):
         one = _train(method, config, steps)
         assert two.keys() == one.keys()

@@ -40,15 +40,6 @@ def test_clustering_loss_matches_a_numpy_oracle_in_double_precision():
     assert abs(found.item() - 0.3 / 0.07 * np.mean(losses)) < 1e-12
 
 
-def test_two_patches_an_image_are_nt_xent():
-    from lightly.loss import NTXentLoss
-
-    rows = unit(12, 5)
-    expected = NTXentLoss(temperature=0.3)(rows[:6], rows[6:])
-    found = clustering_loss(rows, torch.arange(12) % 6, temperature=0.3, base_temperature=0.3)
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
-
-
 def test_perfect_clusters_pay_only_for_the_softmax_over_their_own():
     rows = torch.eye(4).repeat(4, 1)
     loss = clustering_loss(rows, torch.arange(16) % 4, temperature=0.05, base_temperature=0.05)

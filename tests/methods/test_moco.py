@@ -35,17 +35,6 @@ def test_matches_a_numpy_oracle_in_double_precision():
     assert abs(found.item() - oracle(query, key, queue, 0.2)) < 1e-12
 
 
-def test_agrees_with_lightly():
-    # With a memory bank its negatives are that bank's.
-    from lightly.loss import NTXentLoss
-
-    torch.manual_seed(0)
-    query, key = F.normalize(torch.randn(8, 6), dim=1), F.normalize(torch.randn(8, 6), dim=1)
-    theirs = NTXentLoss(temperature=0.3, memory_bank_size=(16, 6))
-    expected = theirs(query, key)  # without a gradient it leaves the bank alone
-    assert abs(expected - info_nce(query, key, theirs.memory_bank.bank, temperature=0.3)) < 1e-5
-
-
 def test_orthogonal_negatives_and_a_perfect_positive_leave_almost_no_loss():
     rows = torch.eye(8)
     assert info_nce(rows[:4], rows[:4], rows[4:], temperature=0.05) < 1e-2

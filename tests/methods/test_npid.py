@@ -360,10 +360,7 @@ def test_the_bank_starts_at_about_unit_length():
 
 def test_the_mlp_is_the_codes_three_layers_with_biases_and_two_batch_norms():
     layers = build(head="mlp").projector
-    assert [type(layer).__name__ for layer in layers] == [
-        *["Linear", "BatchNorm1d", "ReLU"] * 2,
-        "Linear",
-    ]
+    assert [type(layer).__name__ for layer in layers] == [*["Linear", "BatchNorm1d", "ReLU"] * 2, "Linear"]
     assert all(layer.bias is not None for layer in layers if isinstance(layer, torch.nn.Linear))
 
 
@@ -503,11 +500,7 @@ def test_the_gradient_update_of_sampled_mixed_images_resumes_and_runs_in_two_pro
     ],
 )
 def test_presets_have_the_values_of_paper_and_code(preset, method, training):
-    spec = {
-        "dataset": {"name": "demo"},
-        "backbone": {"name": "resnet18"},
-        "method": {"name": "npid", "preset": preset},
-    }
+    spec = {"dataset": {"name": "demo"}, "backbone": {"name": "resnet18"}, "method": {"name": "npid", "preset": preset}}
     resolved = resolve(spec)
     assert {name: getattr(resolved.method, name) for name in method} == method
     assert {name: getattr(resolved.training, name) for name in training} == training

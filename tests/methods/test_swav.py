@@ -1,31 +1,26 @@
 """SwAV: assignments, swapped predictions, prototypes, queues, and the loss over many crops."""
 
 import math
-import sys
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from lightly.loss import SwaVLoss
-from lightly.loss.swav_loss import sinkhorn as lightly_sinkhorn
-from torch.multiprocessing.spawn import start_processes
 
 from ssl_core.blocks.multicrop import balance
 from ssl_core.config import parse
 from ssl_core.methods.base import Progress, resolve
 from ssl_core.methods.swav import Config, SwAV, sinkhorn, swapped_prediction
 from tests.methods.harness import (
-    ROOT,
     START,
     batch,
     make,
     remember,
     resume_is_exact,
+    start_in_processes,
     trainer,
     two_processes_equal_one,
 )
@@ -76,13 +71,6 @@ def test_sinkhorn_matches_a_numpy_oracle_with_the_papers_divisions():
     np.testing.assert_allclose(sinkhorn(torch.from_numpy(scores), epsilon=0.05, iterations=3), expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("iterations", [1, 3])
-def test_sinkhorn_agrees_with_lightly(iterations):
-    scores = cosines(32, 12)
-    expected = lightly_sinkhorn(scores, iterations=iterations, epsilon=0.05)
-    torch.testing.assert_close(sinkhorn(scores, epsilon=0.05, iterations=iterations), expected, atol=1e-5, rtol=1e-5)
-
-
 def test_samples_sum_to_one_and_prototypes_approach_equal_use():
     # docs/sources.md#worked-sinkhorn
     scores = cosines(64, 8)
@@ -117,8 +105,7 @@ def in_process(rank, path):
 
 def test_sinkhorn_over_two_processes_equals_one_on_everything(tmp_path):
     path = str(tmp_path / "codes")
-    with patch.object(sys, "path", [*sys.path, str(ROOT)]):
-        start_processes(in_process, (path,), nprocs=2, start_method="forkserver")
+    start_in_processes(in_process, path)
     both = torch.cat([torch.load(Path(f"{path}.{rank}")) for rank in (0, 1)])
     torch.testing.assert_close(both, sinkhorn(cosines(16, 6), epsilon=0.05, iterations=3), atol=1e-6, rtol=1e-5)
 
@@ -132,29 +119,6 @@ def test_swapped_prediction_matches_a_numpy_oracle():
     logs = logits - np.log(np.exp(logits).sum(2, keepdims=True))
     expected = [[-(q * p).sum(1).mean() for p in logs] for q in codes.numpy()]
     np.testing.assert_allclose(swapped_prediction(scores, codes, temperature=0.1), expected, atol=1e-12)
-
-
-@pytest.mark.parametrize("num_locals", [0, 3])
-@pytest.mark.parametrize("queued", [False, True])
-def test_the_whole_loss_agrees_with_lightly(num_locals, queued):
-    scores = [cosines(8, 6, seed=seed) for seed in range(2 + num_locals)]
-    queue = [cosines(16, 6, seed=seed) for seed in (20, 21)] if queued else None
-    expected = SwaVLoss(temperature=0.1)(scores[:2], scores[2:], queue)
-    together = [torch.cat([scores[i], queue[i]]) if queue else scores[i] for i in (0, 1)]
-    codes = torch.stack([sinkhorn(rows, epsilon=0.05, iterations=3)[:8] for rows in together])
-    total, _ = balance(swapped_prediction(torch.stack(scores), codes, temperature=0.1), None)
-    torch.testing.assert_close(total, expected.squeeze(), atol=1e-5, rtol=1e-5)
-
-
-def test_the_method_computes_the_loss_of_its_parts():
-    model, one = make(SwAV, config(num_locals=2, local_size=6)).eval(), batch(views(num_locals=2, local_size=6))
-    scores = [
-        F.normalize(model.projector(model.backbone(view)), dim=1) @ model.prototypes.T
-        for group in one.views.values()
-        for view in group
-    ]
-    expected = SwaVLoss(temperature=0.1)(scores[:2], scores[2:])
-    torch.testing.assert_close(model(one, START).total, expected.squeeze(), atol=1e-5, rtol=1e-5)
 
 
 def test_alpha_moves_weight_from_local_to_global_pairs():

@@ -1,4 +1,5 @@
 import csv
+import functools
 import os
 import signal
 import threading
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from torch.distributed.launcher.api import LaunchConfig
 
 from ssl_core.config import Backbone, Dataset, Subset
 from ssl_core.data.loader import draw_subset
@@ -134,7 +136,9 @@ def test_the_model_holds_teacher_and_queue_too(finished):
         )
 
 
-def test_two_processes_train_from_the_same_recipe(manifest, tmp_path):
+def test_two_processes_train_from_the_same_recipe(manifest, tmp_path, monkeypatch):
+    # Forked from a server that has imported the stage; in `make test-long` they start as new interpreters.
+    monkeypatch.setattr(pretrain, "LaunchConfig", functools.partial(LaunchConfig, start_method="forkserver"))
     results = run(manifest, tmp_path, spec(training={"gpus": 2, "epochs": 2}))
     assert read_json(results / "pretrain.json")["steps"] == 6
 

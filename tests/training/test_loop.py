@@ -1,6 +1,7 @@
 """An interrupted and resumed run equals an uninterrupted one bit for bit, with the real loader."""
 
 import contextlib
+import functools
 import io
 
 import pytest
@@ -15,6 +16,7 @@ from ssl_core.networks.backbones import build_backbone
 from ssl_core.stages import shard
 from ssl_core.training.loop import Trainer
 from ssl_core.training.monitor import online_knn
+from tests.methods.harness import Tiny
 
 
 @pytest.fixture(scope="module")
@@ -27,10 +29,10 @@ def manifest(root, tmp_path_factory):
 @pytest.fixture
 def trainer(manifest):
     with contextlib.ExitStack() as open_loaders:
-        yield lambda method=None, **training: build(open_loaders, manifest, method, **training)
+        yield functools.partial(build, open_loaders, manifest)
 
 
-def build(open_loaders, manifest, method=None, **training):
+def build(open_loaders, manifest, method=None, backbone=Tiny, **training):
     settings = Training(**{"epochs": 2, "batch_size": 16, "warmup_epochs": 0.5, "precision": "fp32", **training})
     config = Config(**{"queue_size": 40, "projector_hidden": 32, "embedding_dim": 16, "warmup": 0.5, **(method or {})})
     dataset = Dataset(name="demo", subset=Subset(images=100, seed=1))
@@ -38,11 +40,14 @@ def build(open_loaders, manifest, method=None, **training):
     loader = Loader(manifest, dataset, views, batch_size=16 // settings.accumulation, seed=5)
     open_loaders.enter_context(loader)
     torch.manual_seed(0)
-    backbone = build_backbone(Backbone(name="mobilenet_v3_small", stem="small"), 16)
-    model = ReSSL(config, backbone, num_images=100, batch_size=16, seed=5)
+    model = ReSSL(config, backbone(), num_images=100, batch_size=16, seed=5)
     result = Trainer(model, loader, settings, device=torch.device("cpu"))
     result.log_steps = 1
     return result
+
+
+def mobilenet():
+    return build_backbone(Backbone(name="mobilenet_v3_small", stem="small"), 16)
 
 
 class PowerCut(Exception):
@@ -62,7 +67,7 @@ def final(trained: Trainer) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(
     ("method", "training"),
     [
-        ({}, {}),
+        ({}, {"backbone": mobilenet}),
         ({"predictor": False, "batchnorm_splits": 2}, {"optimizer": "lars", "decay_exclusion": "norm_bias"}),
         (
             {"crops": "two", "final_teacher_momentum": 1.0},

@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.warm_snakemake import run_snakemake
+
 # Writes the outputs of each stage; the same arguments give the same content.
 STUB = """#!/bin/sh
 printf '%s\\n' "$*" >> calls.txt
@@ -75,16 +77,8 @@ class Project:
 
     def snakemake(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         """Run Snakemake on the copy, with the package of the copy."""
-        path = os.pathsep.join([str(self.folder / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]])
-        environment = {**os.environ, "PATH": path, "PYTHONPATH": str(self.folder)}
-        return subprocess.run(
-            ["snakemake", "--cores", "2", "--nocolor", *arguments],
-            cwd=self.folder,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
+        environment = _environment(self.folder) | {"PYTHONPATH": str(self.folder)}
+        return run_snakemake(self.folder, "--cores", "2", "--nocolor", *arguments, environment=environment)
 
     def pending(self, *arguments: str) -> set[str]:
         """Return the first output of each job that would run; empty for "Nothing to be done"."""
@@ -155,12 +149,11 @@ def done(finished: Project, tmp_path: Path) -> Project:
 
 
 def start(folder: Path, *arguments: str) -> "subprocess.Popen[str]":
-    """Start Snakemake in a folder, in a new process group; programs in bin/ of the folder come first."""
-    path = os.pathsep.join([str(folder / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]])
+    """Start Snakemake in a folder, in a new process group."""
     return subprocess.Popen(
         ["snakemake", "--cores", "1", "--nocolor", *arguments],
         cwd=folder,
-        env={**os.environ, "PATH": path, "SSL_TRACKING": "off"},
+        env=_environment(folder),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -170,7 +163,12 @@ def start(folder: Path, *arguments: str) -> "subprocess.Popen[str]":
 
 def finish(folder: Path, *arguments: str) -> str:
     """Run Snakemake in a folder to a successful end and return its output."""
-    process = start(folder, *arguments)
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output
-    return output
+    run = run_snakemake(folder, "--cores", "1", "--nocolor", *arguments, environment=_environment(folder))
+    assert run.returncode == 0, run.stdout + run.stderr
+    return run.stdout + run.stderr
+
+
+def _environment(folder: Path) -> dict[str, str]:
+    """Return the environment in which programs in bin/ of the folder come first."""
+    path = os.pathsep.join([str(folder / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]])
+    return {**os.environ, "PATH": path}
