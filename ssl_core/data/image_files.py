@@ -1,7 +1,8 @@
 """Prepare an image file for a shard: keep it, re-encode it, or refuse it with a reason. Torch-free.
 
-The rules follow from a comparison of DALI 2.4's CPU decoder with PIL, in `datasets/README.md`. The reasons are part of
-the manifest (`Rejected`), so another wording gives another manifest.
+A JPEG or PNG is kept if PIL decodes it and its structure is plain (`plain_jpeg.py`, `plain_png.py`), so that DALI reads
+it too and shows the same pixels; another image that PIL decodes is re-encoded. `datasets/README.md` lists the outcomes.
+The reasons are part of the manifest (`Rejected`), so another wording gives another manifest.
 """
 
 import io
@@ -9,14 +10,26 @@ import math
 import posixpath
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
+from ssl_core.data.exif import ORIENTATION, UPRIGHT, OddFile
+from ssl_core.data.plain_jpeg import jpeg_orientation
+from ssl_core.data.plain_png import png_orientation
 from ssl_core.mistakes import excerpt
 
 # A file counts as an image by its name; its format is read from its content.
 EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".gif", ".bmp", ".dib", ".ppm", ".pgm", ".pbm", ".pnm")
-EXTENSIONS += (".tif", ".tiff", ".webp", ".jp2")
-FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM", "TIFF", "WEBP", "JPEG2000")  # EPS would start another program
+EXTENSIONS += (".tif", ".tiff", ".webp", ".jp2", ".avif")
+FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM", "TIFF", "WEBP", "JPEG2000", "AVIF")  # EPS would start another program
+TURNS = {  # by EXIF's orientation, as in PIL's exif_transpose
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 SIXTEEN_BITS = ("I;16", "I;16B", "I;16L", "I;16N")
 
 
@@ -45,9 +58,10 @@ def prepare(content: bytes | Image.Image) -> tuple[str, bytes, Image.Image]:
 def encode(image: Image.Image) -> tuple[bytes, Image.Image]:
     """Return the image upright as an 8-bit gray or RGB PNG, encoded and decoded.
 
-    Alpha is dropped, as DALI and PIL's `convert` do.
+    Alpha is dropped, as DALI and PIL's `convert` do. EXIF data that PIL cannot read do not turn the image.
     """
-    upright = ImageOps.exif_transpose(image)
+    turn = TURNS.get(_orientation(image))
+    upright = image if turn is None else image.transpose(turn)
     if upright.mode in SIXTEEN_BITS:  # PIL's own conversion clips at 255: nearly all white
         upright = Image.fromarray(np.round(np.asarray(upright) / 257).astype(np.uint8))
     if upright.mode in ("I", "F"):
@@ -74,11 +88,31 @@ def _prepare(content: bytes | Image.Image) -> tuple[str, bytes, Image.Image]:
     image = Image.open(io.BytesIO(content), formats=FORMATS)
     if image.width * image.height > (Image.MAX_IMAGE_PIXELS or math.inf):  # PIL itself refuses twice as many
         raise Image.DecompressionBombError
-    if image.format == "PNG":  # PIL accepts a wrong checksum and a missing end, DALI does not
-        Image.open(io.BytesIO(content), formats=FORMATS).verify()
     image.load()  # all pixels
-    if image.format in ("JPEG", "MPO"):  # MPO: a JPEG followed by more pictures
+    if image.format in ("JPEG", "MPO") and _is_plain(content, image):  # MPO: a JPEG followed by more pictures
         return "jpg", content, image
-    if image.format == "PNG" and image.mode not in SIXTEEN_BITS:
+    if image.format == "PNG" and _is_plain(content, image):
         return "png", content, image
+    if image.format == "PNG":  # PIL ignores a wrong checksum and a missing end: the file is damaged
+        Image.open(io.BytesIO(content), formats=FORMATS).verify()
     return "png", *encode(image)
+
+
+def _is_plain(content: bytes, image: Image.Image) -> bool:
+    """Return whether DALI decodes a JPEG or PNG to PIL's pixels: its structure is plain, and both turn it alike."""
+    if image.mode in SIXTEEN_BITS:
+        return False
+    read_orientation = png_orientation if image.format == "PNG" else jpeg_orientation
+    try:
+        return read_orientation(content) == _orientation(image)
+    except OddFile:
+        return False
+
+
+def _orientation(image: Image.Image) -> int:
+    """Return the orientation (1 to 8) that PIL reads from EXIF or XMP; 0 if it cannot read them."""
+    try:
+        orientation = image.getexif().get(ORIENTATION, UPRIGHT)
+    except Exception:  # of damaged EXIF data: SyntaxError, struct.error, ...
+        return 0
+    return orientation if orientation in range(1, 9) else UPRIGHT

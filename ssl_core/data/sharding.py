@@ -41,7 +41,7 @@ IMAGES_PER_SHARD = 2000  # CIFAR: 25 tars of 6 MB; ImageNet: 641 of 240 MB, enou
 SHUFFLE_SEED = 0
 MEASURED = 10_000  # at most about this many images of the first split give mean and std
 AHEAD = 64  # images that the threads of one worker read before they are written
-FORMAT = 2  # increase it to make the same source give other shards
+FORMAT = 3  # increase it to make the same source give other shards
 PR_SET_PDEATHSIG = 1
 
 _job: "Job"  # set in each worker process
