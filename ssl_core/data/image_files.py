@@ -21,6 +21,7 @@ from ssl_core.mistakes import excerpt
 EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".gif", ".bmp", ".dib", ".ppm", ".pgm", ".pbm", ".pnm")
 EXTENSIONS += (".tif", ".tiff", ".webp", ".jp2", ".avif")
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM", "TIFF", "WEBP", "JPEG2000", "AVIF")  # EPS would start another program
+MAX_SIDE = 1_000_000  # pixels; libpng's limit
 TURNS = {  # by EXIF's orientation, as in PIL's exif_transpose
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -88,6 +89,8 @@ def _prepare(content: bytes | Image.Image) -> tuple[str, bytes, Image.Image]:
     image = Image.open(io.BytesIO(content), formats=FORMATS)
     if image.width * image.height > (Image.MAX_IMAGE_PIXELS or math.inf):  # PIL itself refuses twice as many
         raise Image.DecompressionBombError
+    if max(image.size) > MAX_SIDE:
+        raise ValueError(f"it has a side of more than {MAX_SIDE} pixels")
     image.load()  # all pixels
     if image.format in ("JPEG", "MPO") and _is_plain(content, image):  # MPO: a JPEG followed by more pictures
         return "jpg", content, image

@@ -340,6 +340,7 @@ REFUSED: dict[str, tuple[str, Callable[[], bytes]]] = {
     "text.jpg": ("no image of a format", lambda: b"hello"),
     "postscript.jpg": ("no image of a format", lambda: b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"),
     "float.tif": ("no known range", lambda: encoded(Image.fromarray(np.ones((4, 4), np.float32)), "TIFF")),
+    "strip.png": ("side of more than 1000000", lambda: encoded(Image.new("1", (1_000_001, 1)), "PNG")),
     "huge.png": ("pixels: shrink it", lambda: encoded(Image.new("1", (10_000, 9_000)), "PNG")),
 }  # fmt: skip
 
