@@ -8,6 +8,7 @@ The reasons are part of the manifest (`Rejected`), so another wording gives anot
 import io
 import math
 import posixpath
+from collections.abc import Mapping
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -20,6 +21,39 @@ from ssl_core.mistakes import excerpt
 # A file counts as an image by its name; its format is read from its content.
 EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".gif", ".bmp", ".dib", ".ppm", ".pgm", ".pbm", ".pnm")
 EXTENSIONS += (".tif", ".tiff", ".webp", ".jp2", ".avif")
+# Pictures of other formats, which sharding counts instead of reading; first those of cameras.
+UNREAD_EXTENSIONS = (
+    ".arw",
+    ".cr2",
+    ".cr3",
+    ".dng",
+    ".nef",
+    ".orf",
+    ".pef",
+    ".raf",
+    ".raw",
+    ".rw2",
+    ".srw",
+    ".mpo",
+    ".jps",
+)
+UNREAD_EXTENSIONS += (".heic", ".heif", ".hif", ".jxl", ".jxr", ".wdp", ".j2c", ".j2k", ".jpc", ".jpf", ".jpx", ".bpg")
+UNREAD_EXTENSIONS += (
+    ".apng",
+    ".mng",
+    ".jng",
+    ".ico",
+    ".icns",
+    ".cur",
+    ".svg",
+    ".svgz",
+    ".eps",
+    ".emf",
+    ".wmf",
+    ".pict",
+)
+UNREAD_EXTENSIONS += (".tga", ".psd", ".psb", ".xcf", ".exr", ".hdr", ".pfm", ".pam", ".dds", ".dcm", ".pcx", ".qoi")
+UNREAD_EXTENSIONS += (".ras", ".sgi", ".xbm", ".xpm", ".flif")
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM", "TIFF", "WEBP", "JPEG2000", "AVIF")  # EPS would start another program
 MAX_SIDE = 1_000_000  # pixels; libpng's limit
 TURNS = {  # by EXIF's orientation, as in PIL's exif_transpose
@@ -36,9 +70,27 @@ SIXTEEN_BITS = ("I;16", "I;16B", "I;16L", "I;16N")
 
 def is_image(name: str) -> bool:
     """Return whether a file name has an image's extension; hidden files and macOS resource forks do not count."""
+    return _extension(name) in EXTENSIONS and not _is_hidden(name)
+
+
+def unread_extension(name: str) -> str | None:
+    """Return the lower-case extension of a picture whose format is not read; None for any other file."""
+    extension = _extension(name)
+    return extension if extension in UNREAD_EXTENSIONS and not _is_hidden(name) else None
+
+
+def list_counts(unread: Mapping[str, int]) -> str:
+    """Return numbers of files by extension as text, for example `3 .heic, 1 .tga`."""
+    return ", ".join(f"{count} {extension}" for extension, count in unread.items())
+
+
+def _extension(name: str) -> str:
+    return posixpath.splitext(name)[1].lower()
+
+
+def _is_hidden(name: str) -> bool:
     parts = name.split("/")
-    hidden = any(part.startswith(".") for part in parts) or "__MACOSX" in parts[:-1]
-    return posixpath.splitext(name)[1].lower() in EXTENSIONS and not hidden
+    return any(part.startswith(".") for part in parts) or "__MACOSX" in parts[:-1]
 
 
 def prepare(content: bytes | Image.Image) -> tuple[str, bytes, Image.Image]:

@@ -130,11 +130,9 @@ class _Walk:
 
     def _find_end(self, content: bytes, start: int) -> int:
         """Return the position of the first marker behind the pixels; restart markers must count from 0 to 7."""
-        restarts = 0
-        for match in MARKER_IN_PIXELS.finditer(content, start):
+        for restarts, match in enumerate(MARKER_IN_PIXELS.finditer(content, start)):
             if not self.restart_interval or match[0][1] != FIRST_RESTART + restarts % 8:
                 return match.start()
-            restarts += 1
         raise OddFile("no end")
 
 

@@ -58,6 +58,7 @@ class Split(Strict):
     class_counts: tuple[int, ...] | None
     shards: tuple[Shard, ...]
     rejected: tuple[Rejected, ...]
+    unread: dict[str, int] = Field(default_factory=dict)  # pictures of other formats, by extension
 
     @model_validator(mode="after")
     def _add_up(self) -> "Split":
@@ -97,8 +98,11 @@ class Manifest(Strict):
         return manifest
 
     def content(self) -> dict[str, Any]:
-        """Return the content of the file: all fields and their sha256."""
+        """Return the content of the file: all fields and their sha256, without `unread` where it is empty."""
         fields = self.model_dump(mode="json")
+        for split in fields["splits"].values():
+            if not split["unread"]:
+                del split["unread"]
         return {**fields, "sha256": digest(canonical(fields))}
 
     @property

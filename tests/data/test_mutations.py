@@ -23,7 +23,7 @@ from .conftest import encode, smooth_picture
 
 BATCH = 16
 START_OF_SCAN = 0xDA
-NEW_CHUNKS = (b"tEXt", b"ABCD", b"abCD", b"PLTE", b"tRNS", b"acTL", b"fcTL", b"gAMA", b"sBIT", b"bKGD", b"hIST", b"eXIf")
+NEW_CHUNKS = (b"tEXt", b"ABCD", b"abCD", b"PLTE", b"tRNS", b"acTL", b"gAMA", b"sBIT", b"bKGD", b"hIST", b"eXIf")
 
 
 class Stored(NamedTuple):

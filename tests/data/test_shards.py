@@ -485,6 +485,28 @@ def test_a_source_without_a_usable_image_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "shards" / "manifest.json").exists()
 
 
+@pytest.mark.timeout(60)
+def test_a_pipe_among_the_images_is_refused_by_name(photos: Path) -> None:
+    os.mkfifo(photos / "a" / "x.png")
+    with pytest.raises(ValueError, match=r"^a/x\.png: it is a named pipe instead of a regular file\. .*on_error: skip"):
+        sharded(photos)
+    (rejected,) = sharded(photos, on_error="skip").split("train").rejected
+    assert (rejected.name, rejected.reason) == ("a/x.png", "it is a named pipe instead of a regular file")
+
+
+def test_pictures_that_are_not_read_are_in_the_report_and_the_manifest(
+    photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = (sharded(photos).folder / "manifest.json").read_text()
+    assert "unread" not in text
+    assert len(capsys.readouterr().out.splitlines()) == 1
+    for name in ("a/x.heic", "b/y.HEIC", "b/z.tga"):
+        (photos / name).write_bytes(b"")
+    assert sharded(photos).split("train").unread == {".heic": 2, ".tga": 1}
+    line = "photos: left out, formats that are not read (convert them): train 2 .heic, 1 .tga"
+    assert capsys.readouterr().out.splitlines()[1:] == [line]
+
+
 # The manifest
 
 
