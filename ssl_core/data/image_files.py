@@ -15,45 +15,18 @@ from PIL import Image, UnidentifiedImageError
 
 from ssl_core.data.exif import ORIENTATION, UPRIGHT, OddFile
 from ssl_core.data.plain_jpeg import jpeg_orientation
-from ssl_core.data.plain_png import png_orientation
+from ssl_core.data.plain_png import SIGNATURE, png_orientation
 from ssl_core.mistakes import excerpt
 
 # A file counts as an image by its name; its format is read from its content.
 EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".gif", ".bmp", ".dib", ".ppm", ".pgm", ".pbm", ".pnm")
 EXTENSIONS += (".tif", ".tiff", ".webp", ".jp2", ".avif")
 # Pictures of other formats, which sharding counts instead of reading; first those of cameras.
-UNREAD_EXTENSIONS = (
-    ".arw",
-    ".cr2",
-    ".cr3",
-    ".dng",
-    ".nef",
-    ".orf",
-    ".pef",
-    ".raf",
-    ".raw",
-    ".rw2",
-    ".srw",
-    ".mpo",
-    ".jps",
-)
+UNREAD_EXTENSIONS = (".arw", ".cr2", ".cr3", ".dng", ".nef", ".orf", ".pef", ".raf", ".raw", ".rw2", ".srw", ".mpo")
 UNREAD_EXTENSIONS += (".heic", ".heif", ".hif", ".jxl", ".jxr", ".wdp", ".j2c", ".j2k", ".jpc", ".jpf", ".jpx", ".bpg")
-UNREAD_EXTENSIONS += (
-    ".apng",
-    ".mng",
-    ".jng",
-    ".ico",
-    ".icns",
-    ".cur",
-    ".svg",
-    ".svgz",
-    ".eps",
-    ".emf",
-    ".wmf",
-    ".pict",
-)
+UNREAD_EXTENSIONS += (".apng", ".mng", ".jng", ".ico", ".icns", ".cur", ".svg", ".svgz", ".eps", ".emf", ".wmf")
 UNREAD_EXTENSIONS += (".tga", ".psd", ".psb", ".xcf", ".exr", ".hdr", ".pfm", ".pam", ".dds", ".dcm", ".pcx", ".qoi")
-UNREAD_EXTENSIONS += (".ras", ".sgi", ".xbm", ".xpm", ".flif")
+UNREAD_EXTENSIONS += (".ras", ".sgi", ".xbm", ".xpm", ".flif", ".pict", ".jps")
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM", "TIFF", "WEBP", "JPEG2000", "AVIF")  # EPS would start another program
 MAX_SIDE = 1_000_000  # pixels; libpng's limit
 TURNS = {  # by EXIF's orientation, as in PIL's exif_transpose
@@ -108,6 +81,11 @@ def prepare(content: bytes | Image.Image) -> tuple[str, bytes, Image.Image]:
         raise ValueError(f"it cannot be decoded: {excerpt(error) or type(error).__name__}") from None
 
 
+def has_plain_structure(content: bytes) -> bool:
+    """Return whether a file is a JPEG or PNG that may be stored as it is; without decoding it."""
+    return _plain_orientation(content) is not None
+
+
 def encode(image: Image.Image) -> tuple[bytes, Image.Image]:
     """Return the image upright as an 8-bit gray or RGB PNG, encoded and decoded.
 
@@ -157,11 +135,17 @@ def _is_plain(content: bytes, image: Image.Image) -> bool:
     """Return whether DALI decodes a JPEG or PNG to PIL's pixels: its structure is plain, and both turn it alike."""
     if image.mode in SIXTEEN_BITS:
         return False
-    read_orientation = png_orientation if image.format == "PNG" else jpeg_orientation
+    orientation = _plain_orientation(content)
+    return orientation is not None and orientation == _orientation(image)
+
+
+def _plain_orientation(content: bytes) -> int | None:
+    """Return the orientation of a JPEG or PNG with a plain structure; None for any other file."""
+    read = png_orientation if content.startswith(SIGNATURE) else jpeg_orientation
     try:
-        return read_orientation(content) == _orientation(image)
+        return read(content)
     except OddFile:
-        return False
+        return None
 
 
 def _orientation(image: Image.Image) -> int:

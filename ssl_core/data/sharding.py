@@ -30,7 +30,7 @@ from ssl_core.config import Strict
 from ssl_core.data.card import Card, Channels
 from ssl_core.data.image_files import channel_moments, list_counts, prepare
 from ssl_core.data.records import OpenSource, Record, SourceSplit
-from ssl_core.data.shards import MAX_IMAGES, Manifest, Rejected, Shard, Split, new_shard, renumber
+from ssl_core.data.shards import MAX_IMAGES, Manifest, Rejected, Shard, Split, new_shard, renumber, write_names
 from ssl_core.data.sources.dispatch import open_source
 from ssl_core.files import room_for, write_json, write_text
 from ssl_core.mistakes import excerpt
@@ -173,6 +173,7 @@ class State:
             tar = self._output / file
             tar.unlink(missing_ok=True)
             tar.with_suffix(".idx").unlink(missing_ok=True)
+            tar.with_suffix(".names").unlink(missing_ok=True)
 
     def _line(self, part: Packed) -> str:
         return json.dumps([self._identity, part.model_dump(mode="json")]) + "\n"
@@ -200,6 +201,7 @@ def pack(task: Task) -> Packed:
     split = _job.opened.splits[task.split]
     bad: list[Bad] = []
     labels: Counter[int] = Counter()
+    names: list[str] = []
     moments, measured = np.zeros((2, 3)), 0
     with new_shard(path) as writer:
         for index, prepared in _prepare_all(split, task):
@@ -210,10 +212,12 @@ def pack(task: Task) -> Packed:
             record = prepared.record
             writer.add(index, prepared.extension, prepared.stored, record.label, record.labels)
             labels[record.label] += 1
+            names.append(record.name)
             if prepared.moments is not None:
                 moments += prepared.moments
                 measured += 1
         shard = writer.close()
+    write_names(path, names)
     return Packed(
         split=task.split,
         number=task.number,

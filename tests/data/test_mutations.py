@@ -163,8 +163,8 @@ def mutate_png(content: bytes, generator: np.random.Generator) -> bytes:
     elif kind == 3:
         chunks[place] = (name, body[: generator.integers(len(body) + 1)])
     elif kind == 4:
-        added = NEW_CHUNKS[generator.integers(len(NEW_CHUNKS))]
-        chunks.insert(int(generator.integers(1, len(chunks) + 1)), (added, generator.bytes(generator.integers(33))))
+        added = NEW_CHUNKS[generator.integers(len(NEW_CHUNKS))], generator.bytes(int(generator.integers(33)))
+        chunks.insert(int(generator.integers(1, len(chunks) + 1)), added)
     elif len(body) > 2:
         chunks[place] = (name, change_bytes(b"  " + body, 2 + len(body), generator)[2:])
     return join_chunks(chunks)

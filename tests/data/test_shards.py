@@ -17,7 +17,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from ssl_core.data import sharding
-from ssl_core.data.shards import Manifest, read_shard, tar_header, verify
+from ssl_core.data.shards import Manifest, read_shard, source_name, tar_header, verify
 from ssl_core.stages import shard
 
 from .test_mutations import join_chunks, split_chunks
@@ -116,6 +116,16 @@ def test_every_image_is_there_once_with_its_label_and_its_own_bytes(photos: Path
         assert (extension, stored) == ("jpg", (photos / name).read_bytes())
         assert manifest.classes is not None
         assert manifest.classes[label] == name[0]
+
+
+def test_the_name_of_each_image_in_the_source_is_recorded(photos: Path) -> None:
+    (photos / names(photos)[4]).write_bytes(b"broken")
+    manifest = sharded(photos, on_error="skip")
+    originals = {(photos / name).read_bytes(): name for name in names(photos)}
+    for tar in manifest.tars("train"):
+        for number, extension, stored, _ in read_shard(tar):
+            assert source_name(tar, f"{number:08d}.{extension}") == originals[stored]
+    assert source_name(manifest.tars("train")[0], "99999999.jpg") is None
 
 
 def test_the_order_is_shuffled_and_fixed(photos: Path) -> None:
