@@ -7,6 +7,7 @@ import math
 import re
 import shutil
 import tempfile
+import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -21,12 +22,22 @@ from torch import Tensor
 from ssl_core.config import Dataset, Subset
 from ssl_core.data import pipeline
 from ssl_core.data.batch import Batch
+from ssl_core.data.image_files import has_plain_structure
 from ssl_core.data.pipeline import Plan
-from ssl_core.data.shards import Manifest, index_text, read_index, sample_index, verify
+from ssl_core.data.shards import (
+    Manifest,
+    index_text,
+    read_index,
+    read_member,
+    sample_index,
+    source_name,
+    verify,
+)
 from ssl_core.data.views import Views
 from ssl_core.mistakes import excerpt, is_out_of_memory
 
 HASHED_BYTES = 2**29  # splits of at most this size (half a second) are hashed before reading
+SEARCH_SECONDS = 60  # for an image that DALI failed to read; images of 100 kB are checked at some thousands a second
 SHUFFLE_BUFFER = 300_000  # images; an epoch of at most so many is a uniform permutation (0.9 KB of memory per image)
 
 
@@ -197,7 +208,7 @@ class Loader:
             return self._pipeline.run()
         except RuntimeError as error:
             self._stop()
-            raise _data_error(error, Path(self._plan.tars[0]).parent) from error
+            raise _data_error(error, [Path(tar) for tar in self._plan.tars]) from error
 
     def _skip(self, runs: int) -> None:
         for _ in range(runs):
@@ -249,12 +260,33 @@ def _differences(keys: list[str], was: dict[str, Any], now: dict[str, Any]) -> I
             yield "the graph or DALI changed"
 
 
-def _data_error(error: RuntimeError, folder: Path) -> Exception:
+def _data_error(error: RuntimeError, tars: Sequence[Path]) -> Exception:
     """Turn DALI's error for unreadable data into a one-line `ValueError`; return other errors unchanged."""
     text = str(error)
     if is_out_of_memory(error) or ("fn.decoders" not in text and "fn.readers" not in text):
         return error
     sample = re.search(r"Failed to decode sample \S+ ?: ?(\S+?):\d+:(\S+)", text)
-    image = f"image {sample[2]} in {sample[1]}" if sample else f"an image in {folder}"
+    place = (Path(sample[1]), sample[2]) if sample else _find_odd_image(tars)
+    image = _describe(*place) if place else f"an image in {tars[0].parent}"
     reason = next((line for line in text.splitlines()[2:] if line and "Error in" not in line), text)
-    return ValueError(f"{image} cannot be read ({excerpt(reason)}): remove {folder} and shard the data set again")
+    remedy = f"remove {tars[0].parent} and run again: sharding re-encodes images that DALI does not read"
+    return ValueError(f"{image} cannot be read ({excerpt(reason)}): {remedy}")
+
+
+def _find_odd_image(tars: Sequence[Path]) -> tuple[Path, str] | None:
+    """Search for an image that DALI may have failed to read, since its errors often name none: its tar and member."""
+    end = time.monotonic() + SEARCH_SECONDS
+    for path in tars:
+        with open(path, "rb") as tar:
+            for fields in read_index(path):
+                if not has_plain_structure(read_member(tar, fields, 0)):
+                    return path, fields[3]
+                if time.monotonic() > end:
+                    return None
+    return None
+
+
+def _describe(tar: Path, member: str) -> str:
+    """Return an image's name in the source, as far as it is recorded, and its place in the shards."""
+    name = source_name(tar, member)
+    return f"image {member} in {tar}" if name is None else f"image {excerpt(name)} ({member} in {tar})"

@@ -1,7 +1,8 @@
 """The records that every kind of source returns. Torch-free."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 from PIL import Image
@@ -27,6 +28,7 @@ class SourceSplit(NamedTuple):
     name: Callable[[int], str]  # works even if `read` fails
     read: Callable[[int], Record]
     identity: str  # equal for equal content
+    unread: Mapping[str, int] = MappingProxyType({})  # pictures whose format is not read, by extension
 
 
 class OpenSource(NamedTuple):

@@ -18,7 +18,7 @@ import signal
 import warnings
 from bisect import bisect
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -28,9 +28,9 @@ import numpy as np
 
 from ssl_core.config import Strict
 from ssl_core.data.card import Card, Channels
-from ssl_core.data.image_files import channel_moments, prepare
+from ssl_core.data.image_files import channel_moments, list_counts, prepare
 from ssl_core.data.records import OpenSource, Record, SourceSplit
-from ssl_core.data.shards import MAX_IMAGES, Manifest, Rejected, Shard, Split, new_shard, renumber
+from ssl_core.data.shards import MAX_IMAGES, Manifest, Rejected, Shard, Split, new_shard, renumber, write_names
 from ssl_core.data.sources.dispatch import open_source
 from ssl_core.files import room_for, write_json, write_text
 from ssl_core.mistakes import excerpt
@@ -41,7 +41,7 @@ IMAGES_PER_SHARD = 2000  # CIFAR: 25 tars of 6 MB; ImageNet: 641 of 240 MB, enou
 SHUFFLE_SEED = 0
 MEASURED = 10_000  # at most about this many images of the first split give mean and std
 AHEAD = 64  # images that the threads of one worker read before they are written
-FORMAT = 2  # increase it to make the same source give other shards
+FORMAT = 3  # increase it to make the same source give other shards
 PR_SET_PDEATHSIG = 1
 
 _job: "Job"  # set in each worker process
@@ -123,13 +123,18 @@ def write_shards(card: Card, output: Path, *, threads: int) -> Manifest:
 
 
 def summary(manifest: Manifest) -> str:
-    """Return one line: the images of each split and the size in MB."""
-    splits = []
+    """Return a line with the images of each split and the size in MB, and one with the pictures that are not read."""
+    splits, unread = [], []
     for name, split in manifest.splits.items():
         rejected = f" ({len(split.rejected)} rejected)" if split.rejected else ""
         splits.append(f"{name} {split.images} images{rejected}")
+        if split.unread:
+            unread.append(f"{name} {list_counts(split.unread)}")
     size = sum(split.bytes for split in manifest.splits.values()) / 1e6
-    return f"{manifest.dataset}: {', '.join(splits)}, {size:.1f} MB"
+    lines = [f"{manifest.dataset}: {', '.join(splits)}, {size:.1f} MB"]
+    if unread:
+        lines.append(f"{manifest.dataset}: left out, formats that are not read (convert them): {'; '.join(unread)}")
+    return "\n".join(lines)
 
 
 class State:
@@ -168,6 +173,7 @@ class State:
             tar = self._output / file
             tar.unlink(missing_ok=True)
             tar.with_suffix(".idx").unlink(missing_ok=True)
+            tar.with_suffix(".names").unlink(missing_ok=True)
 
     def _line(self, part: Packed) -> str:
         return json.dumps([self._identity, part.model_dump(mode="json")]) + "\n"
@@ -195,6 +201,7 @@ def pack(task: Task) -> Packed:
     split = _job.opened.splits[task.split]
     bad: list[Bad] = []
     labels: Counter[int] = Counter()
+    names: list[str] = []
     moments, measured = np.zeros((2, 3)), 0
     with new_shard(path) as writer:
         for index, prepared in _prepare_all(split, task):
@@ -205,10 +212,12 @@ def pack(task: Task) -> Packed:
             record = prepared.record
             writer.add(index, prepared.extension, prepared.stored, record.label, record.labels)
             labels[record.label] += 1
+            names.append(record.name)
             if prepared.moments is not None:
                 moments += prepared.moments
                 measured += 1
         shard = writer.close()
+    write_names(path, names)
     return Packed(
         split=task.split,
         number=task.number,
@@ -363,7 +372,9 @@ def _manifest(card: Card, opened: OpenSource, splits: dict[str, list[Packed]]) -
         std=std,
         classes=opened.classes,
         avoid=card.avoid,
-        splits={name: _split(card, name, parts, num_classes) for name, parts in splits.items()},
+        splits={
+            name: _split(card, name, parts, num_classes, opened.splits[name].unread) for name, parts in splits.items()
+        },
     )
 
 
@@ -379,7 +390,7 @@ def _num_classes(card: Card, opened: OpenSource, splits: dict[str, list[Packed]]
     return len(opened.classes)
 
 
-def _split(card: Card, name: str, parts: list[Packed], num_classes: int) -> Split:
+def _split(card: Card, name: str, parts: list[Packed], num_classes: int, unread: Mapping[str, int]) -> Split:
     labels: Counter[int] = Counter()
     for part in parts:
         labels.update(part.labels)
@@ -396,6 +407,7 @@ def _split(card: Card, name: str, parts: list[Packed], num_classes: int) -> Spli
         class_counts=tuple(labels[label] for label in range(num_classes)) if is_labelled else None,
         shards=shards,
         rejected=tuple(Rejected(name=bad.name, reason=bad.reason) for bad in rejected),
+        unread=dict(unread),
     )
 
 

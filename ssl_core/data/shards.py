@@ -5,10 +5,12 @@ and the index in the split, which is also the key. Keys are short and without do
 misreads others. A multi-label sample has the label -1 and a third member, `00000042.labels.u8` (`multilabels.py`).
 
 The index is a text file: `v1.2 <samples>`, then one line per sample with extension, offset, size and name of each
-member. This is the only module that writes tars and indices.
+member. A file `.names` beside it has the name of each image in the source, as one JSON string per line, for messages.
+This is the only module that writes tars, indices and names.
 """
 
 import hashlib
+import json
 import os
 import struct
 import tarfile
@@ -20,7 +22,7 @@ from typing import Any, BinaryIO, Literal
 from pydantic import Field, PrivateAttr, ValidationError, model_validator
 
 from ssl_core.config import Strict
-from ssl_core.files import atomic, read_json
+from ssl_core.files import atomic, read_json, write_text
 from ssl_core.mistakes import excerpt
 from ssl_core.provenance import canonical, digest, file_digest
 
@@ -58,6 +60,7 @@ class Split(Strict):
     class_counts: tuple[int, ...] | None
     shards: tuple[Shard, ...]
     rejected: tuple[Rejected, ...]
+    unread: dict[str, int] = Field(default_factory=dict)  # pictures of other formats, by extension
 
     @model_validator(mode="after")
     def _add_up(self) -> "Split":
@@ -97,8 +100,11 @@ class Manifest(Strict):
         return manifest
 
     def content(self) -> dict[str, Any]:
-        """Return the content of the file: all fields and their sha256."""
+        """Return the content of the file: all fields and their sha256, without `unread` where it is empty."""
         fields = self.model_dump(mode="json")
+        for split in fields["splits"].values():
+            if not split["unread"]:
+                del split["unread"]
         return {**fields, "sha256": digest(canonical(fields))}
 
     @property
@@ -227,6 +233,21 @@ def read_index(tar: Path) -> list[list[str]]:
     """Return the index of a tar: for each sample the extension, offset, size and name of each member."""
     lines = tar.with_suffix(".idx").read_text(encoding="ascii").splitlines()
     return [line.split(" ") for line in lines[1:]]
+
+
+def write_names(tar: Path, names: Sequence[str]) -> None:
+    """Write the names that the images of a tar have in the source, in the tar's order."""
+    write_text(tar.with_suffix(".names"), "".join(json.dumps(name) + "\n" for name in names))
+
+
+def source_name(tar: Path, member: str) -> str | None:
+    """Return the name in the source of an image such as `00000042.jpg`; None if it is not recorded."""
+    try:
+        names = tar.with_suffix(".names").read_text().splitlines()
+        members = [fields[3] for fields in read_index(tar)]
+        return json.loads(names[members.index(member)])
+    except (OSError, ValueError, IndexError):
+        return None
 
 
 def read_shard(path: Path) -> Iterator[tuple[int, str, bytes, int]]:

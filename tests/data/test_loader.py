@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ssl_core.config import Dataset, Subset
 from ssl_core.data.loader import Batch, Loader, _data_error, draw_subset
-from ssl_core.data.shards import Manifest
+from ssl_core.data.shards import Manifest, read_index, sample_index, write_names
 from ssl_core.data.views import POLICIES, View, Views
 from ssl_core.drawing.views import draw_views
 from tests.methods.harness import start_in_processes
@@ -216,7 +216,7 @@ import sys
 from pathlib import Path
 from ssl_core.config import Dataset
 from ssl_core.data.loader import Loader
-from ssl_core.data.shards import Manifest
+from ssl_core.data.shards import Manifest, read_index, sample_index, write_names
 from ssl_core.data.views import View
 
 def private():
@@ -328,18 +328,38 @@ def test_a_shard_with_a_damaged_image_is_named(damaged: Manifest) -> None:
         make(damaged)
 
 
-def test_what_dali_cannot_read_is_named_and_other_errors_stay_what_they_are() -> None:
-    said = (
+def test_a_sample_that_dali_names_is_named_and_other_errors_are_unchanged(tiny: Manifest) -> None:
+    tar = tiny.tars("train")[1]
+    member = read_index(tar)[3][3]
+    message = (
         "Critical error in pipeline:\nError in CPU operator `nvidia.dali.fn.decoders.image` encountered:\n\n"
-        "Failed to decode sample #6 : /data/train-000001.tar:15872:00002006.jpg\n"
+        f"Failed to decode sample #6 : {tar}:15872:{member}\n"
     )
-    error = _data_error(RuntimeError(said), Path("/data"))
+    error = _data_error(RuntimeError(message), tiny.tars("train"))
     assert isinstance(error, ValueError)
-    assert "00002006.jpg in /data/train-000001.tar" in str(error)
-    full = RuntimeError(f"{said}Can't allocate 129499136 bytes on device 0.")
-    assert _data_error(full, Path("/data")) is full
+    assert f"image {member} in {tar} cannot be read" in str(error)
+    full = RuntimeError(f"{message}Can't allocate 129499136 bytes on device 0.")
+    assert _data_error(full, tiny.tars("train")) is full
     bug = RuntimeError("Error in CPU operator `nvidia.dali.fn.rotate` encountered: wrong type")
-    assert _data_error(bug, Path("/data")) is bug
+    assert _data_error(bug, tiny.tars("train")) is bug
+
+
+def test_an_image_of_older_shards_that_dali_cannot_read_is_named_as_in_the_source(
+    tmp_path: Path, make_shards: Callable[..., Manifest], pictures: list[Any]
+) -> None:
+    file = io.BytesIO()
+    pictures[0].save(file, "JPEG")
+    whole = file.getvalue()
+    odd = whole.replace(b"\xff\xdb", b"\0\xff\xdb", 1)
+    manifest = make_shards(tmp_path, [whole] * 7 + [odd] + [whole] * 2, [0] * 10)
+    (tar,) = manifest.tars("train")
+    write_names(tar, [f"cat/{sample_index(fields)}.jpg" for fields in read_index(tar)])
+    expected = (
+        rf"^image cat/7\.jpg \(00000007\.jpg in {tar}\) cannot be read \(.*\): remove {tmp_path} and run again: "
+        r"sharding re-encodes images that DALI does not read$"
+    )
+    with pytest.raises(ValueError, match=expected):
+        make(manifest).next()
 
 
 def test_views_are_drawn_as_a_picture(tiny: Manifest, tmp_path: Path) -> None:

@@ -17,10 +17,13 @@ import pytest
 from PIL import Image, ImageOps
 
 from ssl_core.data import sharding
-from ssl_core.data.shards import Manifest, read_shard, tar_header, verify
+from ssl_core.data.shards import Manifest, read_shard, source_name, tar_header, verify
 from ssl_core.stages import shard
 
+from .test_mutations import join_chunks, split_chunks
+
 IMAGES = 23
+Chunks = list[tuple[bytes, bytes]]
 
 
 @pytest.fixture(autouse=True)
@@ -113,6 +116,16 @@ def test_every_image_is_there_once_with_its_label_and_its_own_bytes(photos: Path
         assert (extension, stored) == ("jpg", (photos / name).read_bytes())
         assert manifest.classes is not None
         assert manifest.classes[label] == name[0]
+
+
+def test_the_name_of_each_image_in_the_source_is_recorded(photos: Path) -> None:
+    (photos / names(photos)[4]).write_bytes(b"broken")
+    manifest = sharded(photos, on_error="skip")
+    originals = {(photos / name).read_bytes(): name for name in names(photos)}
+    for tar in manifest.tars("train"):
+        for number, extension, stored, _ in read_shard(tar):
+            assert source_name(tar, f"{number:08d}.{extension}") == originals[stored]
+    assert source_name(manifest.tars("train")[0], "99999999.jpg") is None
 
 
 def test_the_order_is_shuffled_and_fixed(photos: Path) -> None:
@@ -242,6 +255,46 @@ def transparent() -> Image.Image:
     return image
 
 
+XMP = b"""<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">
+<rdf:Description xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="6"/></rdf:RDF></x:xmpmeta>"""
+
+
+def with_byte_before(marker: int) -> bytes:
+    """Return a JPEG with a zero byte before one of its segments."""
+    jpeg = encoded(picture(1), "JPEG")
+    return jpeg.replace(bytes((0xFF, marker)), bytes((0, 0xFF, marker)), 1)
+
+
+def with_exif_twice(first: int, second: int) -> bytes:
+    jpeg = encoded(smooth(), "JPEG", exif=exif(first))
+    start = jpeg.index(b"\xff\xdb")
+    return jpeg[:start] + b"\xff\xe1" + struct.pack(">H", 2 + len(exif(second))) + exif(second) + jpeg[start:]
+
+
+def cmyk_without_adobe() -> bytes:
+    jpeg = encoded(smooth().convert("CMYK"), "JPEG")
+    start = jpeg.index(b"\xff\xee")
+    return jpeg[:start] + jpeg[start + 16 :]
+
+
+def with_chunks(png: bytes, change: Callable[[Chunks], Chunks]) -> bytes:
+    return join_chunks(change(split_chunks(png)))
+
+
+def with_header_byte(place: int, value: int) -> bytes:
+    def change(chunks: Chunks) -> Chunks:
+        header = bytearray(chunks[0][1])
+        header[place] = value
+        return [(b"IHDR", bytes(header)), *chunks[1:]]
+
+    return with_chunks(encoded(picture(1), "PNG"), change)
+
+
+def animated_png() -> bytes:
+    """Return an animation whose first picture is not the one that other decoders show."""
+    return encoded(picture(1), "PNG", save_all=True, append_images=[picture(2)], default_image=True)
+
+
 PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
 
 KEPT: dict[str, tuple[str, Callable[[], bytes]]] = {
@@ -260,6 +313,7 @@ KEPT: dict[str, tuple[str, Callable[[], bytes]]] = {
     "really_a_png.JPEG": ("png", lambda: encoded(picture(1), "PNG")),
     "trailing.jpg": ("jpg", lambda: encoded(picture(1), "JPEG") + b"garbage"),
 }
+REDUCED = encoded(picture(1).quantize(32), "PNG")
 REENCODED: dict[str, Callable[[], bytes]] = {
     "still.gif": lambda: encoded(picture(1).quantize(32), "GIF"),
     "moving.gif": lambda: encoded(picture(1), "GIF", save_all=True, append_images=[picture(2)]),
@@ -269,6 +323,22 @@ REENCODED: dict[str, Callable[[], bytes]] = {
     "cmyk.tif": lambda: encoded(picture(1).convert("CMYK"), "TIFF"),
     "gray.pgm": lambda: encoded(picture(1).convert("L"), "PPM"),
     "alpha.webp": lambda: encoded(transparent(), "WEBP", lossless=True, exact=True),
+    "turned.avif": lambda: encoded(picture(1), "AVIF", exif=exif(6)),
+    "byte_before_quantizers.jpg": lambda: with_byte_before(0xDB),
+    "byte_before_frame.jpg": lambda: with_byte_before(0xC0),
+    "byte_before_huffman_tables.jpg": lambda: with_byte_before(0xC4),
+    "byte_before_scan.jpg": lambda: with_byte_before(0xDA),
+    "cmyk_without_adobe.jpg": cmyk_without_adobe,
+    "turned_by_xmp.jpg": lambda: encoded(smooth(), "JPEG", xmp=XMP),
+    "exif_twice.jpg": lambda: with_exif_twice(6, 3),
+    "animated.png": animated_png,
+    "compression.png": lambda: with_header_byte(10, 1),
+    "fewer_rows.png": lambda: with_header_byte(7, 11),
+    "more_rows.png": lambda: with_header_byte(7, 60),
+    "two_palettes.png": lambda: with_chunks(REDUCED, lambda chunks: [*chunks[:2], *chunks[1:]]),
+    "no_palette.png": lambda: with_chunks(REDUCED, lambda chunks: [chunks[0], *chunks[2:]]),
+    "critical.png": lambda: with_chunks(REDUCED, lambda chunks: [chunks[0], (b"ABCD", b"x"), *chunks[1:]]),
+    "background.png": lambda: with_chunks(REDUCED, lambda chunks: [*chunks[:2], (b"bKGD", b""), *chunks[2:]]),
 }
 REFUSED: dict[str, tuple[str, Callable[[], bytes]]] = {
     "truncated.jpg": ("truncated", lambda: encoded(picture(1), "JPEG")[:-200]),
@@ -280,6 +350,7 @@ REFUSED: dict[str, tuple[str, Callable[[], bytes]]] = {
     "text.jpg": ("no image of a format", lambda: b"hello"),
     "postscript.jpg": ("no image of a format", lambda: b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"),
     "float.tif": ("no known range", lambda: encoded(Image.fromarray(np.ones((4, 4), np.float32)), "TIFF")),
+    "strip.png": ("side of more than 1000000", lambda: encoded(Image.new("1", (1_000_001, 1)), "PNG")),
     "huge.png": ("pixels: shrink it", lambda: encoded(Image.new("1", (10_000, 9_000)), "PNG")),
 }  # fmt: skip
 
@@ -332,6 +403,14 @@ def test_odd_images_are_kept_or_reencoded_and_dali_sees_what_pil_sees(tmp_path: 
             assert (extension, stored) == (KEPT[name][0], files[name]), name
         else:
             assert extension == "png", name
+
+
+def test_statistics_are_those_of_the_pixels_that_training_sees(tmp_path: Path) -> None:
+    source = odd(tmp_path, {"cmyk.jpg": cmyk_without_adobe()})
+    manifest = sharded(source, source=flat(source))
+    pixels = decoded_by_dali(manifest)[0].reshape(-1, 3) / 255
+    np.testing.assert_allclose(manifest.mean, pixels.mean(axis=0), atol=1e-4)
+    np.testing.assert_allclose(manifest.std, pixels.std(axis=0), atol=1e-4)
 
 
 def test_sixteen_bit_gray_is_scaled_and_not_clipped(tmp_path: Path) -> None:
@@ -414,6 +493,28 @@ def test_a_source_without_a_usable_image_is_refused(tmp_path: Path) -> None:
     ):
         sharded(source, source=flat(source), on_error="skip")
     assert not (tmp_path / "shards" / "manifest.json").exists()
+
+
+@pytest.mark.timeout(60)
+def test_a_pipe_among_the_images_is_refused_by_name(photos: Path) -> None:
+    os.mkfifo(photos / "a" / "x.png")
+    with pytest.raises(ValueError, match=r"^a/x\.png: it is a named pipe instead of a regular file\. .*on_error: skip"):
+        sharded(photos)
+    (rejected,) = sharded(photos, on_error="skip").split("train").rejected
+    assert (rejected.name, rejected.reason) == ("a/x.png", "it is a named pipe instead of a regular file")
+
+
+def test_pictures_that_are_not_read_are_in_the_report_and_the_manifest(
+    photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = (sharded(photos).folder / "manifest.json").read_text()
+    assert "unread" not in text
+    assert len(capsys.readouterr().out.splitlines()) == 1
+    for name in ("a/x.heic", "b/y.HEIC", "b/z.tga"):
+        (photos / name).write_bytes(b"")
+    assert sharded(photos).split("train").unread == {".heic": 2, ".tga": 1}
+    line = "photos: left out, formats that are not read (convert them): train 2 .heic, 1 .tga"
+    assert capsys.readouterr().out.splitlines()[1:] == [line]
 
 
 # The manifest

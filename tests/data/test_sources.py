@@ -5,7 +5,9 @@ import gzip
 import io
 import os
 import resource
+import socket
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +117,51 @@ def test_files_without_an_image_name_are_left_out(tmp_path: Path) -> None:
         classes, splits = records(card(kind, {"train": {}}, path=str(path)), tmp_path)
         assert classes == ("cat",)
         assert labels(splits["train"]) == [("cat/1.PNG", 0)]
+
+
+def test_pictures_of_formats_that_are_not_read_are_counted(tmp_path: Path) -> None:
+    names = ("cat/1.png", "cat/2.HEIC", "cat/3.heic", "dog/4.jxl", "dog/5.txt", "dog/.6.tga", "dog/7.mpo")
+    root = folder(tmp_path / "root", *names)
+    archive = tar(tmp_path / "a.tar", {name: png(0) for name in names})
+    for kind, path in (("image_folder", root), ("image_tar", archive)):
+        with open_source(card(kind, {"train": {}}, path=str(path)), scratch=tmp_path) as opened:
+            assert opened.splits["train"].size == 1
+            assert opened.splits["train"].unread == {".heic": 2, ".jxl": 1, ".mpo": 1}
+    (root / "cat" / "1.png").unlink()
+    assert error(card("image_folder", {"train": {}}, path=str(root)), tmp_path).endswith(
+        "; convert its 2 .heic, 1 .jxl, 1 .mpo"
+    )
+
+
+def make_socket(path: str) -> None:
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path)
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize(
+    ("kind", "make"),
+    [
+        ("a named pipe", os.mkfifo),
+        ("a socket", make_socket),
+        ("a device", lambda path: os.symlink("/dev/zero", path)),
+        ("a named pipe", lambda path: (os.mkfifo(f"{path}.pipe"), os.symlink(f"{path}.pipe", path))),
+    ],
+)
+def test_only_regular_files_are_read(
+    tmp_path: Path, kind: str, make: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder(tmp_path / "root", "cat/1.png")
+    monkeypatch.chdir(tmp_path / "root" / "cat")  # the path of a socket is limited to 108 bytes
+    make("x.png")
+    (tmp_path / "table.csv").write_text("path,label\ncat/x.png,cat\n")
+    table = card("table", {"train": {"file": str(tmp_path / "table.csv")}}, folder=str(tmp_path / "root"))
+    for source, index in ((card("image_folder", {"train": {}}, path=str(tmp_path / "root")), 1), (table, 0)):
+        with (
+            open_source(source, scratch=tmp_path) as opened,
+            pytest.raises(OSError, match=f"it is {kind} instead of a regular file"),
+        ):
+            opened.splits["train"].read(index)
 
 
 def test_linked_folders_count_and_loops_and_unreadable_folders_are_refused(tmp_path: Path) -> None:

@@ -7,9 +7,11 @@ import hashlib
 import lzma
 import os
 import posixpath
+import stat
 import tarfile
 import zlib
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -20,7 +22,7 @@ from typing import Any, BinaryIO
 
 from tqdm import tqdm
 
-from ssl_core.data.image_files import is_image
+from ssl_core.data.image_files import is_image, list_counts, unread_extension
 from ssl_core.data.shards import BLOCK
 from ssl_core.data.sources.file_list import File, Files, sorted_files
 from ssl_core.mistakes import excerpt
@@ -28,6 +30,7 @@ from ssl_core.provenance import file_digest
 
 OPENERS = {b"\x1f\x8b": gzip.open, b"BZ": bz2.open, b"\xfd7": lzma.open}  # by a file's first two bytes
 BROKEN = (tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError)  # raised by readers of damaged archives
+OTHER_FILES = {stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket", stat.S_IFDIR: "a folder"}
 ABSENT = "does not exist: put the data there, or mend the card's path or the ${VARIABLE} in it"
 
 
@@ -40,6 +43,16 @@ def stamp(path: str | Path) -> bytes:
     return f"{status.st_size} {status.st_mtime_ns};".encode()
 
 
+def read_file(path: str | Path) -> bytes:
+    """Return the bytes of a regular file; raise `OSError` for others: a pipe would block, some devices never end."""
+    mode = os.stat(path).st_mode
+    if not stat.S_ISREG(mode):
+        kind = OTHER_FILES.get(stat.S_IFMT(mode), "a device")
+        raise OSError(errno.EINVAL, f"it is {kind} instead of a regular file")
+    with open(path, "rb", buffering=0) as file:  # twice as fast as pathlib for small files
+        return file.readall()
+
+
 class Folder:
     """A folder on disk; names are paths inside it."""
 
@@ -50,10 +63,14 @@ class Folder:
             raise ValueError(f"{root} {ABSENT}")
         self.root = root
         self.stamp = ""
+        self.unread: dict[str, int] = {}
         self._scratch = scratch
 
     def files(self, folder: str) -> Files:
-        """Return the image files below `folder`, relative to it, sorted; links are followed."""
+        """Return the image files below `folder`, relative to it, sorted; links are followed.
+
+        Sets `stamp`, which changes when a file changes, and `unread`, the numbers of pictures of other formats.
+        """
         top = self.root / folder
         if not top.is_dir():
             inside = sorted(entry.name for entry in self.root.iterdir() if entry.is_dir())
@@ -66,9 +83,11 @@ class Folder:
                 stamps.update(stamp(os.path.join(top, file.name)))
                 yield file
 
-        images = sorted_files(_walk(top), self._scratch)
+        unread: Counter[str] = Counter()
+        images = sorted_files(_select_images(_walk(top), unread), self._scratch)
         files = Files(stamped(images), self._scratch)
         self.stamp = stamps.hexdigest()
+        self.unread = dict(sorted(unread.items()))
         return files
 
     def fetch(self, file: File, folder: str = "") -> bytes:
@@ -79,12 +98,21 @@ class Folder:
         """Return a file's bytes; raise `ValueError` for a name outside the folder."""
         if posixpath.normpath(name).startswith(("/", "..")):
             raise ValueError(f"{excerpt(repr(name))} lies outside {self.root}")
-        with open(os.path.join(self.root, name), "rb", buffering=0) as file:  # twice as fast as pathlib for small files
-            return file.readall()
+        return read_file(os.path.join(self.root, name))
+
+
+def _select_images(files: Iterable[File], unread: Counter[str]) -> Iterator[File]:
+    """Yield the images among files, and count in `unread` the pictures whose format is not read, by extension."""
+    for file in files:
+        extension = unread_extension(file.name)
+        if extension is not None:
+            unread[extension] += 1
+        elif is_image(file.name):
+            yield file
 
 
 def _walk(top: Path, inside: str = "", above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[File]:
-    """Yield the images below a folder, links followed; raise `ValueError` for an unreadable folder or a loop of links.
+    """Yield the files below a folder, links followed; raise `ValueError` for an unreadable folder or a loop of links.
 
     `above` holds the device and inode of the folders around this one.
     """
@@ -98,8 +126,7 @@ def _walk(top: Path, inside: str = "", above: frozenset[tuple[int, int]] = froze
             for entry in entries:
                 path = f"{inside}{entry.name}"
                 if not entry.is_dir():
-                    if is_image(path):
-                        yield File(path)
+                    yield File(path)
                 elif not entry.name.startswith("."):
                     yield from _walk(top, f"{path}/", above | {identity})
     except OSError as error:
@@ -113,6 +140,7 @@ class Archive:
 
     def __init__(self, path: Path, descriptor: int, stamp: str, scratch: Path) -> None:
         self.path, self.stamp = path, stamp
+        self.unread: dict[str, int] = {}
         self._descriptor = descriptor  # read with pread, so that forked processes do not move each other's position
         self._scratch = scratch
 
@@ -156,15 +184,18 @@ class Archive:
         return Files(last, self._scratch)
 
     def files(self, folder: str) -> Files:
-        """Return the image files below `folder`, relative to it, sorted."""
+        """Return the image files below `folder`, relative to it, sorted; set `unread` as `Folder` does."""
         prefix = f"{folder.strip('/')}/" if folder.strip("/") else ""
         inside = (file for file in self.members if file.name.startswith(prefix))
         relative = (file._replace(name=file.name[len(prefix) :]) for file in inside)
-        images = Files((file for file in relative if is_image(file.name)), self._scratch)
+        unread: Counter[str] = Counter()
+        images = Files(_select_images(relative, unread), self._scratch)
+        self.unread = dict(sorted(unread.items()))
         if not images:
             folders = sorted({posixpath.dirname(file.name) for file in self.members})
             names = excerpt(", ".join(folders[:8])) or "none"
-            raise ValueError(f"{self.path} has no images below {folder!r}; folders in it: {names}")
+            others = f"; convert its {list_counts(self.unread)}" if unread else ""
+            raise ValueError(f"{self.path} has no images below {folder!r}; folders in it: {names}{others}")
         return images
 
     def fetch(self, file: File, folder: str = "") -> bytes:

@@ -5,7 +5,7 @@ from functools import partial
 from pathlib import Path
 
 from ssl_core.data.card import Annotations, Card, FolderSplit, ImageFolder
-from ssl_core.data.image_files import EXTENSIONS
+from ssl_core.data.image_files import EXTENSIONS, list_counts
 from ssl_core.data.records import OpenSource, printable
 from ssl_core.data.sources.file_tree import Archive, Folder
 from ssl_core.data.sources.labelled_files import LabelledFiles, Targets, number_classes
@@ -26,7 +26,8 @@ def _list_split(tree: Folder | Archive, split: FolderSplit, path: Path) -> Label
     files = tree.files(split.folder)
     place = f"{path}/{split.folder}".rstrip("/")
     if not files:
-        raise ValueError(f"{place} has no images ({' '.join(sorted(EXTENSIONS))})")
+        unread = f"; convert its {list_counts(tree.unread)}" if tree.unread else ""
+        raise ValueError(f"{place} has no images ({' '.join(sorted(EXTENSIONS))}){unread}")
     targets = Targets()
     annotations = split.annotations
     classes = {} if annotations is None else _read_annotations(tree, annotations)
@@ -40,7 +41,7 @@ def _list_split(tree: Folder | Archive, split: FolderSplit, path: Path) -> Label
             targets.add(_class_folder(file.name, place))
         else:
             targets.add(None)
-    return LabelledFiles(files, targets, partial(tree.fetch, folder=split.folder), tree.stamp)
+    return LabelledFiles(files, targets, partial(tree.fetch, folder=split.folder), tree.stamp, tree.unread)
 
 
 def _class_folder(name: str, place: str) -> str:

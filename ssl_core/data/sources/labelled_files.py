@@ -5,6 +5,7 @@ import os
 import re
 from array import array
 from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -49,6 +50,7 @@ class LabelledFiles(NamedTuple):
     targets: Targets
     fetch: Callable[[File], bytes]
     stamp: str  # changes when the content changes
+    unread: Mapping[str, int] = MappingProxyType({})  # pictures whose format is not read, by extension
 
 
 def parse_target(value: Any) -> Target:
@@ -108,4 +110,4 @@ def _split(listed: LabelledFiles, ids: Mapping[str, int], classes: tuple[str, ..
     digest.update(labels.tobytes())
     for file in files:
         digest.update(os.fsencode(file.name) + b"\0")
-    return SourceSplit(len(files), name, read, digest.hexdigest())
+    return SourceSplit(len(files), name, read, digest.hexdigest(), listed.unread)

@@ -11,7 +11,7 @@ from ssl_core.config import nearest
 from ssl_core.data.card import Card, Table, TableSplit
 from ssl_core.data.records import OpenSource
 from ssl_core.data.sources.file_list import File, Files
-from ssl_core.data.sources.file_tree import ABSENT, stamp
+from ssl_core.data.sources.file_tree import ABSENT, read_file, stamp
 from ssl_core.data.sources.labelled_files import LabelledFiles, Targets, number_classes, parse_target
 from ssl_core.mistakes import excerpt
 
@@ -41,7 +41,7 @@ def _list_split(source: Table, split: TableSplit, scratch: Path) -> LabelledFile
             yield file
 
     def fetch(file: File) -> bytes:
-        return (folder / file.name).read_bytes()
+        return read_file(folder / file.name)
 
     files = Files(images(), scratch)
     return LabelledFiles(files, targets, fetch, stamps.hexdigest())

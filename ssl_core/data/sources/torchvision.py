@@ -3,7 +3,6 @@
 import inspect
 import operator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from PIL import Image
@@ -11,6 +10,7 @@ from PIL import Image
 from ssl_core.config import nearest
 from ssl_core.data.card import Card, Torchvision
 from ssl_core.data.records import OpenSource
+from ssl_core.data.sources.file_tree import read_file
 from ssl_core.data.sources.library import library_split
 from ssl_core.mistakes import excerpt
 
@@ -45,7 +45,7 @@ def _build(source: Torchvision, arguments: dict[str, Any]) -> Any:
     if source.root is not None:
         options["root"] = source.root
     if "loader" in inspect.signature(kind).parameters or torchvision.datasets.DatasetFolder in kind.__mro__:
-        options["loader"] = lambda path: Path(path).read_bytes()
+        options["loader"] = read_file
     try:
         return kind(**options)
     except (TypeError, ValueError, RuntimeError, OSError, ImportError) as error:
