@@ -24,7 +24,7 @@ LESS_MEMORY = (
 )
 FULL = {errno.ENOSPC, errno.EDQUOT}
 FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
-ODD_PATHS = {errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG}
+ODD_PATHS = {errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG}
 
 
 def explain(error: BaseException) -> str | None:

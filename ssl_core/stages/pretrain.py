@@ -30,6 +30,7 @@ from ssl_core.files import write_json, write_text
 from ssl_core.methods.base import method_class, resolve, views_of
 from ssl_core.networks.backbones import build_backbone, check_image_size, save_backbone, write_tensors
 from ssl_core.networks.batchnorm import synchronise_batchnorm
+from ssl_core.processes import end_with_parent
 from ssl_core.tracking import run as tracking
 from ssl_core.training.checkpoint import Identity, load_checkpoint, remove_checkpoint, save_checkpoint
 from ssl_core.training.loop import Trainer
@@ -95,7 +96,7 @@ def run(
         max_restarts=0,
     )
     try:
-        elastic_launch(launch, _work_as_rank)(job)
+        elastic_launch(launch, _work_as_rank)(job, os.getpid())
     except ChildFailedError as error:
         killed = [failure for failure in error.failures.values() if failure.exitcode == -signal.SIGKILL]
         failure = next(iter([*killed, *error.failures.values()]))  # the others fail because one was killed
@@ -106,7 +107,8 @@ def run(
 
 
 @record  # leaves a failure's words where the launcher finds them
-def _work_as_rank(job: Job) -> None:
+def _work_as_rank(job: Job, launcher: int) -> None:
+    end_with_parent(launcher)  # the launcher holds the lock of the experiment
     _work(job)
 
 

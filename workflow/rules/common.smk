@@ -11,6 +11,7 @@ import yaml
 from snakemake.persistence import Persistence
 from snakemake.scheduling.job_scheduler import JobScheduler
 
+from ssl_core import processes
 from ssl_core.experiments import bundled, checks, needs, overlays, sweeps
 from ssl_core.data.card import load_card
 from ssl_core.experiments.code import evaluation_code, export_code, pretraining_code, stage_code, views_code
@@ -18,6 +19,9 @@ from ssl_core.provenance import canonical
 
 # Where no environment is activated, jobs find `ssl-core` beside the Python that runs Snakemake.
 os.environ.update(PATH=os.pathsep.join([*os.get_exec_path(), str(Path(sys.executable).parent)]))
+
+# Stages end with this process, also after a kill -9, so that none is left beside those of the next run.
+processes.announce_workflow()
 
 
 # Snakemake before 9.17 reserves no cores and no GPU for a job that is the only one ready, yet releases them at its end:
