@@ -19,7 +19,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
-WORKFLOW = "SSL_CORE_WORKFLOW"  # environment variable: the Snakemake process, as `Process.text`
+# Environment variables
+WORKFLOW = "SSL_CORE_WORKFLOW"  # the Snakemake process, as `Process.text`
+PACKAGE = "SSL_CORE_PACKAGE"  # the folder of the package that it imports
 JOB_VARIABLES = ("SLURM_JOB_ID",)
 PR_SET_PDEATHSIG = 1
 
@@ -85,18 +87,25 @@ def announce_workflow() -> None:
     current = Process.with_id(os.getpid())
     if current is not None and not _workflow_ancestors():
         os.environ[WORKFLOW] = current.text
+        os.environ[PACKAGE] = str(Path(__file__).resolve().parent)
 
 
 def end_with_workflow() -> None:
     """Send SIGTERM to this process when the workflow that started it ends, or a process between them.
 
     A stage that outlived its workflow would write files while the next workflow makes them again. Without a workflow
-    nothing happens. Raises ValueError if the workflow has ended already.
+    nothing happens. Raises ValueError if the workflow has ended already, or runs other code than this process.
     """
     workflow = _workflow()
     if workflow is not None and workflow.has_ended():
         raise ValueError("the workflow that started this stage has ended; run the workflow again")
     watched = _workflow_ancestors()
+    package = str(Path(__file__).resolve().parent)
+    if watched and os.environ.get(PACKAGE, package) != package:
+        raise ValueError(
+            f"the workflow runs the code of {os.environ[PACKAGE]}, its stage that of {package}: put the `ssl-core` "
+            "beside the workflow's `snakemake` first on the PATH, or run `make install`"
+        )
     descriptors = []
     with suppress(OSError, AttributeError):  # a system without pidfd
         descriptors = [os.pidfd_open(process.id) for process in watched]

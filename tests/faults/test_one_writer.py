@@ -132,6 +132,14 @@ def test_a_stage_begins_no_work_after_its_workflow_has_ended(monkeypatch: pytest
         processes.end_with_workflow()
 
 
+def test_a_stage_refuses_a_workflow_of_another_installation(monkeypatch: pytest.MonkeyPatch) -> None:
+    (parent, *_) = processes.ancestors()
+    monkeypatch.setenv(processes.WORKFLOW, parent.text)
+    monkeypatch.setenv(processes.PACKAGE, "/another/ssl_core")
+    with pytest.raises(ValueError, match=r"the code of /another/ssl_core, its stage that of .*: put the `ssl-core`"):
+        processes.end_with_workflow()
+
+
 def test_a_reused_process_id_is_another_process() -> None:
     current = Process.with_id(os.getpid())
     assert current is not None

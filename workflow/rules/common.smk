@@ -7,9 +7,18 @@ import shutil
 import sys
 from pathlib import Path
 
+import ssl_core
 import yaml
 from snakemake.persistence import Persistence
 from snakemake.scheduling.job_scheduler import JobScheduler
+
+# Before anything else is imported of a package that may be another version.
+PROJECT = Path(workflow.current_basedir).parents[1]
+PACKAGE = Path(ssl_core.__file__).resolve().parent
+if (PROJECT / "ssl_core").is_dir() and PROJECT.resolve() != PACKAGE.parent:
+    sys.exit(
+        f"error: the code of {PACKAGE.parent} is installed, not that of {PROJECT}: run `make install` in {PROJECT}"
+    )
 
 from ssl_core import processes
 from ssl_core.experiments import bundled, checks, needs, overlays, sweeps
