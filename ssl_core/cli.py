@@ -245,13 +245,22 @@ def _schema(options: argparse.Namespace) -> None:
     print(json.dumps(schema_generation.generate(), indent=2))
 
 
+def _find_experiment(options: argparse.Namespace) -> None:
+    """Raise a `ValueError` for an unknown experiment before torch is imported, which takes seconds."""
+    from ssl_core.experiments.overlays import load_configuration
+
+    load_configuration(options.configfile).experiment(options.experiment)
+
+
 def _explain(options: argparse.Namespace) -> None:
+    _find_experiment(options)
     from ssl_core.look.explain import explain
 
     explain(options.experiment, options.configfile, timed=options.time, threads=options.threads)
 
 
 def _views(options: argparse.Namespace) -> None:
+    _find_experiment(options)
     from ssl_core.look.preview import draw
 
     print(draw(options.experiment, options.configfile, options.output, threads=options.threads))

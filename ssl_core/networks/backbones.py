@@ -167,6 +167,11 @@ def _timm(name: str, image_size: int) -> nn.Module:
     return module
 
 
+def backbone_names() -> list[str]:
+    """Return all valid names but those of timm."""
+    return [*NAMES, *(f"torchvision/{name}" for name in torchvision.models.list_models(module=torchvision.models))]
+
+
 def _unknown(name: str) -> str:
     """Return the error message for an unknown backbone, with the most similar names."""
     import timm

@@ -81,7 +81,11 @@ def run(
         threads=threads,
     )
     resolved = resolve(spec)
-    forward_batch_size(resolved.training)
+    if forward_batch_size(resolved.training) < 2:
+        raise ValueError(
+            "training.batch_size gives one image per forward pass, which BatchNorm cannot normalise: use at least two "
+            "images per process (gpus) and part (accumulation)"
+        )
     learning_rate(0, training=resolved.training, steps_per_epoch=1)
     data = Manifest.load(manifest)
     verify(data, resolved.dataset.split)
