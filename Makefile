@@ -31,15 +31,23 @@ Makefile pyproject.toml requirements.lock: ;
 
 install: $(INSTALLED)
 
+# The programs in .venv contain its path, and the package's: a project that was copied or moved installs anew, and a git
+# worktree whose .venv is a link gets one of its own.
+MOVED := $(shell [ ! -e $(BIN)/ssl-core ] || grep -qF "$$(pwd -P)/$(BIN)/" $(BIN)/ssl-core || echo yes)
+ifneq ($(MOVED),)
+.PHONY: $(INSTALLED)
+endif
+
 # The stamp is written last, so that an interrupted installation continues.
 $(INSTALLED): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; (3, 11) <= v <= (3, 13) or sys.exit("error: Python 3.11 to 3.13 is needed, $(PYTHON) is %d.%d; say make PYTHON=python3.12" % v)'
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "error: $(PYTHON) cannot make environments: apt install python3-venv (Debian, Ubuntu), or say make PYTHON=python3.12" >&2; exit 1; }
+	@[ -z "$(MOVED)" ] || { echo ".venv belongs to another folder (this one was copied or moved): installing anew"; rm -rf .venv; }
 	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
-	VIRTUAL_ENV=$(CURDIR)/.venv $(BIN)/python -m uv pip sync --require-hashes requirements.lock
-	VIRTUAL_ENV=$(CURDIR)/.venv $(BIN)/python -m uv pip install --no-deps --no-build-isolation --editable .
-	touch $@
+	VIRTUAL_ENV="$$(pwd -P)/.venv" $(BIN)/python -m uv pip sync --require-hashes requirements.lock
+	VIRTUAL_ENV="$$(pwd -P)/.venv" $(BIN)/python -m uv pip install --no-deps --no-build-isolation --editable .
+	pwd -P > $@
 
 # One process per core with one thread each; the tests of a file run in one process and share its fixtures.
 test: $(INSTALLED)

@@ -11,12 +11,12 @@ import os
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
-from ssl_core import late_compiler, mistakes
+from ssl_core import late_compiler, mistakes, processes
 
 CARD = "a data set's name, whose card is in datasets/ or in the package, or the file of a card"
 
@@ -32,6 +32,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.name is None:
         parser.print_help()
         return 0
+    try:
+        with _only_writer(options):
+            return _run(options)
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:  # another process writes the same files, and its log
+        return _report(error, None, None)
+
+
+def _run(options: argparse.Namespace) -> int:
     with _logged(options.log) as log:
         try:
             options.command(options)
@@ -40,6 +50,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except Exception as error:
             return _report(error, options.log, log)
     return 0
+
+
+def _only_writer(options: argparse.Namespace) -> AbstractContextManager[None]:
+    """Return the lock of the stage's output, if it has one; take it before anything is written, the log included."""
+    if options.name == "pretrain":
+        return processes.one_writer(options.checkpoint.with_suffix(".lock"), f"experiment {options.experiment}")
+    if options.name == "shard":
+        return processes.one_writer(options.output.with_name(f".{options.output.name}.lock"), str(options.output))
+    return nullcontext()
 
 
 def _report(error: Exception, path: Path | None, log: "_Log | None") -> int:
@@ -188,6 +207,7 @@ def _add_looks(commands: Any) -> None:
 
 def _stage(options: argparse.Namespace) -> None:
     """Call the stage with its options, which have the names of its arguments."""
+    processes.end_with_workflow()
     stage = importlib.import_module(f"ssl_core.stages.{options.name.replace('-', '_')}")
     arguments = dict(vars(options))
     for name in ("command", "name", "log", "version"):
@@ -225,13 +245,22 @@ def _schema(options: argparse.Namespace) -> None:
     print(json.dumps(schema_generation.generate(), indent=2))
 
 
+def _find_experiment(options: argparse.Namespace) -> None:
+    """Raise a `ValueError` for an unknown experiment before torch is imported, which takes seconds."""
+    from ssl_core.experiments.overlays import load_configuration
+
+    load_configuration(options.configfile).experiment(options.experiment)
+
+
 def _explain(options: argparse.Namespace) -> None:
+    _find_experiment(options)
     from ssl_core.look.explain import explain
 
     explain(options.experiment, options.configfile, timed=options.time, threads=options.threads)
 
 
 def _views(options: argparse.Namespace) -> None:
+    _find_experiment(options)
     from ssl_core.look.preview import draw
 
     print(draw(options.experiment, options.configfile, options.output, threads=options.threads))

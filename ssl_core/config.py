@@ -119,6 +119,18 @@ class Reported(Strict):
     results: dict[str, Annotated[float, Field(ge=0, le=100)]]  # evaluation -> its main metric in percent
 
 
+# Words of other projects that are not similar to the key here.
+SYNONYMS = {
+    "arch": "backbone",
+    "base_lr": "learning_rate",
+    "bs": "batch_size",
+    "encoder": "backbone",
+    "lr": "learning_rate",
+    "model": "backbone",
+    "network": "backbone",
+    "wd": "weight_decay",
+}
+
 Model = TypeVar("Model", bound=BaseModel)
 
 
@@ -143,6 +155,8 @@ def parse(model: type[Model], section: Any, where: str) -> Model:
 def nearest(word: str, words: Iterable[str]) -> str:
     """Return "; did you mean 'x'?" with the most similar of `words`, or a list of all if none is similar."""
     words = sorted(words)
+    if SYNONYMS.get(word.lower()) in words:
+        return f"; did you mean '{SYNONYMS[word.lower()]}'?"
     matches = difflib.get_close_matches(word, words, n=1, cutoff=0.5)
     if matches:
         return f"; did you mean '{matches[0]}'?"

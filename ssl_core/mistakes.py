@@ -60,6 +60,8 @@ def _explain_file_error(error: OSError) -> str | None:
         return f"{where}{error.strerror}: change the owner or mode of the folder (chown, chmod) or choose another path"
     if error.errno == errno.EMFILE:
         return "too many open files: raise the limit (ulimit -n 65536) and run again"
+    if error.errno == errno.EEXIST:  # a file is in the place of a folder
+        return f"{where}Not a directory: choose another path or move the file that blocks it"
     if error.errno in ODD_PATHS:
         return f"{where}{error.strerror}: choose another path or move the file that blocks it"
     return None

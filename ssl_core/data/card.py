@@ -255,5 +255,26 @@ def _explain(error: ValidationError) -> str:
     where = [str(part) for part in problem["loc"]]
     if where[0:1] == ["source"] and where[1:2] and where[1] in SOURCE_TYPES:  # pydantic's tag of the union
         del where[1]
-    message = problem["msg"].removeprefix("Value error, ")
+    message = _message(problem)
     return f"{'.'.join(where)}: {message}" if where else message
+
+
+def _message(problem: Any) -> str:
+    """Return a problem in the words of config.yaml's messages: the value found, the values expected."""
+    kind, value = problem["type"], problem["input"]
+    types = ", ".join(SOURCE_TYPES)
+    if kind == "missing":
+        return "this key is missing"
+    if kind == "union_tag_not_found":
+        return f"the key 'type' is missing: add one of {types}"
+    if kind == "union_tag_invalid":
+        tag = str(value.get("type"))
+        return f"unknown type {excerpt(repr(tag))}{nearest(tag, SOURCE_TYPES)}"
+    if kind in ("model_type", "model_attributes_type", "dict_type"):
+        return f"expected a mapping (keys on indented lines below it), found {excerpt(repr(value))}"
+    if kind == "literal_error":
+        return f"unknown value {excerpt(repr(value))}; possible: {problem['ctx']['expected']}"
+    message = problem["msg"].removeprefix("Value error, ")
+    if kind == "value_error" or isinstance(value, dict | list):
+        return message
+    return f"{message[0].lower()}{message[1:]}, found {excerpt(repr(value))}"

@@ -16,7 +16,13 @@ from ssl_core.experiments.sweeps import Config
 
 FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 # Names of other files and folders under results/.
-RESERVED = {"experiments": {"sweeps"}, "evaluations": {"pretrain", "export"}, "sweeps": set()}
+RESERVED = {
+    "experiments": {"sweeps", "table.csv", "table.html"},
+    "evaluations": {"pretrain", "export"},
+    "sweeps": set(),
+}
+CHECKPOINTS = ("previous", "damaged", "other")  # checkpoints/<experiment>.<word>.pt belongs to <experiment>
+FOLDERS = ("checkpoints", "logs", "results", "shards")
 # Files that only a pre-training writes.
 PRETRAINED = ("model.safetensors", "pretrain.json", "history.csv", "views.png", "curves.png", "curves.svg")
 
@@ -35,6 +41,12 @@ def check(config: Config, schema: Mapping[str, Any], cards: Iterable[str]) -> No
         _check_kind(experiment, f"experiments.{name}")
     for name in config.get("sweeps") or {}:
         _check_sweep(name, config, schema)
+    names = sweeps.experiments(config)
+    _check_checkpoint_names(names)
+    _check_evaluation_names(config.get("evaluations") or {})
+    for name, experiment in names.items():
+        _check_batch_size(experiment.get("training") or {}, f"experiments.{name}.training")
+        _check_backbone(experiment, f"experiments.{name}", schema)
     _check_datasets(config, list(cards))
     _check_reported(config)
 
@@ -68,6 +80,14 @@ def check_files(config: Config, targets: Iterable[str]) -> None:
         for key, file in sweeps.weight_files(experiments[name]).items():
             if not _is_result(file, experiments) and not Path(file).is_file():
                 raise ValueError(f"experiments.{name}.{key}: there is no file '{file}' (looked in {Path.cwd()})")
+
+
+def check_folders(config: Config) -> None:
+    """Raise a `ValueError` for a file in the place of a folder that the workflow writes into."""
+    experiments = [Path("results", name) for name in sweeps.experiments(config)]
+    for folder in [*map(Path, FOLDERS), *experiments]:
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"{folder} is a file, but the workflow needs a folder of this name: move the file")
 
 
 def _is_result(file: str, experiments: Mapping[str, Config]) -> bool:
@@ -116,6 +136,48 @@ def _check_name(section: str, name: str) -> None:
         )
     if name in RESERVED[section]:
         raise ValueError(f"{section}.{name}: this name is taken by another file of the results; choose another")
+
+
+def _check_checkpoint_names(names: Iterable[str]) -> None:
+    """Refuse an experiment whose checkpoint has the name of another experiment's previous or damaged checkpoint."""
+    names = set(names)
+    for name in names:
+        base, _, word = name.rpartition(".")
+        if word in CHECKPOINTS and base in names:
+            raise ValueError(f"experiments.{name}: checkpoints/{name}.pt belongs to '{base}'; choose another name")
+
+
+def _check_evaluation_names(names: Iterable[str]) -> None:
+    """Refuse an evaluation whose folder of pictures has the name of a file of the results."""
+    taken = {*PRETRAINED, "backbone.safetensors", *(f"{name}.json" for name in names)}
+    for name in names:
+        if name in taken:
+            raise ValueError(f"evaluations.{name}: this name is taken by another file of the results; choose another")
+
+
+def _check_batch_size(training: Config, place: str) -> None:
+    """Refuse one image per forward pass, which BatchNorm cannot normalise."""
+    parts = training.get("gpus", 1) * training.get("accumulation", 1)
+    if "batch_size" in training and training["batch_size"] // parts < 2:
+        raise ValueError(
+            f"{place}.batch_size: {training['batch_size']} is less than two images per forward pass (gpus x "
+            f"accumulation is {parts}), which BatchNorm needs; use {2 * parts} or more"
+        )
+
+
+def _check_backbone(section: Config, place: str, schema: Mapping[str, Any]) -> None:
+    """Refuse unknown names of backbones, also of teachers; those of timm are known to the stages only."""
+    names = schema["$defs"].get("Backbone", {}).get("names", [])
+    backbone = section.get("backbone")
+    name = backbone.get("name") if isinstance(backbone, Mapping) else None
+    if isinstance(name, str) and names and not name.startswith("timm/") and name not in names:
+        advice = nearest(name, (known for known in names if "/" not in known))
+        raise ValueError(
+            f"{place}.backbone.name: there is no backbone '{name}'{advice} (others: timm/..., torchvision/...)"
+        )
+    for key, inner in section.items():
+        if isinstance(inner, Mapping) and key != "backbone":
+            _check_backbone(inner, f"{place}.{key}", schema)
 
 
 def _check_kind(experiment: Config, place: str) -> None:

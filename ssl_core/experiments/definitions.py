@@ -16,7 +16,17 @@ from ssl_core.provenance import canonical, file_digest
 
 PACKAGE = Path(__file__).parents[1]
 # These modules watch, store or start a run. They never change a number, so the search ends at them.
-OUTSIDE = ("tracking", "experiments", "cli", "files", "progress", "provenance", "mistakes", "late_compiler")
+OUTSIDE = (
+    "tracking",
+    "experiments",
+    "cli",
+    "files",
+    "progress",
+    "provenance",
+    "mistakes",
+    "late_compiler",
+    "processes",
+)
 SPOKEN = {"print", "warnings.warn", "tqdm.tqdm.write", "tqdm.write"}  # calls that only inform a person
 PROSE = re.compile(r"[A-Za-z]{2,}[,;:]? [A-Za-z]{2,}")  # a text of several words is for people, too
 SETTINGS = ("ssl_core.config", "Strict")  # base class of all sections of the configuration

@@ -33,7 +33,7 @@ def _message(error: Any, place: Sequence[str]) -> str:
         values = error.validator_value if error.validator == "enum" else [error.validator_value]
         return f"{where}: unknown value {error.instance!r}{nearest(str(error.instance), map(str, values))}"
     if error.validator == "type":
-        return f"{where}: expected {_expected(error)}, found {error.instance!r}{_hint(error.instance)}"
+        return f"{where}: expected {_expected(error)}, found {error.instance!r}{_hint(error)}"
     return f"{where}: {error.message}"
 
 
@@ -54,9 +54,14 @@ def _expected(error: Any) -> str:
     return error.message
 
 
-def _hint(value: Any) -> str:
-    """Return how to write a number such as 1e-3, which YAML 1.1 reads as a text."""
-    if not isinstance(value, str) or not re.fullmatch(r"[+-]?\d+[eE][+-]?\d+", value):
+def _hint(error: Any) -> str:
+    """Return how to write a section that has a name, or a number such as 1e-3, which YAML 1.1 reads as a text."""
+    value = error.instance
+    if not isinstance(value, str):
+        return ""
+    if error.validator_value == "object" and "name" in error.schema.get("properties", {}):
+        return f" (write {{name: {value}}})"
+    if not re.fullmatch(r"[+-]?\d+[eE][+-]?\d+", value):
         return ""
     mantissa, exponent = re.split("[eE]", value)
     sign = "" if exponent[0] in "+-" else "+"

@@ -14,6 +14,7 @@ from typing import Literal, NamedTuple
 
 from ssl_core.mistakes import excerpt
 from ssl_core.tracking import run as tracking
+from ssl_core.tracking.recorder import without_passwords
 
 PYTHONS = ((3, 11), (3, 13))  # the oldest and the newest tested version
 SPACE = 5e9  # free bytes of disk that a run on small data may need
@@ -226,13 +227,18 @@ def _database() -> Iterator[Finding]:
 
 
 def _server(address: str) -> Iterator[Finding]:
-    from urllib.request import urlopen
+    import requests
 
+    name = without_passwords(address)
+    if not address.startswith(("http://", "https://")):
+        yield Finding("ok", "tracking", f"{name} (not tested)")
+        return
     try:
-        with urlopen(f"{address.rstrip('/')}/health", timeout=3):
-            yield Finding("ok", "tracking", f"{address} answers")
-    except OSError as error:
-        yield Finding("warning", "tracking", f"{address} does not answer ({error}): runs continue without it")
+        requests.get(f"{address.rstrip('/')}/health", timeout=3).raise_for_status()
+        yield Finding("ok", "tracking", f"{name} answers")
+    except requests.RequestException as error:
+        reason = without_passwords(str(error))
+        yield Finding("warning", "tracking", f"{name} does not answer ({reason}): runs continue without it")
 
 
 def _port() -> Iterator[Finding]:

@@ -33,6 +33,7 @@ def named_configs(folder: str) -> dict[str, type[BaseModel]]:
 def generate() -> dict[str, Any]:
     """Return the schema of `config.yaml`, from the typed configuration of every section, method and protocol."""
     from ssl_core.data.views import POLICIES, View
+    from ssl_core.networks.backbones import backbone_names
 
     definitions: dict[str, Any] = {}
     methods = _choice("name", "method", named_configs("methods"), definitions)
@@ -46,6 +47,7 @@ def generate() -> dict[str, Any]:
     experiment["properties"] |= {key: adopted[key] for key in ("weights", "image_size", "normalisation")}
     experiment["required"] = ["dataset", "backbone"]  # and a method or weights: the check has a better message
     definitions["experiment"] = experiment
+    definitions["Backbone"]["names"] = backbone_names()  # for the dry run, which imports no torch
     definitions["change_of_view"] = _part(View, definitions) | {"required": []}
     if "Augmentation" in definitions:  # its own keys, a policy's name, or a policy with changes
         policy = {"enum": sorted(POLICIES)}

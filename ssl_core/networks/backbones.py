@@ -167,6 +167,11 @@ def _timm(name: str, image_size: int) -> nn.Module:
     return module
 
 
+def backbone_names() -> list[str]:
+    """Return all valid names but those of timm."""
+    return [*NAMES, *(f"torchvision/{name}" for name in torchvision.models.list_models(module=torchvision.models))]
+
+
 def _unknown(name: str) -> str:
     """Return the error message for an unknown backbone, with the most similar names."""
     import timm
@@ -233,8 +238,10 @@ def load_weights(module: nn.Module, path: Path) -> list[str]:
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write a safetensors file atomically; equal content gives equal bytes.
 
-    The metadata also get the sha256 of the whole file, computed with zeros in place of the checksum.
+    The metadata also get the sha256 of the whole file, computed with zeros in place of the checksum. Raises ValueError
+    for a tensor that is not finite, before anything is written.
     """
+    _refuse_infinite(tensors, f"{path} is not written")
     content = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, dict(metadata))
     # safetensors writes its metadata in the order of a randomly seeded hash map
     length = int.from_bytes(content[:8], "little")
@@ -250,7 +257,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Read the tensors and the metadata of a safetensors file.
 
-    Raises ValueError if the file is missing or broken, or differs from the checksum in its metadata, if there is one.
+    Raises ValueError if the file is missing or broken, has a tensor that is not finite, or differs from the checksum in
+    its metadata, if there is one.
     """
     if not path.is_file():
         raise ValueError(f"{path} does not exist")
@@ -263,7 +271,27 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     checksum = metadata.pop(CHECKSUM, None)
     if checksum is not None and digest(_with_checksum(path.read_bytes(), old=checksum, new=NO_CHECKSUM)) != checksum:
         raise ValueError(f"{path} is not the file that was written (its sha256 differs): write it again")
+    _refuse_infinite(tensors, f"{path} cannot be used")
     return tensors, metadata
+
+
+def find_infinite(tensors: Mapping[str, Tensor]) -> str | None:
+    """Return the name of the first tensor with a value that is infinite or not a number."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            return name
+    return None
+
+
+def _refuse_infinite(tensors: Mapping[str, Tensor], consequence: str) -> None:
+    name = find_infinite(tensors)
+    if name is not None:
+        values = tensors[name]
+        count = values.numel() - int(values.isfinite().sum())
+        raise ValueError(
+            f"{consequence}: {count} of {values.numel()} values of its tensor '{name}' are not finite, "
+            "so the training that made it diverged; use weights of another training or epoch"
+        )
 
 
 def _with_checksum(content: bytes, *, old: str, new: str) -> bytes:

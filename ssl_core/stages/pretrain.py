@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -30,12 +31,15 @@ from ssl_core.files import write_json, write_text
 from ssl_core.methods.base import method_class, resolve, views_of
 from ssl_core.networks.backbones import build_backbone, check_image_size, save_backbone, write_tensors
 from ssl_core.networks.batchnorm import synchronise_batchnorm
+from ssl_core.processes import end_with_parent
 from ssl_core.tracking import run as tracking
 from ssl_core.training.checkpoint import Identity, load_checkpoint, remove_checkpoint, save_checkpoint
-from ssl_core.training.loop import Trainer
+from ssl_core.training.loop import Stop, Trainer
 from ssl_core.training.monitor import online_knn
 
 HEADLINES = ("loss/total", "embedding/rankme", "online/knn")  # beside the evaluations' numbers
+LOOPBACK = "127.0.0.1"  # where the ranks meet: the name of a host may not resolve
+START_SECONDS = 300  # until all ranks must have met
 PROBE_IMAGES = 5000  # the online kNN looks at no more
 OUTPUTS = ("model.safetensors", "history.csv", "pretrain.json", "backbone.safetensors")
 
@@ -77,7 +81,11 @@ def run(
         threads=threads,
     )
     resolved = resolve(spec)
-    forward_batch_size(resolved.training)
+    if forward_batch_size(resolved.training) < 2:
+        raise ValueError(
+            "training.batch_size gives one image per forward pass, which BatchNorm cannot normalise: use at least two "
+            "images per process (gpus) and part (accumulation)"
+        )
     learning_rate(0, training=resolved.training, steps_per_epoch=1)
     data = Manifest.load(manifest)
     verify(data, resolved.dataset.split)
@@ -90,12 +98,17 @@ def run(
         min_nodes=1,
         max_nodes=1,
         nproc_per_node=processes,
+        run_id=experiment,
         rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
+        rdzv_endpoint=f"{LOOPBACK}:0",
+        local_addr=LOOPBACK,
+        rdzv_configs={"join_timeout": START_SECONDS},
         max_restarts=0,
     )
     try:
-        elastic_launch(launch, _work_as_rank)(job)
+        elastic_launch(launch, _work_as_rank)(job, os.getpid())
+    except SignalException as error:
+        raise Stop(128 + error.sigval) from None
     except ChildFailedError as error:
         killed = [failure for failure in error.failures.values() if failure.exitcode == -signal.SIGKILL]
         failure = next(iter([*killed, *error.failures.values()]))  # the others fail because one was killed
@@ -106,7 +119,8 @@ def run(
 
 
 @record  # leaves a failure's words where the launcher finds them
-def _work_as_rank(job: Job) -> None:
+def _work_as_rank(job: Job, launcher: int) -> None:
+    end_with_parent(launcher)  # the launcher holds the lock of the experiment
     _work(job)
 
 
@@ -230,6 +244,8 @@ def _start_process(training: Training, threads: int) -> torch.device:
     if cuda:
         torch.cuda.set_device(local_rank)
     if processes > 1:
+        # gloo would resolve the host's name to choose a network interface
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         torch.distributed.init_process_group("nccl" if cuda else "gloo")
     return torch.device("cuda", local_rank) if cuda else torch.device("cpu")
 

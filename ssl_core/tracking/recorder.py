@@ -15,14 +15,14 @@ import queue
 import re
 import signal
 import sys
-import tempfile
 import threading
 import time
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
+from urllib.parse import unquote, urlsplit, urlunsplit
 
 EXPERIMENT = "ssl-core"  # name of the MLflow experiment if MLFLOW_EXPERIMENT_NAME is not set
 BATCH_SECONDS = 2.0  # between two writes of metrics
@@ -30,6 +30,12 @@ RETRY_SECONDS = 30.0  # before the next request to a server that failed
 SYSTEM_SECONDS = 15.0  # between two readings of CPU and memory
 PENDING_MESSAGES = 100_000  # kept for an unreachable server, about 50 MB
 LEADERBOARD = "mlflow.sharedViewState.leaderboard"  # MLflow's page reads a view from this tag of the experiment
+SQLITE = "sqlite:///"
+ARTIFACT_PATHS = (  # the columns of MLflow's database that contain absolute paths
+    ("experiments", "artifact_location"),
+    ("runs", "artifact_uri"),
+    ("logged_models", "artifact_location"),
+)
 PARAMETER_LENGTH = 500  # MLflow allows 6000; the artifact configuration.yaml has the full values
 
 Message = dict[str, Any]
@@ -49,8 +55,26 @@ def flatten(section: dict[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 def _warn(reason: str) -> None:
-    reason = " ".join(reason.split())[:300]
-    print(f"warning: MLflow tracking: {reason}; the run continues without it", file=sys.stderr, flush=True)
+    _note(f"{' '.join(reason.split())[:300]}; the run continues without it")
+
+
+def _note(text: str) -> None:
+    print(f"warning: MLflow tracking: {without_passwords(text)}", file=sys.stderr, flush=True)
+
+
+def without_passwords(text: str) -> str:
+    """Return `text` without the user names and passwords of its addresses."""
+    return re.sub(r"://[^/\s]*@", "://***@", text)
+
+
+def use_credentials(uri: str) -> str:
+    """Move the password of an HTTP address into the variables from which MLflow reads it; return the address."""
+    address = urlsplit(uri)
+    if address.scheme not in ("http", "https") or address.username is None:
+        return uri
+    os.environ["MLFLOW_TRACKING_USERNAME"] = unquote(address.username)
+    os.environ["MLFLOW_TRACKING_PASSWORD"] = unquote(address.password or "")
+    return urlunsplit(address._replace(netloc=address.netloc.rpartition("@")[2]))
 
 
 class Recorder:
@@ -149,6 +173,8 @@ class Recorder:
 
         logging.disable(logging.CRITICAL)
         with _locked(self.uri):
+            if self.uri == own_database():
+                follow_folder(Path("mlflow.db").absolute())
             self.client = MlflowClient(self.uri)
             self.experiment_id = self._get_experiment_id()
             self._open_parent(message)
@@ -159,7 +185,12 @@ class Recorder:
     def _get_experiment_id(self) -> str:
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME", EXPERIMENT)
         experiment = self.client.get_experiment_by_name(name)
-        return experiment.experiment_id if experiment else self.client.create_experiment(name)
+        if experiment is None:
+            return self.client.create_experiment(name)
+        if experiment.lifecycle_stage == "deleted":
+            self.client.restore_experiment(experiment.experiment_id)
+            _note(f"the experiment '{name}' was deleted in MLflow; it is restored for this run")
+        return experiment.experiment_id
 
     def _open_parent(self, message: Message) -> None:
         version = f"{message['experiment']}@{message['digest'][:12]}"
@@ -195,17 +226,30 @@ class Recorder:
             self._link_model()
 
     def _resumed(self, run_id: str | None) -> Any:
-        """Return the run of a checkpoint; None if it is in another database."""
+        """Return the run of a checkpoint; None if the database lacks it, for example after `mlflow gc`."""
         try:
-            return self.client.get_run(run_id) if run_id else None
+            return self._restored(self.client.get_run(run_id)) if run_id else None
         except Exception as error:
             if not _refused(error):
                 raise
+            _note(f"the run {run_id} of the checkpoint is not in this database; the numbers go into another run")
             return None
 
     def _find(self, condition: str) -> Any:
-        runs = self.client.search_runs([self.experiment_id], condition, max_results=1, order_by=["start_time ASC"])
-        return runs[0] if runs else None
+        """Return the first run that fulfils the condition; a deleted one, restored, if there is no other."""
+        from mlflow.entities import ViewType
+
+        for view in (ViewType.ACTIVE_ONLY, ViewType.DELETED_ONLY):
+            runs = self.client.search_runs([self.experiment_id], condition, view, 1, ["start_time ASC"])
+            if runs:
+                return self._restored(runs[0])
+        return None
+
+    def _restored(self, run: Any) -> Any:
+        if run.info.lifecycle_stage == "deleted":
+            self.client.restore_run(run.info.run_id)
+            _note(f"the run '{run.info.run_name}' was deleted in MLflow; it is restored, since its stage runs again")
+        return run
 
     def _create(self, message: Message, name: str, tags: dict[str, str]) -> Any:
         from mlflow.tracking.context.registry import resolve_tags
@@ -314,18 +358,68 @@ def _refused(error: Exception) -> bool:
     return isinstance(error, FileNotFoundError | TypeError | ValueError)
 
 
+def own_database() -> str:
+    """Return the address of the project's own database, in the working directory."""
+    return f"sqlite:///{Path('mlflow.db').absolute()}"
+
+
+def follow_folder(database: Path) -> None:
+    """Let the artifact paths in `database` follow a project folder that was copied, moved or renamed.
+
+    MLflow stores absolute paths: without this a copy would write into the original's folder. A database that is a link
+    belongs to another folder and keeps its paths.
+    """
+    import sqlite3
+
+    if not database.is_file() or database.is_symlink():
+        return
+    folder = database.with_name("mlruns")
+    with closing(sqlite3.connect(database, timeout=20)) as connection, connection:
+        for old in _artifact_folders(connection):
+            if old == folder or (old.exists() and folder.exists() and old.samefile(folder)):
+                continue
+            for table, column in ARTIFACT_PATHS:
+                connection.execute(
+                    f"update {table} set {column} = ? || substr({column}, ?) where substr({column}, 1, ?) = ?",
+                    (str(folder), len(str(old)) + 1, len(str(old)) + 1, f"{old}/"),
+                )
+            _note(f"this folder was {old.parent}: artifact paths in {database.name} now lead to {folder}")
+
+
+def _artifact_folders(connection: Any) -> set[Path]:
+    """Return the folders `mlruns` of MLflow's default artifact locations, `<folder>/mlruns/<experiment id>`."""
+    folders = set()
+    with suppress(connection.OperationalError):  # no tables yet
+        for number, location in connection.execute("select experiment_id, artifact_location from experiments"):
+            path = Path(location or "")
+            if path.is_absolute() and path.name == str(number) and path.parent.name == "mlruns":
+                folders.add(path.parent)
+    return folders
+
+
 @contextmanager
 def _locked(uri: str) -> Iterator[None]:
     """Hold a lock on the tracking store: two processes must not create the same database at once."""
-    path = Path(tempfile.gettempdir()) / f"ssl-core-{os.getuid()}-{hashlib.sha256(uri.encode()).hexdigest()[:12]}.lock"
-    if uri.startswith("sqlite:///"):
-        database = Path(uri.removeprefix("sqlite:///"))
-        path = database.with_name(f"{database.name}.lock")
-    with open(path, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # released when the file closes
-        if uri.startswith("sqlite:///"):
-            _use_wal(database)
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC  # a link could lead to a file of somebody
+    descriptor = os.open(lock_file(uri), flags, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if uri.startswith(SQLITE):
+            _use_wal(Path(uri.removeprefix(SQLITE)))
         yield
+    finally:
+        os.close(descriptor)  # releases the lock
+
+
+def lock_file(uri: str) -> Path:
+    """Return the lock file of a store: beside a SQLite database, else in the user's runtime or cache folder."""
+    if uri.startswith(SQLITE):
+        database = Path(uri.removeprefix(SQLITE))
+        return database.with_name(f"{database.name}.lock")
+    parent = os.environ.get("XDG_RUNTIME_DIR") or os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    folder = Path(parent) / "ssl-core"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return folder / f"{hashlib.sha256(uri.encode()).hexdigest()[:12]}.lock"
 
 
 def _use_wal(database: Path) -> None:
@@ -350,7 +444,9 @@ def main() -> None:
         signal.signal(name, signal.SIG_IGN)
     messages: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
     threading.Thread(target=_read, args=(sys.stdin.buffer, messages), daemon=True).start()
-    Recorder(os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path('mlflow.db').absolute()}").follow(messages)
+    uri = use_credentials(os.environ.get("MLFLOW_TRACKING_URI") or own_database())
+    os.environ["MLFLOW_TRACKING_URI"] = uri
+    Recorder(uri).follow(messages)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from ssl_core.blocks.schedules import learning_rate
 from ssl_core.config import Training
 from ssl_core.data.loader import Batch, Loader
 from ssl_core.methods.base import Losses, Memory, Method, Progress
+from ssl_core.networks.backbones import find_infinite
 from ssl_core.progress import progress_bar
 from ssl_core.training.monitor import Alarm, rankme, spread
 from ssl_core.training.optimizers import build_optimizer, set_learning_rate
@@ -132,6 +133,16 @@ class Trainer:
                     if not distributed.is_distributed():  # other processes may be a step behind: no checkpoint here
                         save()
                     raise Stop(128 + stop[0])
+        self._check_weights()
+
+    def _check_weights(self) -> None:
+        """Raise `ValueError` for a tensor that is not finite: no loss has seen the last update."""
+        name = find_infinite(self.method.state_dict())
+        if name is not None:
+            raise ValueError(
+                f"training diverged: '{name}' is not finite after the last step, {self.step}; lower "
+                "training.learning_rate, increase training.warmup_epochs or set training.gradient_clip"
+            )
 
     def _row_is_due(self) -> bool:
         watched = self.training.monitor_epochs * self.steps_per_epoch  # online kNN needs a row

@@ -53,6 +53,13 @@ def test_extraction_leaves_weights_statistics_and_modes_alone(subjects, manifest
     assert not network[1].training
 
 
+def test_features_that_are_not_finite_are_refused(subjects, manifest):
+    network = Tiny()
+    network.norm.running_var[0] = float("nan")
+    with pytest.raises(ValueError, match="the spoilt network gives features that are not finite"):
+        read_split(subjects, manifest, TRAIN, center_view(16), "", networks={"spoilt": network})
+
+
 def test_pixels_are_the_normalised_image(subjects, manifest):
     loader = make_loader(subjects, manifest, TRAIN, center_view(16), batch_size=60)
     batch = next(loader.epoch())

@@ -1,5 +1,6 @@
 """Faults of a configuration are found at every depth and reported in one line."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,40 @@ def test_the_demonstration_and_all_recipes_pass(root: Path, schema: dict[str, An
             "1e-3",
             "experiments.small.training.learning_rate: expected a number, found '1e-3' (YAML wants a point",
         ),
-        ("experiments/small/dataset", "demo", "experiments.small.dataset: expected a mapping, found 'demo'"),
+        (
+            "experiments/small/dataset",
+            "demo",
+            "experiments.small.dataset: expected a mapping, found 'demo' (write {name: demo})",
+        ),
+        (
+            "experiments/small/training/lr",
+            0.1,
+            "experiments.small.training.lr: unknown key; did you mean 'learning_rate'?",
+        ),
+        ("experiments/small/training/bs", 8, "experiments.small.training.bs: unknown key; did you mean 'batch_size'?"),
+        (
+            "experiments/small/training/wd",
+            0.1,
+            "experiments.small.training.wd: unknown key; did you mean 'weight_decay'?",
+        ),
+        (
+            "experiments/small/backbone/name",
+            "resnet81",
+            "experiments.small.backbone.name: there is no backbone 'resnet81'; did you mean 'resnet18'? "
+            "(others: timm/..., torchvision/...)",
+        ),
+        (
+            "experiments/small/backbone/name",
+            "torchvision/resnet5",
+            "experiments.small.backbone.name: there is no backbone 'torchvision/resnet5'; did you mean 'resnet50'? "
+            "(others: timm/..., torchvision/...)",
+        ),
+        (
+            "experiments/small/training/batch_size",
+            1,
+            "experiments.small.training.batch_size: 1 is less than two images per forward pass (gpus x accumulation "
+            "is 1), which BatchNorm needs; use 2 or more",
+        ),
         ("experiments/small/method", {}, "experiments.small.method: the key 'name' is missing"),
         ("experiments/small/training/epochs", 0, "experiments.small.training.epochs: 0 is less than"),
         ("experiments/a b", VALID["experiments"]["small"], "experiments.a b: use letters, digits, '.', '_' or '-'"),
@@ -206,3 +240,32 @@ def test_a_missing_file_of_weights_is_refused_if_a_target_needs_it(
     )  # that experiment writes it
     with pytest.raises(ValueError, match=r"there is no file 'results/smal/backbone\.safetensors'"):
         checks.check_files(changed("experiments/taken/weights", "results/smal/backbone.safetensors"), [])
+
+
+@pytest.mark.parametrize(
+    ("section", "name", "copied"),
+    [
+        ("experiments", "small.previous", "small"),
+        ("experiments", "small.damaged", "small"),
+        ("experiments", "table.csv", "small"),
+        ("evaluations", "knn.json", "knn"),
+        ("evaluations", "history.csv", "knn"),
+    ],
+)
+def test_names_that_collide_with_files_are_refused(
+    section: str, name: str, copied: str, schema: dict[str, Any]
+) -> None:
+    config = copy.deepcopy(VALID)
+    config[section][name] = config[section][copied]
+    with pytest.raises(ValueError, match=rf"{section}\.{name}: .*choose another"):
+        checks.check(config, schema, CARDS)
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "logs", "results", "shards", "results/small"])
+def test_a_file_in_the_place_of_a_folder_is_refused(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    checks.check_folders(VALID)
+    Path(name).parent.mkdir(exist_ok=True)
+    Path(name).touch()
+    with pytest.raises(ValueError, match=f"{name} is a file, but the workflow needs a folder of this name"):
+        checks.check_folders(VALID)

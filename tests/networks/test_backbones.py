@@ -222,6 +222,23 @@ def test_weights_load_strictly(tmp_path: Path, damage: Callable[[dict[str, Tenso
         load_backbone(path)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("name", ["bn1.running_var", "layer1.0.conv1.weight"])
+def test_values_that_are_not_finite_are_neither_written_nor_read(tmp_path: Path, name: str, value: float):
+    path, config = tmp_path / "backbone.safetensors", Backbone(name="resnet18", stem="small")
+    network = build_backbone(config, 32)
+    save_backbone(path, network, config, 32, METADATA)
+    weights, header = read_tensors(path)
+    weights[name].view(-1)[1] = value
+    with pytest.raises(ValueError, match=rf"is not written: 1 of \d+ values of its tensor '{name}' are not finite"):
+        write_tensors(tmp_path / "new.safetensors", weights, header)
+    assert not (tmp_path / "new.safetensors").exists()
+    save_file(weights, path, header)
+    for read in (lambda: load_backbone(path), lambda: load_weights(network, path)):
+        with pytest.raises(ValueError, match=rf"cannot be used: 1 of \d+ values of its tensor '{name}'"):
+            read()
+
+
 def test_missing_broken_and_foreign_files_are_named(tmp_path: Path):
     path, config = tmp_path / "backbone.safetensors", Backbone(name="mobilenet_v3_small")
     with pytest.raises(ValueError, match=r"backbone.safetensors does not exist"):

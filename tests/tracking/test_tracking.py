@@ -1,20 +1,26 @@
 """All messages reach MLflow, even from a killed stage, and no failure of MLflow affects the training."""
 
+import base64
+import http.server
 import json
 import os
+import shutil
 import signal
 import socket
 import sqlite3
+import stat
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
 from ssl_core.tracking import run as tracking
-from ssl_core.tracking.recorder import flatten
+from ssl_core.tracking.recorder import _locked, flatten, lock_file, without_passwords
 
 STAGE = """
 import os, signal, sys
@@ -114,6 +120,107 @@ def test_a_resumed_stage_continues_its_run_without_repeating_steps(four: Path) -
     assert select(four, "select count(*) from runs") == [(5,)]
     query = f"select step from metrics where key = 'loss' and run_uuid = '{run_id}' order by step"
     assert select(four, query) == [(step,) for step in range(1, 7)]
+
+
+def delete(folder: Path, statement: str) -> None:
+    """Delete in MLflow's page, in the words of its database."""
+    connection = sqlite3.connect(folder / "mlflow.db")
+    with connection:
+        connection.execute(statement)
+    connection.close()
+
+
+@pytest.mark.parametrize(
+    ("statement", "message"),
+    [
+        ("update runs set lifecycle_stage = 'deleted'", "the run 'tiny / tune' was deleted in MLflow; it is restored"),
+        ("update experiments set lifecycle_stage = 'deleted'", "the experiment 'ssl-core' was deleted in MLflow"),
+        ("update runs set run_uuid = run_uuid where false", ""),
+    ],
+)
+def test_what_was_deleted_in_mlflow_is_restored(four: Path, tmp_path: Path, statement: str, message: str) -> None:
+    shutil.copytree(four, tmp_path / "copy")
+    delete(tmp_path / "copy", statement)
+    run_id = stages(four)["tune"][0]
+    _, errors = launch(tmp_path / "copy", "tune", "finish", run_id).communicate(timeout=60)
+    assert message in errors
+    assert stages(tmp_path / "copy")["tune"] == (run_id, "FINISHED")
+    states = dict(select(tmp_path / "copy", "select run_uuid, lifecycle_stage from runs"))
+    assert states[run_id] == states[stages(four)["experiment"][0]] == "active"
+    assert select(tmp_path / "copy", "select lifecycle_stage from experiments where name = 'ssl-core'") == [("active",)]
+
+
+def test_a_run_that_is_gone_is_made_anew(four: Path, tmp_path: Path) -> None:
+    shutil.copytree(four, tmp_path / "copy")
+    _, errors = launch(tmp_path / "copy", "new", "finish", "f" * 32).communicate(timeout=60)
+    assert "is not in this database; the numbers go into another run" in errors
+    assert stages(tmp_path / "copy")["new"][1] == "FINISHED"
+
+
+def test_artifacts_follow_a_copied_project(four: Path, tmp_path: Path) -> None:
+    copied = tmp_path / "my proj \u00fc"
+    shutil.copytree(four, copied)
+    original = sorted(four.rglob("*"))
+    _, errors = launch(copied, "linear", "finish").communicate(timeout=60)
+    assert errors.count(f"this folder was {four}: artifact paths in mlflow.db now lead to {copied}/mlruns") == 1
+    places = select(copied, "select artifact_uri from runs union select artifact_location from experiments")
+    assert all(place.startswith(f"{copied}/mlruns/") for (place,) in places)
+    assert sorted(four.rglob("*")) == original
+    _, errors = launch(copied, "linear", "finish").communicate(timeout=60)
+    assert "this folder was" not in errors
+
+
+class Protected(http.server.BaseHTTPRequestHandler):
+    """A server that asks for a password and notes the answers."""
+
+    answers: ClassVar[set[str | None]] = set()
+
+    def do_GET(self) -> None:
+        self.answers.add(self.headers["Authorization"])
+        self.send_error(500 if self.headers["Authorization"] else 401)
+
+    do_POST = do_GET
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+def test_a_password_in_the_address_is_sent_and_never_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Protected)
+    threading.Thread(target=server.serve_forever).start()
+    address = f"http://me:s%40cret@127.0.0.1:{server.server_port}"
+    environment = {**os.environ, "SSL_TRACKING": "", "MLFLOW_TRACKING_URI": address, "XDG_RUNTIME_DIR": str(tmp_path)}
+    command = [sys.executable, "-c", STAGE, "knn", "finish", ""]
+    stage = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+    server.shutdown()
+    server.server_close()
+    assert Protected.answers == {"Basic " + base64.b64encode(b"me:s@cret").decode()}
+    assert "warning: MLflow tracking: " in stage.stderr
+    assert "cret" not in stage.stderr
+    (lock,) = (tmp_path / "ssl-core").iterdir()
+    assert stat.S_IMODE(lock.stat().st_mode) == 0o600
+
+
+@pytest.mark.parametrize(
+    ("text", "masked"),
+    [
+        ("POST http://me:a@b@host:5000/api failed", "POST http://***@host:5000/api failed"),
+        ("postgresql+psycopg://u:p@db/mlflow", "postgresql+psycopg://***@db/mlflow"),
+        ("sqlite:////home/a@b/mlflow.db", "sqlite:////home/a@b/mlflow.db"),
+    ],
+)
+def test_passwords_of_addresses_are_masked(text: str, masked: str) -> None:
+    assert without_passwords(text) == masked
+
+
+def test_the_lock_of_tracking_follows_no_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    lock = lock_file("http://host")
+    (tmp_path / "precious").write_text("kept")
+    lock.symlink_to(tmp_path / "precious")
+    with pytest.raises(OSError, match=lock.name), _locked("http://host"):
+        pass
+    assert (tmp_path / "precious").read_text() == "kept"
 
 
 @pytest.fixture

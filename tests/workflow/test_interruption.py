@@ -70,8 +70,30 @@ def test_an_interrupted_run_continues_to_the_same_bytes(number, undisturbed, tmp
     assert not (folder / "checkpoints" / "tiny.pt").exists()
 
 
+def test_snakemake_killed_alone_leaves_no_second_training(sharded, undisturbed, tmp_path):
+    folder = tmp_path / "project"
+    shutil.copytree(sharded, folder)
+    process = start(folder, TARGET)
+    wait_for_saves(process, folder / "checkpoints" / "tiny.pt", saves=2)
+    process.kill()
+    process.wait()
+    finish(folder, "--unlock")
+    output = finish(folder, TARGET)  # while the stage of the killed workflow saves its last checkpoint
+    assert "continuing at step" in output
+    assert (folder / TARGET).read_bytes() == undisturbed
+    assert list((folder / "checkpoints").iterdir()) == []
+    process.communicate()
+
+
 def interrupt(process: subprocess.Popen[str], number: int, checkpoint: Path, *, saves: int) -> None:
     """Send the signal to the whole process group once the checkpoint has been written `saves` times."""
+    wait_for_saves(process, checkpoint, saves=saves)
+    os.killpg(process.pid, number)
+    process.communicate(timeout=60)
+
+
+def wait_for_saves(process: subprocess.Popen[str], checkpoint: Path, *, saves: int) -> None:
+    """Return once the checkpoint has been written `saves` times."""
     seen: set[int] = set()
     deadline = time.monotonic() + 120
     while len(seen) < saves:
@@ -80,5 +102,3 @@ def interrupt(process: subprocess.Popen[str], number: int, checkpoint: Path, *, 
         if checkpoint.exists():
             seen.add(checkpoint.stat().st_ino)
         time.sleep(0.005)  # the condition, not the time, ends the loop
-    os.killpg(process.pid, number)
-    process.communicate(timeout=60)

@@ -11,13 +11,37 @@ import yaml
 from snakemake.persistence import Persistence
 from snakemake.scheduling.job_scheduler import JobScheduler
 
-from ssl_core.experiments import bundled, checks, needs, overlays, sweeps
+PROJECT = Path(workflow.current_basedir).resolve().parents[1]
+
+
+def package_of_jobs():
+    """Return the folder of the `ssl_core` that jobs import: Snakemake adds the project's folder to its own path only."""
+    path, inherited = list(sys.path), os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    sys.path[:] = [folder for folder in path if Path(folder).resolve() != PROJECT or folder in inherited]
+    try:
+        specs = [finder.find_spec("ssl_core", None) for finder in sys.meta_path]
+    finally:
+        sys.path[:] = path
+    origins = [spec.origin for spec in specs if spec is not None and spec.origin]
+    return Path(origins[0]).resolve().parent if origins else PROJECT / "ssl_core"
+
+
+# Before anything else is imported of a package that may be another version.
+if (PROJECT / "ssl_core").is_dir() and package_of_jobs() != PROJECT / "ssl_core":
+    other = package_of_jobs().parent
+    sys.exit(f"error: the code of {other} is installed, not that of {PROJECT}: run `make install` in {PROJECT}")
+
+from ssl_core import processes
+from ssl_core.experiments import bundled, checks, failures, needs, overlays, sweeps
 from ssl_core.data.card import load_card
 from ssl_core.experiments.code import evaluation_code, export_code, pretraining_code, stage_code, views_code
 from ssl_core.provenance import canonical
 
 # Where no environment is activated, jobs find `ssl-core` beside the Python that runs Snakemake.
 os.environ.update(PATH=os.pathsep.join([*os.get_exec_path(), str(Path(sys.executable).parent)]))
+
+# Stages end with this process, also after a kill -9, so that none is left beside those of the next run.
+processes.announce_workflow()
 
 
 # Snakemake before 9.17 reserves no cores and no GPU for a job that is the only one ready, yet releases them at its end:
@@ -50,6 +74,7 @@ def checked(config):
         checks.check(config, SCHEMA, bundled.card_names())
         checks.check_targets(config, sys.argv[1:])
         checks.check_files(config, sys.argv[1:])
+        checks.check_folders(config)
         names = dict.fromkeys(sweeps.datasets(config).values())
         labels = {name: load_card(bundled.card_path(name)).labels for name in names}
         needs.check_needs(config, SCHEMA, labels, sys.argv[1:])
@@ -127,6 +152,11 @@ EVALUATIONS = CONFIG.get("evaluations") or {}
 SWEEPS = CONFIG.get("sweeps") or {}
 # GPUs per job. Without one (its driver brings the tool) jobs run on the processor, and their threads limit their number.
 GPU = int(shutil.which("nvidia-smi") is not None)
+
+
+onerror:
+    logs = [log] if isinstance(log, str) else log
+    print(failures.summary(map(Path, logs)), file=sys.stderr)
 
 
 wildcard_constraints:

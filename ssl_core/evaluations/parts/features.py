@@ -180,9 +180,19 @@ def frozen(networks: Mapping[str, nn.Module]) -> Iterator[None]:
 
 
 def forward(networks: Mapping[str, nn.Module], images: Tensor, precision: Precision = "fp32") -> dict[str, Tensor]:
-    """Return each network's features of (batch, 3, h, w) as float32; with `bf16` matrix products are in bfloat16."""
+    """Return each network's features of (batch, 3, h, w) as float32; with `bf16` matrix products are in bfloat16.
+
+    Raises ValueError for features that are not finite.
+    """
     with frozen(networks), torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16"):
-        return {name: network(images).float() for name, network in networks.items()}
+        by_network = {name: network(images).float() for name, network in networks.items()}
+    for name, features in by_network.items():
+        if not features.isfinite().all():
+            raise ValueError(
+                f"the {name} network gives features that are not finite: it diverged or its numbers overflow; use "
+                "weights of another training, a lower learning rate or precision fp32"
+            )
+    return by_network
 
 
 def extract(

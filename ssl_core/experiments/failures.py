@@ -1,0 +1,53 @@
+"""The last lines of a failed workflow: its failed jobs, the reason of each and the file of its log. Torch-free."""
+
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+FAILED = re.compile(r"^Error in rule (\w+):$")
+DETAIL = re.compile(r"^    (output|log): (.+)$")
+
+
+def summary(logs: Iterable[Path]) -> str:
+    """Return one line per failed job of Snakemake's `logs`, under a headline; empty if none is recorded."""
+    lines: dict[str, None] = {}  # Snakemake repeats failed jobs at the end
+    for log in logs:
+        for rule, details in _failed_jobs(log):
+            lines[_describe(rule, details)] = None
+    if not lines:
+        return ""
+    return "\n".join([f"Failed jobs ({len(lines)}):", *lines])
+
+
+def _failed_jobs(log: Path) -> Iterator[tuple[str, dict[str, str]]]:
+    """Yield the rule of each failed job with its output and log."""
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    for number, line in enumerate(lines):
+        failed = FAILED.match(line)
+        if failed is None:
+            continue
+        details: dict[str, str] = {}
+        for detail in lines[number + 1 :]:
+            if not detail.startswith("    "):
+                break
+            match = DETAIL.match(detail)
+            if match is not None:
+                details[match[1]] = match[2]
+        yield failed[1], details
+
+
+def _describe(rule: str, details: dict[str, str]) -> str:
+    output = details.get("output", "").split(", ")[0]
+    log = details.get("log", "").removesuffix(" (check log file(s) for error details)")
+    if not log:
+        return f"  {rule} {output}: it has no log"
+    return f"  {rule} {output}: {_reason(Path(log))} (log: {log})"
+
+
+def _reason(log: Path) -> str:
+    """Return the last `error:` line of a stage's log."""
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else []
+    errors = [line for line in lines if line.startswith("error: ")]
+    if errors:
+        return errors[-1].removesuffix(f" (log: {log})")
+    return "it ended without an error message, most likely killed: for want of memory, by a scheduler or by hand"

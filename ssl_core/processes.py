@@ -1,0 +1,228 @@
+"""One writer per output, and stages that end with the workflow that started them.
+
+The lock of a writer is a `flock`, which the kernel releases when the process dies, so no lock outlives its process.
+The content of the lock file names the writer for messages.
+"""
+
+import ctypes
+import fcntl
+import json
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import NamedTuple
+
+# Environment variables
+WORKFLOW = "SSL_CORE_WORKFLOW"  # the Snakemake process, as `Process.text`
+PACKAGE = "SSL_CORE_PACKAGE"  # the folder of the package that it imports
+JOB_VARIABLES = ("SLURM_JOB_ID",)
+PR_SET_PDEATHSIG = 1
+
+
+class Process(NamedTuple):
+    """A process of a host; its start time tells it from a later process with the same id."""
+
+    host: str
+    id: int
+    started: int  # clock ticks since the host booted
+
+    @property
+    def text(self) -> str:
+        """Return the process in one word, which `parse` reads."""
+        return f"{self.host}:{self.id}:{self.started}"
+
+    @classmethod
+    def parse(cls, text: str) -> "Process | None":
+        """Return the process of `text`, or None for any other word."""
+        host, _, numbers = text.partition(":")
+        number, _, started = numbers.partition(":")
+        return cls(host, int(number), int(started)) if number.isdecimal() and started.isdecimal() else None
+
+    @classmethod
+    def with_id(cls, number: int) -> "Process | None":
+        """Return the living process with this id on this host."""
+        fields = _stat(number)
+        return cls(socket.gethostname(), number, int(fields[19])) if fields else None
+
+    def has_ended(self) -> bool:
+        """Return whether it was a process of this host that has ended; processes of other hosts cannot be seen."""
+        return self.host == socket.gethostname() and Process.with_id(self.id) != self
+
+
+def ancestors() -> list[Process]:
+    """Return the parent of this process, its parent and so on."""
+    processes = []
+    fields = _stat(os.getpid())
+    while fields and int(fields[1]) > 1:
+        parent = Process.with_id(int(fields[1]))
+        if parent is None:
+            break
+        processes.append(parent)
+        fields = _stat(parent.id)
+    return processes
+
+
+def _stat(number: int) -> list[str] | None:
+    """Return the fields of /proc/<number>/stat from the state on, or None if the process has ended."""
+    try:
+        text = Path(f"/proc/{number}/stat").read_text(errors="replace")
+    except OSError:
+        return None
+    fields = text.rpartition(")")[2].split()  # the name of a program may contain blanks
+    return None if fields[0] in ("Z", "X") else fields
+
+
+# Stages end with their workflow
+
+
+def announce_workflow() -> None:
+    """Name this process as the workflow of the stages that it starts, unless it belongs to a workflow itself."""
+    current = Process.with_id(os.getpid())
+    if current is not None and not _workflow_ancestors():
+        os.environ[WORKFLOW] = current.text
+        os.environ[PACKAGE] = str(Path(__file__).resolve().parent)
+
+
+def end_with_workflow() -> None:
+    """Send SIGTERM to this process when the workflow that started it ends, or a process between them.
+
+    A stage that outlived its workflow would write files while the next workflow makes them again. Without a workflow
+    nothing happens. Raises ValueError if the workflow has ended already, or runs other code than this process.
+    """
+    workflow = _workflow()
+    if workflow is not None and workflow.has_ended():
+        raise ValueError("the workflow that started this stage has ended; run the workflow again")
+    watched = _workflow_ancestors()
+    package = str(Path(__file__).resolve().parent)
+    if watched and os.environ.get(PACKAGE, package) != package:
+        raise ValueError(
+            f"the workflow runs the code of {os.environ[PACKAGE]}, its stage that of {package}: put the `ssl-core` "
+            "beside the workflow's `snakemake` first on the PATH, or run `make install`"
+        )
+    descriptors = []
+    with suppress(OSError, AttributeError):  # a system without pidfd
+        descriptors = [os.pidfd_open(process.id) for process in watched]
+    if descriptors:
+        threading.Thread(target=_end_with, args=(descriptors,), daemon=True).start()
+
+
+def _end_with(descriptors: Sequence[int]) -> None:
+    select.select(descriptors, [], [])  # a descriptor is readable when its process has ended
+    with suppress(OSError, ValueError):  # the terminal may be closed
+        print("the workflow that started this stage has ended: stopping", file=sys.stderr, flush=True)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _workflow() -> Process | None:
+    return Process.parse(os.environ.get(WORKFLOW, ""))
+
+
+def _workflow_ancestors() -> list[Process]:
+    """Return the ancestors of this process up to its workflow; none if the workflow is no ancestor."""
+    chain, workflow = ancestors(), _workflow()
+    if workflow not in chain:
+        return []
+    return chain[: chain.index(workflow) + 1]
+
+
+def end_with_parent(parent: int) -> None:
+    """Let the kernel kill this process when its parent, which has the id `parent`, ends."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it ended before
+        os._exit(1)
+
+
+# One writer
+
+
+@contextmanager
+def one_writer(path: Path, subject: str) -> Iterator[None]:
+    """Hold the lock file `path` of `subject`; it is removed at the end.
+
+    A writer whose workflow was killed is about to end and is waited for. Raises ValueError with the name of any other
+    writer, before anything is written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = _acquire(path, subject)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)  # before the lock is released, so that it cannot be another writer's
+        os.close(descriptor)
+
+
+def _acquire(path: Path, subject: str) -> int:
+    """Return the open and locked file."""
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+        if not _lock(descriptor, wait=False):
+            writer = _read_writer(descriptor)
+            if not _is_orphan(writer):
+                os.close(descriptor)
+                raise ValueError(f"{subject} is being written by {_describe(writer)}: wait until it ends, or end it")
+            print(f"{subject}: waiting for {_describe(writer)}, whose workflow has ended", file=sys.stderr, flush=True)
+            _lock(descriptor, wait=True)
+        if _is_file_at(descriptor, path):
+            os.ftruncate(descriptor, 0)
+            os.write(descriptor, json.dumps(_this_writer()).encode())
+            return descriptor
+        os.close(descriptor)  # the writer before removed this file
+
+
+def _lock(descriptor: int, *, wait: bool) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        print(f"warning: no protection against a second writer: flock: {error.strerror}", file=sys.stderr)
+    return True
+
+
+def _is_file_at(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path, follow_symlinks=False))
+    except FileNotFoundError:
+        return False
+
+
+def _this_writer() -> dict[str, object]:
+    job = next((os.environ[name] for name in JOB_VARIABLES if name in os.environ), None)
+    current = Process.with_id(os.getpid())
+    return {
+        "process": current.text if current else "",
+        "since": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "job": job,
+        "workflow": [process.text for process in _workflow_ancestors()],
+    }
+
+
+def _read_writer(descriptor: int) -> dict[str, object]:
+    """Return the content of a lock file; nothing if its writer has not written it yet."""
+    try:
+        writer = json.loads(os.pread(descriptor, 1 << 16, 0))
+    except ValueError:
+        return {}
+    return writer if isinstance(writer, dict) else {}
+
+
+def _is_orphan(writer: dict[str, object]) -> bool:
+    """Return whether the workflow of a writer, or a process between them, has ended on this host."""
+    texts = writer.get("workflow")
+    processes = [Process.parse(str(text)) for text in texts] if isinstance(texts, list) else []
+    return any(process is not None and process.has_ended() for process in processes)
+
+
+def _describe(writer: dict[str, object]) -> str:
+    process = Process.parse(str(writer.get("process")))
+    if process is None:
+        return "another process"
+    job = f", job {writer['job']}" if writer.get("job") else ""
+    return f"process {process.id} on {process.host} (since {writer.get('since')}{job})"

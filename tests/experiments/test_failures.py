@@ -1,0 +1,37 @@
+"""The last lines of a failed workflow name each failed job once, its reason and its log."""
+
+from pathlib import Path
+
+import pytest
+
+from ssl_core.experiments.failures import summary
+
+JOB = """\
+[Fri Nov 27 19:43:12 2026]
+Error in rule {rule}:
+    message: None
+    jobid: 2
+    output: {output}
+    log: {log} (check log file(s) for error details)
+    shell:
+        ssl-core {rule} ...
+        (command exited with non-zero exit code)
+"""
+
+
+def test_each_failed_job_is_named_once_with_its_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("one.log").write_text("line\nerror: nowhere does not exist (log: one.log)\n", encoding="utf-8")
+    shard = JOB.format(rule="shard", output="shards/one/manifest.json", log="one.log")
+    pretrain = JOB.format(rule="pretrain", output="results/x/backbone.safetensors, results/x/m", log="two.log")
+    Path("snakemake.log").write_text(f"{shard}1 of 10 steps (10%) done\n{pretrain}Exiting\n{shard}", encoding="utf-8")
+    headline, first, second = summary([Path("snakemake.log")]).splitlines()
+    assert headline == "Failed jobs (2):"
+    assert first == "  shard shards/one/manifest.json: error: nowhere does not exist (log: one.log)"
+    assert second.startswith("  pretrain results/x/backbone.safetensors: it ended without an error message")
+    assert second.endswith("(log: two.log)")
+
+
+def test_a_log_without_failed_jobs_gives_no_summary(tmp_path: Path) -> None:
+    (tmp_path / "snakemake.log").write_text("Building DAG of jobs...\n", encoding="utf-8")
+    assert summary([tmp_path / "snakemake.log"]) == ""
