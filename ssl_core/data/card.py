@@ -127,17 +127,18 @@ class WebDataset(Section):
 
 
 class TableSplit(Section):
-    """A CSV or Parquet file; `where` selects rows by the values of columns."""
+    """CSV, Parquet or Arrow files by glob or brace pattern, or a folder; `where` selects rows by values of columns."""
 
     file: Location
     where: dict[str, str | int | bool] = Field(default_factory=dict)
 
 
 class Table(Section):
-    """Rows of image paths and, unless `label` is null, class names or class ids."""
+    """Rows of images (paths, bytes, or Hugging Face's struct of both) and, unless `label` is null, their classes."""
 
     type: Literal["table"]
     folder: Location | None = None  # the base of the paths; default: the folder of the table
+    outside: bool = False  # whether paths may lead out of the folder
     image: str = "path"  # names of columns
     label: str | None = "label"
     splits: dict[SplitName, TableSplit] = Field(min_length=1)

@@ -23,7 +23,7 @@ OPENERS: dict[str, Callable[[Any, Card, Path, ExitStack], OpenSource]] = {
     "image_folder": open_image_folder,
     "image_tar": open_image_folder,
     "webdataset": open_webdataset,
-    "table": lambda source, card, scratch, _: open_table(source, card, scratch),
+    "table": open_table,
     "torchvision": lambda source, card, *_: open_torchvision(source, card),
     "sklearn_digits": lambda source, *_: open_digits(source),
     "voc": open_voc,

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from contextlib import ExitStack
-from glob import glob
 from pathlib import Path
 
 from ssl_core.data.card import Card, WebDataset
@@ -11,6 +10,7 @@ from ssl_core.data.records import OpenSource
 from ssl_core.data.sources.file_list import File, Files
 from ssl_core.data.sources.file_tree import Archive
 from ssl_core.data.sources.labelled_files import LabelledFiles, Target, Targets, number_classes, parse_target
+from ssl_core.data.sources.patterns import expand
 from ssl_core.mistakes import excerpt
 
 
@@ -18,20 +18,10 @@ def open_webdataset(source: WebDataset, card: Card, scratch: Path, stack: ExitSt
     """List the tars of each split; `stack` closes them."""
     splits = {}
     for name, split in source.splits.items():
-        paths = _expand(split.tars)
+        paths = expand(split.tars)
         tars = [stack.enter_context(Archive.open(path, scratch=scratch)) for path in paths]
         splits[name] = _list_split(tars, source, scratch)
     return number_classes(card, splits)
-
-
-def _expand(pattern: str) -> list[Path]:
-    """Expand braces, then wildcards; a pattern without a match stays as it is, so that its absence is reported."""
-    from braceexpand import braceexpand  # a dependency of webdataset
-
-    paths = []
-    for expanded in braceexpand(pattern):
-        paths.extend(sorted(glob(expanded)) or [expanded])
-    return [Path(path) for path in paths]
 
 
 def _list_split(tars: list[Archive], source: WebDataset, scratch: Path) -> LabelledFiles:
