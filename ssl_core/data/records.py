@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable
 from typing import NamedTuple
 
+import numpy as np
 from PIL import Image
 
 
@@ -27,6 +28,7 @@ class SourceSplit(NamedTuple):
     name: Callable[[int], str]  # works even if `read` fails
     read: Callable[[int], Record]
     identity: str  # equal for equal content
+    labels: np.ndarray | None = None  # label id of each image, if they are known before the images are read
 
 
 class OpenSource(NamedTuple):

@@ -56,7 +56,7 @@ def _number_classes(card: Card, tree: Folder | Archive, splits: dict[str, Annota
     classes = card.classes or tuple(names)
     for name in names:
         if name not in classes:
-            hint = nearest(name, classes)
+            hint = excerpt(nearest(name, classes))
             raise ValueError(f"{card.name}: the class {excerpt(repr(name))} is not among the card's classes{hint}")
     return OpenSource(classes, {name: _split(tree, annotated, classes) for name, annotated in splits.items()})
 
