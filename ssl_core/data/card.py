@@ -122,7 +122,8 @@ class WebDataset(Section):
 
     type: Literal["webdataset"]
     image: str | None = None  # the image's extension, needed if a key has several images
-    label: str | None = "cls"  # the label's extension: a class id or a class name as text; null: unlabelled
+    # the label's extension: a class id or a class name as text; `json.species`: a field of JSON; null: unlabelled
+    label: str | None = "cls"
     splits: dict[SplitName, WebDatasetSplit] = Field(min_length=1)
 
 
