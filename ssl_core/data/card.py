@@ -69,9 +69,9 @@ class FolderSplit(Section):
 
 
 class ImageFolder(Section):
-    """Images in a folder (`image_folder`) or in a .tar, .tar.gz, .tar.bz2 or .tar.xz of it (`image_tar`)."""
+    """Images in a folder, or in a .tar, .tar.gz, .tar.bz2 or .tar.xz (`image_tar`) or .zip (`image_zip`) of it."""
 
-    type: Literal["image_folder", "image_tar"]
+    type: Literal["image_folder", "image_tar", "image_zip"]
     path: Location
     sha256: str | None = None  # of the archive
     splits: dict[SplitName, FolderSplit] = Field(min_length=1)
@@ -145,6 +145,21 @@ class Table(Section):
     splits: dict[SplitName, TableSplit] = Field(min_length=1)
 
 
+class ArraysSplit(Section):
+    """Names of the arrays; `{split}` in a name is replaced by the name of the split."""
+
+    images: str = "{split}_images"
+    labels: str | None = "{split}_labels"  # null: unlabelled
+
+
+class Arrays(Section):
+    """Arrays of images and labels in an .npz file."""
+
+    type: Literal["npz"]
+    path: Location
+    splits: dict[SplitName, ArraysSplit] = Field(min_length=1)
+
+
 class VocSplit(Section):
     """The images that `ImageSets/Main/<images>.txt` lists."""
 
@@ -175,10 +190,11 @@ class Coco(Section):
 
 
 Source = Annotated[
-    ImageFolder | Torchvision | SklearnDigits | WebDataset | Table | Voc | Coco, Field(discriminator="type")
+    ImageFolder | Torchvision | SklearnDigits | WebDataset | Table | Arrays | Voc | Coco, Field(discriminator="type")
 ]
 
-SOURCE_TYPES = ("image_folder", "image_tar", "torchvision", "sklearn_digits", "webdataset", "table", "voc", "coco")
+FOLDERS = ("image_folder", "image_tar", "image_zip")
+SOURCE_TYPES = (*FOLDERS, "torchvision", "sklearn_digits", "webdataset", "table", "npz", "voc", "coco")
 
 Change = Literal[
     "flip", "brightness", "contrast", "saturation", "hue", "jitter", "grayscale", "blur", "solarize", "randaugment"
@@ -228,6 +244,8 @@ def _labels_of(source: Source, split: Any) -> Literal["none", "one", "several"]:
         return "none" if source.label is None else "one"
     if isinstance(split, FolderSplit):
         return "none" if split.labels == "none" else "one"
+    if isinstance(split, ArraysSplit):
+        return "none" if split.labels is None else "one"
     return "one"
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from ssl_core.data.card import Card
 from ssl_core.data.records import OpenSource
 from ssl_core.data.sources.annotations import open_coco, open_voc
+from ssl_core.data.sources.arrays import open_arrays
 from ssl_core.data.sources.digits import open_digits
 from ssl_core.data.sources.image_folder import open_image_folder
 from ssl_core.data.sources.table import open_table
@@ -22,6 +23,8 @@ from ssl_core.data.sources.webdataset import open_webdataset
 OPENERS: dict[str, Callable[[Any, Card, Path, ExitStack], OpenSource]] = {
     "image_folder": open_image_folder,
     "image_tar": open_image_folder,
+    "image_zip": open_image_folder,
+    "npz": open_arrays,
     "webdataset": open_webdataset,
     "table": open_table,
     "torchvision": lambda source, card, *_: open_torchvision(source, card),
