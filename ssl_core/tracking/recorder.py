@@ -321,7 +321,7 @@ def _locked(uri: str) -> Iterator[None]:
     if uri.startswith("sqlite:///"):
         database = Path(uri.removeprefix("sqlite:///"))
         path = database.with_name(f"{database.name}.lock")
-    with open(path, "w") as file:
+    with open(path, "w", encoding="utf-8") as file:
         fcntl.flock(file, fcntl.LOCK_EX)  # released when the file closes
         if uri.startswith("sqlite:///"):
             _use_wal(database)
