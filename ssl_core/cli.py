@@ -16,13 +16,16 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
-from ssl_core import late_compiler, mistakes, processes
+from ssl_core import late_compiler, mistakes
+from ssl_core.experiments import processes
+from ssl_core.files import use_utf8
 
 CARD = "a data set's name, whose card is in datasets/ or in the package, or the file of a card"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0, 2 for a fault of the user's, 130 if interrupted, else 1."""
+    use_utf8()
     late_compiler.postpone()
     parser = _parser()
     options = parser.parse_args(arguments)

@@ -55,7 +55,7 @@ def _version(distribution: str) -> str | None:
 def _processor() -> str:
     """Name the processor as Linux does, else as Python knows it."""
     if sys.platform == "linux":
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()

@@ -15,6 +15,7 @@ from ssl_core.config import Strict, nearest
 from ssl_core.files import YamlLoader
 from ssl_core.mistakes import excerpt
 
+HIDDEN = ("derived", "order")  # fields that a section fills in itself
 VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
 
 
@@ -26,9 +27,10 @@ class Section(Strict):
     def _refuse_unknown_keys(cls, content: Any) -> Any:
         if not isinstance(content, dict):
             return content
+        keys = [field.alias or name for name, field in cls.model_fields.items() if name not in HIDDEN]
         for key in map(str, content):
-            if key not in cls.model_fields:
-                raise ValueError(f"unknown key {excerpt(repr(key))}{nearest(key, cls.model_fields)}")
+            if key not in (*keys, *HIDDEN):
+                raise ValueError(f"unknown key {excerpt(repr(key))}{excerpt(nearest(key, keys))}")
         return content
 
 
@@ -46,9 +48,64 @@ def expand(text: Any) -> Any:
     return os.path.expanduser(VARIABLE.sub(replacement, text))
 
 
+def class_list(value: Any) -> Any:
+    """Return class names: of a list, or of a text file with one name per line; `#` begins a comment line."""
+    if isinstance(value, list):
+        return [str(name) if isinstance(name, int) and not isinstance(name, bool) else name for name in value]
+    if not isinstance(value, str):
+        return value
+    path = Path(expand(value))
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        reason = (error.strerror if isinstance(error, OSError) else None) or "not UTF-8"
+        raise ValueError(f"{excerpt(path)} cannot be read ({reason}): write a list, or a file of names") from None
+    return [line for line in lines if line and not line.startswith("#")]
+
+
 Location = Annotated[str, BeforeValidator(expand)]  # relative to the repository root
 SplitName = Annotated[str, Field(pattern=r"^[a-z0-9_]+$")]  # part of a file name that DALI reads
+Classes = Annotated[tuple[str, ...], BeforeValidator(class_list), Field(min_length=1)]
 Channels = tuple[float, float, float]
+
+
+class DerivedSplit(Section):
+    """Images drawn at random from a split of the source, which keeps the others."""
+
+    from_: SplitName = Field(alias="from")
+    fraction: float | None = Field(None, gt=0, lt=1)  # of the images of the split in `from`
+    images_per_class: PositiveInt | None = None
+    seed: NonNegativeInt = 0
+
+    @model_validator(mode="after")
+    def _one_size(self) -> "DerivedSplit":
+        if (self.fraction is None) == (self.images_per_class is None):
+            raise ValueError("a split with `from` has one size: set fraction (such as 0.2) or images_per_class")
+        return self
+
+
+class SourceSection(Section):
+    """A source: its own splits, and splits that are drawn from them."""
+
+    derived: dict[SplitName, DerivedSplit] = Field(default_factory=dict)  # the entries of `splits` with `from`
+    order: tuple[str, ...] = ()  # names of all splits in the card's order
+
+    @model_validator(mode="before")
+    @classmethod
+    def _separate_derived(cls, content: Any) -> Any:
+        if not isinstance(content, dict):
+            return content
+        for key in HIDDEN:
+            if key in content:
+                raise ValueError(f"unknown key {key!r}; a split to draw from another is {{from: train, fraction: 0.2}}")
+        splits = content.get("splits")
+        if not isinstance(splits, dict):
+            return content
+        derived = {name: split for name, split in splits.items() if isinstance(split, dict) and "from" in split}
+        rest = {name: split for name, split in splits.items() if name not in derived}
+        if not rest and derived:
+            raise ValueError("splits: all are drawn `from` another: describe one of the source, such as train")
+        return {**content, "splits": rest, "derived": derived, "order": tuple(map(str, splits))}
 
 
 class Annotations(Section):
@@ -68,10 +125,10 @@ class FolderSplit(Section):
     annotations: Annotations | None = None
 
 
-class ImageFolder(Section):
-    """Images in a folder (`image_folder`) or in a .tar, .tar.gz, .tar.bz2 or .tar.xz of it (`image_tar`)."""
+class ImageFolder(SourceSection):
+    """Images in a folder, or in a .tar, .tar.gz, .tar.bz2 or .tar.xz (`image_tar`) or .zip (`image_zip`) of it."""
 
-    type: Literal["image_folder", "image_tar"]
+    type: Literal["image_folder", "image_tar", "image_zip"]
     path: Location
     sha256: str | None = None  # of the archive
     splits: dict[SplitName, FolderSplit] = Field(min_length=1)
@@ -83,7 +140,7 @@ class TorchvisionSplit(Section):
     arguments: dict[str, Any] = Field(default_factory=dict)
 
 
-class Torchvision(Section):
+class Torchvision(SourceSection):
     """A data set of torchvision that returns images and class ids."""
 
     type: Literal["torchvision"]
@@ -99,7 +156,7 @@ class DigitsSplit(Section):
     images: PositiveInt
 
 
-class SklearnDigits(Section):
+class SklearnDigits(SourceSection):
     """The coloured digits: scikit-learn's bundled digits, with random colours and motion."""
 
     type: Literal["sklearn_digits"]
@@ -117,30 +174,47 @@ class WebDatasetSplit(Section):
     tars: Location
 
 
-class WebDataset(Section):
+class WebDataset(SourceSection):
     """WebDataset tars: the members of a sample share a key; extensions distinguish image and label."""
 
     type: Literal["webdataset"]
     image: str | None = None  # the image's extension, needed if a key has several images
-    label: str | None = "cls"  # the label's extension: a class id or a class name as text; null: unlabelled
+    # the label's extension: a class id or a class name as text; `json.species`: a field of JSON; null: unlabelled
+    label: str | None = "cls"
     splits: dict[SplitName, WebDatasetSplit] = Field(min_length=1)
 
 
 class TableSplit(Section):
-    """A CSV or Parquet file; `where` selects rows by the values of columns."""
+    """CSV, Parquet or Arrow files by glob or brace pattern, or a folder; `where` selects rows by values of columns."""
 
     file: Location
     where: dict[str, str | int | bool] = Field(default_factory=dict)
 
 
-class Table(Section):
-    """Rows of image paths and, unless `label` is null, class names or class ids."""
+class Table(SourceSection):
+    """Rows of images (paths, bytes, or Hugging Face's struct of both) and, unless `label` is null, their classes."""
 
     type: Literal["table"]
     folder: Location | None = None  # the base of the paths; default: the folder of the table
+    outside: bool = False  # whether paths may lead out of the folder
     image: str = "path"  # names of columns
     label: str | None = "label"
     splits: dict[SplitName, TableSplit] = Field(min_length=1)
+
+
+class ArraysSplit(Section):
+    """Names of the arrays; `{split}` in a name is replaced by the name of the split."""
+
+    images: str = "{split}_images"
+    labels: str | None = "{split}_labels"  # null: unlabelled
+
+
+class Arrays(SourceSection):
+    """Arrays of images and labels in an .npz file."""
+
+    type: Literal["npz"]
+    path: Location
+    splits: dict[SplitName, ArraysSplit] = Field(min_length=1)
 
 
 class VocSplit(Section):
@@ -149,7 +223,7 @@ class VocSplit(Section):
     images: str
 
 
-class Voc(Section):
+class Voc(SourceSection):
     """A year of PASCAL VOC: a folder or a tar of `JPEGImages`, `Annotations`, `ImageSets`; multi-label."""
 
     type: Literal["voc"]
@@ -164,7 +238,7 @@ class CocoSplit(Section):
     annotations: str
 
 
-class Coco(Section):
+class Coco(SourceSection):
     """Images with annotations in COCO's format, in a folder or a tar; multi-label."""
 
     type: Literal["coco"]
@@ -173,10 +247,11 @@ class Coco(Section):
 
 
 Source = Annotated[
-    ImageFolder | Torchvision | SklearnDigits | WebDataset | Table | Voc | Coco, Field(discriminator="type")
+    ImageFolder | Torchvision | SklearnDigits | WebDataset | Table | Arrays | Voc | Coco, Field(discriminator="type")
 ]
 
-SOURCE_TYPES = ("image_folder", "image_tar", "torchvision", "sklearn_digits", "webdataset", "table", "voc", "coco")
+FOLDERS = ("image_folder", "image_tar", "image_zip")
+SOURCE_TYPES = (*FOLDERS, "torchvision", "sklearn_digits", "webdataset", "table", "npz", "voc", "coco")
 
 Change = Literal[
     "flip", "brightness", "contrast", "saturation", "hue", "jitter", "grayscale", "blur", "solarize", "randaugment"
@@ -193,6 +268,7 @@ class Card(Section):
     mean: Channels | None = None  # of pixels in 0..1; default: measured on the first split
     std: Channels | None = None
     avoid: tuple[Change, ...] = ()  # augmentations that change the label
+    keep_classes: Classes | None = None  # names of classes, or a file with one per line; default: all
     on_error: Literal["fail", "skip"] = "fail"  # for images that cannot be used
     homepage: str | None = None
     licence: str | None = None
@@ -201,12 +277,16 @@ class Card(Section):
     @property
     def splits(self) -> tuple[str, ...]:
         """Names of the splits, in the card's order."""
-        return tuple(self.source.splits)
+        return self.source.order
 
     @property
     def labels(self) -> dict[str, Literal["none", "one", "several"]]:
         """Labels per image of each split, as far as the card tells: torchvision's data sets count as labelled."""
-        return {name: _labels_of(self.source, split) for name, split in self.source.splits.items()}
+        labels: dict[str, Literal["none", "one", "several"]]
+        labels = {name: _labels_of(self.source, split) for name, split in self.source.splits.items()}
+        for name, derived in self.source.derived.items():
+            labels[name] = labels[derived.from_]
+        return {name: labels[name] for name in self.splits}
 
     @model_validator(mode="after")
     def _agree(self) -> "Card":
@@ -216,6 +296,10 @@ class Card(Section):
             raise ValueError(f"std {self.std} must be above zero")
         if self.classes is not None and len(set(self.classes)) != len(self.classes):
             raise ValueError("classes has the same name twice: name each class once")
+        for name, derived in self.source.derived.items():
+            if derived.from_ not in self.source.splits:
+                hint = nearest(derived.from_, self.source.splits)
+                raise ValueError(f"source.splits.{name}.from: the source has no split {derived.from_!r}{hint}")
         return self
 
 
@@ -226,6 +310,8 @@ def _labels_of(source: Source, split: Any) -> Literal["none", "one", "several"]:
         return "none" if source.label is None else "one"
     if isinstance(split, FolderSplit):
         return "none" if split.labels == "none" else "one"
+    if isinstance(split, ArraysSplit):
+        return "none" if split.labels is None else "one"
     return "one"
 
 
@@ -245,7 +331,7 @@ def load_card(path: Path) -> Card:
     except ValidationError as error:
         raise ValueError(f"{path}: {_explain(error)}") from None
     if card.name != path.stem:
-        raise ValueError(f"{path}: name is {card.name!r}, but the file is {path.stem!r}: make them agree")
+        raise ValueError(f"{path}: name is {excerpt(repr(card.name))}, but the file is {path.stem!r}: make them agree")
     return card
 
 
@@ -255,6 +341,8 @@ def _explain(error: ValidationError) -> str:
     where = [str(part) for part in problem["loc"]]
     if where[0:1] == ["source"] and where[1:2] and where[1] in SOURCE_TYPES:  # pydantic's tag of the union
         del where[1]
+    if "derived" in where:
+        where[where.index("derived")] = "splits"
     message = _message(problem)
     return f"{'.'.join(where)}: {message}" if where else message
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import NamedTuple
 
+import numpy as np
 from PIL import Image
 
 
@@ -29,6 +30,7 @@ class SourceSplit(NamedTuple):
     read: Callable[[int], Record]
     identity: str  # equal for equal content
     unread: Mapping[str, int] = MappingProxyType({})  # pictures whose format is not read, by extension
+    labels: np.ndarray | None = None  # label id of each image, if they are known before the images are read
 
 
 class OpenSource(NamedTuple):

@@ -148,7 +148,7 @@ class State:
         self._files: set[str] = set()  # of all runs
         self._finished: dict[tuple[str, int], Packed] = {}
         if self._path.exists():
-            for line in self._path.read_text().splitlines():
+            for line in self._path.read_text(encoding="utf-8").splitlines():
                 self._recall(line)
         write_text(self._path, "".join(map(self._line, self._finished.values())))
         for leftover in [*output.glob(".*.tmp"), *output.glob(".spill-*")]:  # of a killed process
@@ -162,7 +162,7 @@ class State:
     def note(self, part: Packed) -> None:
         """Record a finished shard."""
         self._finished[part.split, part.number] = part
-        with room_for(self._path), open(self._path, "a") as file:
+        with room_for(self._path), open(self._path, "a", encoding="utf-8") as file:
             file.write(self._line(part))
 
     def remove_others(self, manifest: Manifest) -> None:

@@ -99,8 +99,9 @@ def find_test_split(needs: Needs, dataset: str, labels: SplitLabels, *, training
     if test is None:
         splits = ", ".join(labels)
         raise ValueError(
-            f"data set '{dataset}' has no test or val split (it has {splits}): set `test_split`, or evaluate on "
-            "another data set with `dataset: {name: ...}`"
+            f"data set '{dataset}' has no test or val split (it has {splits}): set `test_split`, divide a split "
+            "in the card (`test: {from: train, fraction: 0.2}`), or evaluate on another data set with "
+            "`dataset: {name: ...}`"
         )
     used = {test} if needs.test_split == "any" else {training, test}
     for split in sorted(used):

@@ -31,7 +31,7 @@ from ssl_core.files import write_json, write_text
 from ssl_core.methods.base import method_class, resolve, views_of
 from ssl_core.networks.backbones import build_backbone, check_image_size, save_backbone, write_tensors
 from ssl_core.networks.batchnorm import synchronise_batchnorm
-from ssl_core.processes import end_with_parent
+from ssl_core.experiments.processes import end_with_parent
 from ssl_core.tracking import run as tracking
 from ssl_core.training.checkpoint import Identity, load_checkpoint, remove_checkpoint, save_checkpoint
 from ssl_core.training.loop import Stop, Trainer

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from ssl_core import cli, processes
-from ssl_core.processes import Process, one_writer
+from ssl_core import cli
+from ssl_core.experiments import processes
+from ssl_core.experiments.processes import Process, one_writer
 
 from .conftest import COMMANDS
 
@@ -18,7 +19,7 @@ LOCKS = {"shard": Path("shards/.tiny.lock"), "pretrain": Path("checkpoints/tiny.
 WRITER = """
 import sys
 from pathlib import Path
-from ssl_core.processes import one_writer
+from ssl_core.experiments.processes import one_writer
 with one_writer(Path(sys.argv[1]), "x"):
     print("writes", flush=True)
     sys.stdin.read()
@@ -26,7 +27,7 @@ with one_writer(Path(sys.argv[1]), "x"):
 # Starts another program as a workflow does and waits for it.
 WORKFLOW = """
 import subprocess, sys
-from ssl_core import processes
+from ssl_core.experiments import processes
 processes.announce_workflow()
 subprocess.run([sys.executable, "-c", *sys.argv[1:]])
 """
@@ -104,7 +105,7 @@ def test_a_lock_file_is_never_followed_through_a_link(tmp_path: Path) -> None:
 # A stage that would train for ever.
 ENDLESS = """
 import sys, threading
-from ssl_core import processes
+from ssl_core.experiments import processes
 processes.end_with_workflow()
 print("trains", flush=True)
 threading.Event().wait()

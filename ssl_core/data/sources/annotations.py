@@ -1,4 +1,4 @@
-"""Multi-label sources: the layouts of PASCAL VOC and COCO, in a folder or in a tar of one.
+"""Multi-label sources: the layouts of PASCAL VOC and COCO, in a folder or in a tar or zip of one.
 
 Only the presence of each class counts, not its place. VOC marks objects as difficult: an image whose objects of a
 class are all difficult is difficult for that class, the 0 of VOC's own lists `ImageSets/Main/<class>_*.txt`. COCO marks
@@ -18,6 +18,7 @@ from ssl_core.data.card import Card, Coco, CocoSplit, Voc, VocSplit
 from ssl_core.data.multilabels import ABSENT, DIFFICULT, PRESENT
 from ssl_core.data.records import OpenSource, Record, SourceSplit
 from ssl_core.data.sources.file_tree import Archive, Folder, stamp
+from ssl_core.data.sources.zip_archive import ZipArchive, is_zip
 from ssl_core.mistakes import excerpt
 
 States = dict[str, int]  # class name -> PRESENT or DIFFICULT; other classes are ABSENT
@@ -44,6 +45,8 @@ def open_coco(source: Coco, card: Card, scratch: Path, stack: ExitStack) -> Open
 
 
 def _open_tree(path: Path, scratch: Path, stack: ExitStack) -> Folder | Archive:
+    if is_zip(path):
+        return stack.enter_context(ZipArchive.open(path, scratch=scratch))
     if path.is_file():
         return stack.enter_context(Archive.open(path, scratch=scratch))
     return Folder(path, scratch=scratch)
@@ -56,7 +59,7 @@ def _number_classes(card: Card, tree: Folder | Archive, splits: dict[str, Annota
     classes = card.classes or tuple(names)
     for name in names:
         if name not in classes:
-            hint = nearest(name, classes)
+            hint = excerpt(nearest(name, classes))
             raise ValueError(f"{card.name}: the class {excerpt(repr(name))} is not among the card's classes{hint}")
     return OpenSource(classes, {name: _split(tree, annotated, classes) for name, annotated in splits.items()})
 

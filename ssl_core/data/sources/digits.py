@@ -40,8 +40,8 @@ class Digits:
         bundle: Any = load_digits()
         self._source = source
         self._pictures = np.pad(bundle.images, ((0, 0), (MARGIN, MARGIN), (MARGIN, MARGIN))).astype(np.float32) / 16
-        self._labels = bundle.target
-        self.order = np.random.default_rng(source.seed).permutation(len(self._labels))
+        self.labels = bundle.target
+        self.order = np.random.default_rng(source.seed).permutation(len(self.labels))
 
     def draw(self, number: int) -> tuple[Image.Image, int]:
         """Return a digit as a square RGB image of the source's size, and its class."""
@@ -50,7 +50,7 @@ class Digits:
         bright = np.array(colorsys.hsv_to_rgb(rng.random(), rng.random(), rng.uniform(0.6, 1)))
         dark = np.array(colorsys.hsv_to_rgb(rng.random(), rng.random(), rng.uniform(0, 0.45)))
         picture = Image.fromarray(np.round(255 * (dark + ink * (bright - dark))).astype(np.uint8))
-        return picture, int(self._labels[number])
+        return picture, int(self.labels[number])
 
     def _moved(self, picture: Image.Image, rng: np.random.Generator) -> np.ndarray:
         """Rotate, zoom and shift a picture at random; return its ink as (size, size) in 0..1."""
@@ -69,4 +69,5 @@ class Digits:
 
 
 def _split(digits: Digits, numbers: list[int]) -> SourceSplit:
-    return library_split("digits", len(numbers), lambda index: digits.draw(numbers[index]))
+    split = library_split("digits", len(numbers), lambda index: digits.draw(numbers[index]))
+    return split._replace(labels=digits.labels[numbers])

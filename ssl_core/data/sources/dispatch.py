@@ -12,8 +12,10 @@ from typing import Any
 from ssl_core.data.card import Card
 from ssl_core.data.records import OpenSource
 from ssl_core.data.sources.annotations import open_coco, open_voc
+from ssl_core.data.sources.arrays import open_arrays
 from ssl_core.data.sources.digits import open_digits
 from ssl_core.data.sources.image_folder import open_image_folder
+from ssl_core.data.sources.selection import select
 from ssl_core.data.sources.table import open_table
 from ssl_core.data.sources.torchvision import open_torchvision
 from ssl_core.data.sources.webdataset import open_webdataset
@@ -22,8 +24,10 @@ from ssl_core.data.sources.webdataset import open_webdataset
 OPENERS: dict[str, Callable[[Any, Card, Path, ExitStack], OpenSource]] = {
     "image_folder": open_image_folder,
     "image_tar": open_image_folder,
+    "image_zip": open_image_folder,
+    "npz": open_arrays,
     "webdataset": open_webdataset,
-    "table": lambda source, card, scratch, _: open_table(source, card, scratch),
+    "table": open_table,
     "torchvision": lambda source, card, *_: open_torchvision(source, card),
     "sklearn_digits": lambda source, *_: open_digits(source),
     "voc": open_voc,
@@ -38,7 +42,7 @@ def open_source(card: Card, *, scratch: Path) -> Iterator[OpenSource]:
     Raises a one-line `ValueError` if the source is missing, empty, corrupt or contradicts the card.
     """
     with ExitStack() as stack:
-        opened = OPENERS[card.source.type](card.source, card, scratch, stack)
+        opened = select(OPENERS[card.source.type](card.source, card, scratch, stack), card)
         for name, split in opened.splits.items():
             if split.size == 0:
                 raise ValueError(f"{card.name}: the split {name!r} has no images")

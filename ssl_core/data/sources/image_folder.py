@@ -1,4 +1,4 @@
-"""Folders of images, and tars of such folders: the class is the name of the folder, or in a text file."""
+"""Folders of images, and tars and zips of such folders: the class is the name of the folder, or in a text file."""
 
 from contextlib import ExitStack
 from functools import partial
@@ -9,17 +9,26 @@ from ssl_core.data.image_files import EXTENSIONS, list_counts
 from ssl_core.data.records import OpenSource, printable
 from ssl_core.data.sources.file_tree import Archive, Folder
 from ssl_core.data.sources.labelled_files import LabelledFiles, Targets, number_classes
+from ssl_core.data.sources.zip_archive import ZipArchive, is_zip
 from ssl_core.mistakes import excerpt
 
 
 def open_image_folder(source: ImageFolder, card: Card, scratch: Path, stack: ExitStack) -> OpenSource:
-    """List a folder or a tar of images; `stack` closes the tar."""
+    """List a folder, a tar or a zip of images; `stack` closes the archive."""
     path = Path(source.path)
-    if source.type == "image_tar":
-        tree = stack.enter_context(Archive.open(path, scratch=scratch, sha256=source.sha256))
-    else:
-        tree = Folder(path, scratch=scratch)
+    tree = _open_tree(source, path, scratch, stack)
     return number_classes(card, {name: _list_split(tree, split, path) for name, split in source.splits.items()})
+
+
+def _open_tree(source: ImageFolder, path: Path, scratch: Path, stack: ExitStack) -> Folder | Archive:
+    if source.type == "image_folder":
+        if is_zip(path):
+            raise ValueError(f"{path} is a zip: set type: image_zip")
+        return Folder(path, scratch=scratch)
+    if source.type == "image_tar" and is_zip(path):
+        raise ValueError(f"{path} is a zip: set type: image_zip")
+    kind = ZipArchive if source.type == "image_zip" else Archive
+    return stack.enter_context(kind.open(path, scratch=scratch, sha256=source.sha256))
 
 
 def _list_split(tree: Folder | Archive, split: FolderSplit, path: Path) -> LabelledFiles:

@@ -5,6 +5,7 @@ import operator
 from functools import partial
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from ssl_core.config import nearest
@@ -13,6 +14,9 @@ from ssl_core.data.records import OpenSource
 from ssl_core.data.sources.file_tree import read_file
 from ssl_core.data.sources.library import library_split
 from ssl_core.mistakes import excerpt
+
+SAMPLES = ("samples", "_samples")  # lists of pairs of an image and its class id
+LABELS = ("targets", "labels", "_labels", "y", *SAMPLES)  # attributes of torchvision's classes with the class ids
 
 
 def open_torchvision(source: Torchvision, card: Card) -> OpenSource:
@@ -23,7 +27,8 @@ def open_torchvision(source: Torchvision, card: Card) -> OpenSource:
         dataset = _build(source, split.arguments)
         classes = classes or _class_names(dataset) or None  # torchvision lists names in the order of its label ids
         get = partial(_get, dataset, source.dataset)
-        splits[name] = library_split(f"{source.dataset}.{name}", len(dataset), get)
+        split = library_split(f"{source.dataset}.{name}", len(dataset), get)
+        splits[name] = split._replace(labels=_labels(dataset))
     return OpenSource(classes, splits)
 
 
@@ -31,6 +36,28 @@ def _class_names(dataset: Any) -> tuple[str, ...]:
     """Return the names of a data set's classes; a class with several names has them joined by commas."""
     names = getattr(dataset, "classes", ())
     return tuple(name if isinstance(name, str) else ", ".join(name) for name in names)
+
+
+def _labels(dataset: Any) -> np.ndarray | None:
+    """Return the class ids that a data set lists, without reading its images; None if it does not."""
+    for attribute in LABELS:
+        labels = getattr(dataset, attribute, None)
+        if attribute in SAMPLES and labels:
+            labels = [sample[1] for sample in labels]
+        if labels is None or len(labels) != len(dataset):
+            continue
+        array = np.asarray(labels)
+        if array.ndim == 1 and array.dtype.kind in "iu" and _agree(array, dataset):
+            return array.astype(np.int64)
+    return None
+
+
+def _agree(labels: np.ndarray, dataset: Any) -> bool:
+    """Return whether the labels are those of some images that the data set returns."""
+    try:
+        return all(dataset[index][1] == labels[index] for index in range(0, len(labels), max(1, len(labels) // 4)))
+    except (OSError, ValueError, TypeError):  # a broken image
+        return False
 
 
 def _build(source: Torchvision, arguments: dict[str, Any]) -> Any:

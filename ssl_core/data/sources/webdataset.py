@@ -1,16 +1,19 @@
 """WebDataset tars: the members of a sample share a key and differ in their extension."""
 
+import json
 from collections.abc import Iterator
 from contextlib import ExitStack
-from glob import glob
 from pathlib import Path
+from typing import Any
 
+from ssl_core.config import nearest
 from ssl_core.data.card import Card, WebDataset
 from ssl_core.data.image_files import is_image
 from ssl_core.data.records import OpenSource
 from ssl_core.data.sources.file_list import File, Files
 from ssl_core.data.sources.file_tree import Archive
 from ssl_core.data.sources.labelled_files import LabelledFiles, Target, Targets, number_classes, parse_target
+from ssl_core.data.sources.patterns import expand
 from ssl_core.mistakes import excerpt
 
 
@@ -18,20 +21,10 @@ def open_webdataset(source: WebDataset, card: Card, scratch: Path, stack: ExitSt
     """List the tars of each split; `stack` closes them."""
     splits = {}
     for name, split in source.splits.items():
-        paths = _expand(split.tars)
+        paths = expand(split.tars)
         tars = [stack.enter_context(Archive.open(path, scratch=scratch)) for path in paths]
         splits[name] = _list_split(tars, source, scratch)
     return number_classes(card, splits)
-
-
-def _expand(pattern: str) -> list[Path]:
-    """Expand braces, then wildcards; a pattern without a match stays as it is, so that its absence is reported."""
-    from braceexpand import braceexpand  # a dependency of webdataset
-
-    paths = []
-    for expanded in braceexpand(pattern):
-        paths.extend(sorted(glob(expanded)) or [expanded])
-    return [Path(path) for path in paths]
 
 
 def _list_split(tars: list[Archive], source: WebDataset, scratch: Path) -> LabelledFiles:
@@ -74,12 +67,52 @@ def _split_name(member: str) -> tuple[str, str]:
 def _read_target(tar: Archive, key: str, members: dict[str, File], label: str | None) -> Target:
     if label is None:
         return None
+    extension, fields = _split_label(label)
     file = members.get(f"{key}.{label}")
+    if file is not None:  # an extension with dots, such as `top.cls`
+        extension, fields = label, []
+    file = file or members.get(f"{key}.{extension}")
     if file is None:
         hint = "set label to the labels' extension, or label: null for images without labels"
-        raise ValueError(f"{tar.path}: {excerpt(key)} has no .{label}: {hint}")
+        raise ValueError(f"{tar.path}: {excerpt(key)} has no .{extension}: {hint}")
+    place = f"{tar.path}: {excerpt(f'{key}.{extension}')}"
     try:
-        return parse_target(tar.fetch(file).decode().strip())
+        text = tar.fetch(file).decode("utf-8-sig").strip()
     except UnicodeDecodeError:
-        name = excerpt(f"{key}.{label}")
-        raise ValueError(f"{tar.path}: {name} is not text: expected a class id or a class name") from None
+        raise ValueError(f"{place} is not text: expected a class id or a class name") from None
+    if not text:
+        raise ValueError(f"{place} is empty: expected a class id or a class name")
+    if extension.split(".")[-1] == "json":
+        return _json_target(text, fields, place)
+    return parse_target(text)
+
+
+def _split_label(label: str) -> tuple[str, list[str]]:
+    """Split `json.meta.species` into the extension `json` and the fields `meta` and `species`."""
+    parts = label.split(".")
+    if "json" not in parts:
+        return label, []
+    end = parts.index("json") + 1
+    return ".".join(parts[:end]), parts[end:]
+
+
+def _json_target(text: str, fields: list[str], place: str) -> Target:
+    try:
+        value: Any = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{place} is not JSON: {excerpt(error)}") from None
+    for position, field in enumerate(fields):
+        if isinstance(value, list) and field.isdecimal() and int(field) < len(value):
+            value = value[int(field)]
+        elif isinstance(value, dict) and field in value:
+            value = value[field]
+        else:
+            path = ".".join(["json", *fields[:position]])
+            keys = f"an object{excerpt(nearest(field, value))}" if isinstance(value, dict) else type(value).__name__
+            raise ValueError(f"{place} has no field {excerpt(field)!r} in {path}, which is {keys}")
+    if isinstance(value, dict | list):
+        keys = ", ".join(value) if isinstance(value, dict) else f"0 to {len(value) - 1}"
+        raise ValueError(f"{place} holds several values: set label to one field, json.FIELD; fields: {excerpt(keys)}")
+    if value is None or value == "":
+        raise ValueError(f"{place} has no label in the field {'.'.join(fields)!r}: expected a class id or a class name")
+    return parse_target(value)
