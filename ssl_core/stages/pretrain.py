@@ -27,11 +27,11 @@ from ssl_core.data.shards import Manifest, verify
 from ssl_core.data.views import POLICIES, View, Views
 from ssl_core.drawing.views import draw_first_views
 from ssl_core.experiments import sweeps
+from ssl_core.experiments.processes import end_with_parent
 from ssl_core.files import write_json, write_text
 from ssl_core.methods.base import method_class, resolve, views_of
 from ssl_core.networks.backbones import build_backbone, check_image_size, save_backbone, write_tensors
 from ssl_core.networks.batchnorm import synchronise_batchnorm
-from ssl_core.experiments.processes import end_with_parent
 from ssl_core.tracking import run as tracking
 from ssl_core.training.checkpoint import Identity, load_checkpoint, remove_checkpoint, save_checkpoint
 from ssl_core.training.loop import Stop, Trainer

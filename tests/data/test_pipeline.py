@@ -175,7 +175,9 @@ def test_a_center_crop_is_torchvisions(
     view = View(size=32, crop="center", resize=36, interpolation=interpolation, augmentation=POLICIES["none"])
     found = render(manifest, {"view": view})["view"][0]
     mode = {"linear": InterpolationMode.BILINEAR, "cubic": InterpolationMode.BICUBIC}[interpolation]
-    transform = transforms.Compose([transforms.Resize(36, mode), transforms.CenterCrop(32), transforms.PILToTensor()])
+    transform: Any = transforms.Compose(
+        [transforms.Resize(36, mode), transforms.CenterCrop(32), transforms.PILToTensor()]
+    )
     for number, image in enumerate(shaped):
         assert difference(found[number], transform(image)) < 1.0, sides[number]
 
@@ -230,7 +232,7 @@ def test_jittered_images_are_distributed_like_torchvisions(tiny: Manifest, pictu
     how = {"jitter": 0.8, "brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1, "grayscale": 0.2}
     view = View(count=4, size=32, crop="center", augmentation=Augmentation.model_validate({"flip": 0.0, **how}))
     found = torch.cat([_moments(images) for images in render(tiny, {"view": view})["view"]])
-    transform = transforms.Compose(
+    transform: Any = transforms.Compose(
         [
             transforms.RandomApply([transforms.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
             transforms.RandomGrayscale(0.2),

@@ -114,4 +114,4 @@ def _subset(split: SourceSplit, indices: np.ndarray, labels: np.ndarray | None =
     digest = hashlib.sha256(split.identity.encode() + indices.astype(np.int64).tobytes())
     if labels is not None:
         digest.update(labels.astype(np.int64).tobytes())
-    return SourceSplit(len(indices), name, read, digest.hexdigest(), labels)
+    return SourceSplit(len(indices), name, read, digest.hexdigest(), split.unread, labels)
