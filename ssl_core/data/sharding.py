@@ -1,7 +1,7 @@
 """Sharding: turn the images of a source into tars, indices and a manifest.
 
 Each worker process makes one whole shard at a time: it reads the images that a fixed permutation assigns to the shard,
-decodes each to prove it readable (in several threads if there are fewer shards than workers) and writes the tar. So
+checks each (in several threads if there are fewer shards than workers; `image_files.py`) and writes the tar. So
 memory is constant, and the bytes are the same for any number of workers. A finished shard appears by rename and is
 recorded in `.state.jsonl`; a later run keeps it if the source is unchanged and the files still have their sha256.
 

@@ -110,9 +110,9 @@ def test_tars_are_ustar_without_times_and_owners(photos: Path) -> None:
 
 def test_every_image_is_there_once_with_its_label_and_its_own_bytes(photos: Path) -> None:
     manifest = sharded(photos)
-    found = sorted(samples(manifest))
-    assert [number for number, _, _, _ in found] == list(range(IMAGES))
-    for (_, extension, stored, label), name in zip(found, names(photos)):
+    entries = sorted(samples(manifest))
+    assert [number for number, _, _, _ in entries] == list(range(IMAGES))
+    for (_, extension, stored, label), name in zip(entries, names(photos)):
         assert (extension, stored) == ("jpg", (photos / name).read_bytes())
         assert manifest.classes is not None
         assert manifest.classes[label] == name[0]
@@ -171,7 +171,7 @@ def test_mean_and_std_are_the_cards_or_measured(photos: Path) -> None:
 def test_an_interrupted_run_continues_with_the_shards_that_are_whole(photos: Path) -> None:
     folder = sharded(photos).folder
     whole = content(folder)
-    # what a killed process leaves: the state of two shards, a third that was not noted, one half written, no manifest
+    # after a killed process: the state of two shards, a third that was not noted, one half written, no manifest
     state = folder / ".state.jsonl"
     state.write_text("".join(state.read_text().splitlines(keepends=True)[:2]) + '["cut sho')
     for name in ("manifest.json", "train-000003.tar", "train-000004.tar", "train-000004.idx"):
@@ -381,12 +381,12 @@ def decoded_by_dali(manifest: Manifest) -> dict[int, np.ndarray]:
         )
         return fn.decoders.image(image), meta
 
-    running, found = pipeline(), {}
+    running, decoded = pipeline(), {}
     for _ in range(-(-manifest.split("train").images // 4)):
         images, meta = running.run()
         for position in range(4):
-            found[int(meta.at(position)[1])] = np.array(images.at(position))
-    return found
+            decoded[int(meta.at(position)[1])] = np.array(images.at(position))
+    return decoded
 
 
 def test_odd_images_are_kept_or_reencoded_and_dali_sees_what_pil_sees(tmp_path: Path) -> None:
@@ -444,9 +444,9 @@ def test_indices_stay_dense_over_the_images_that_were_taken(photos: Path) -> Non
     good = [name for name in names(photos) if name not in bad]
     for threads in (1, 24, 2):
         manifest = sharded(photos, f"skip{threads}", threads=threads, on_error="skip")
-        found = sorted(samples(manifest))
-        assert [number for number, _, _, _ in found] == list(range(len(good)))
-        assert [stored for _, _, stored, _ in found] == [(photos / name).read_bytes() for name in good]
+        entries = sorted(samples(manifest))
+        assert [number for number, _, _, _ in entries] == list(range(len(good)))
+        assert [stored for _, _, stored, _ in entries] == [(photos / name).read_bytes() for name in good]
         assert [rejected.name for rejected in manifest.split("train").rejected] == bad
         verify(manifest, "train", deep=True)
     assert content(photos.parent / "skip1") == content(photos.parent / "skip2") == content(photos.parent / "skip24")
@@ -454,7 +454,7 @@ def test_indices_stay_dense_over_the_images_that_were_taken(photos: Path) -> Non
     sharded(photos, "skip2", on_error="skip")  # finished shards are kept, not numbered a second time
     assert content(manifest.folder) == before
     with pytest.raises(ValueError, match="on_error: skip"):
-        sharded(photos, "skip2")  # the card says fail now
+        sharded(photos, "skip2")  # on_error is fail now
 
 
 @pytest.mark.parametrize("on_error", ["skip", "fail"])
