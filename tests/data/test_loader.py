@@ -206,16 +206,9 @@ def test_a_new_process_continues_bit_for_bit(tiny: Manifest, tmp_path: Path) -> 
     torch.save(saved, tmp_path / "state.pt")
     expected = [loader.next() for _ in range(9)]  # over the end of the epoch
     assert loader.steps_per_epoch == 6
-<<<<<<< HEAD
     start_in_processes(continue_in_process, tiny.folder / "manifest.json", tmp_path, processes=1)
     found = [Batch(*values) for values in torch.load(tmp_path / "batches.pt", weights_only=True)]
     assert all(equal(one, two) for one, two in zip(expected, found, strict=True))
-=======
-    arguments = [tiny.folder / "manifest.json", tmp_path / "state.pt", tmp_path / "batches.pt"]
-    subprocess.run([sys.executable, "-c", RESUME, *map(str, arguments)], check=True, cwd=root)
-    resumed = [Batch(*values) for values in torch.load(tmp_path / "batches.pt", weights_only=True)]
-    assert all(equal(one, two) for one, two in zip(expected, resumed, strict=True))
->>>>>>> h-images
 
 
 GROWTH = """
