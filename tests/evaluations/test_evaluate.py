@@ -8,11 +8,6 @@ SPEC = {"protocol": "knn", "k": 5, "dataset": {"name": "squares"}}
 LINEAR = {"protocol": "linear", "epochs": 2, "learning_rate": 0.1, "dataset": {"name": "squares"}}
 
 
-@pytest.fixture(autouse=True)
-def no_tracking(monkeypatch):
-    monkeypatch.setenv("SSL_TRACKING", "off")
-
-
 @pytest.fixture
 def run(backbone_path, manifest_path, tmp_path):
     def run(spec, name="out.json"):

@@ -17,8 +17,8 @@ from ssl_core.methods.simclr import nt_xent
 from ssl_core.methods.simsiam import negative_cosine
 from tests.methods.harness import START, batch, make
 
-CLOSE = {"atol": 1e-5, "rtol": 1e-5}
-TWO_LOCALS = {"num_locals": 2, "local_size": 6}
+CLOSE: dict[str, Any] = {"atol": 1e-5, "rtol": 1e-5}
+TWO_LOCALS: dict[str, Any] = {"num_locals": 2, "local_size": 6}
 
 
 @pytest.fixture(scope="module")

@@ -40,7 +40,7 @@ def build(open_loaders, manifest, method=None, backbone=Tiny, **training):
     loader = Loader(manifest, dataset, views, batch_size=16 // settings.accumulation, seed=5)
     open_loaders.enter_context(loader)
     torch.manual_seed(0)
-    model = ReSSL(config, backbone(), num_images=100, batch_size=16, seed=5)
+    model = ReSSL(config, backbone(), num_images=100, batch_size=16, seed=5)  # pyright: ignore[reportArgumentType]
     result = Trainer(model, loader, settings, device=torch.device("cpu"))
     result.log_steps = 1
     return result
