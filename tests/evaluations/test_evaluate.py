@@ -6,17 +6,6 @@ from ssl_core.stages import evaluate
 
 SPEC = {"protocol": "knn", "k": 5, "dataset": {"name": "squares"}}
 LINEAR = {"protocol": "linear", "epochs": 2, "learning_rate": 0.1, "dataset": {"name": "squares"}}
-OTHERS = [
-    {"protocol": "logistic", "l2_steps": 3, "dataset": {"name": "squares"}},
-    {"protocol": "low_shot", "shots": [4], "draws": 1, "max_iterations": 50, "dataset": {"name": "squares"}},
-    {"protocol": "metrics", "images_per_class": 4, "dataset": {"name": "squares"}},
-    {"protocol": "semi_supervised", "variant": "ressl_10", "epochs": 1, "dataset": {"name": "squares"}},
-]
-
-
-@pytest.fixture(autouse=True)
-def no_tracking(monkeypatch):
-    monkeypatch.setenv("SSL_TRACKING", "off")
 
 
 @pytest.fixture
@@ -37,7 +26,7 @@ def run(backbone_path, manifest_path, tmp_path):
     return run
 
 
-@pytest.mark.parametrize("spec", [SPEC, LINEAR, {**LINEAR, "variant": "features"}, *OTHERS])
+@pytest.mark.parametrize("spec", [SPEC, {**LINEAR, "variant": "features"}])
 def test_a_second_run_writes_the_same_bytes(run, spec):
     assert run(spec).read_bytes() == run(spec, "again.json").read_bytes()
 
@@ -74,13 +63,11 @@ def test_the_results_state_the_measurement_and_its_settings(run, capsys):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"neighbours": 5}, r"evaluations\.few\.neighbours: unknown key"),
         ({"temprature": 0.1}, r"evaluations\.few\.temprature: unknown key; did you mean 'temperature'\?"),
         ({"k": 0}, r"evaluations\.few\.k: .*found 0"),
         ({"protocol": "lineer"}, r"evaluations\.few\.protocol: unknown protocol 'lineer'; did you mean 'linear'\?"),
         ({"protocol": "features"}, "unknown protocol 'features'"),
         ({"protocol": "base"}, "unknown protocol 'base'"),
-        ({"test_split": "validation"}, "'squares' has no split 'validation': choose one of train, test"),
         ({"dataset": {"name": "squares", "split": "tain"}}, "'squares' has no split 'tain'"),
     ],
 )

@@ -315,10 +315,7 @@ def test_a_collapsed_backbone_can_be_drawn():
     assert np.isfinite(divergence)
 
 
-def test_data_without_labels_or_images_is_refused(subjects, tmp_path):
-    bare = Manifest.load(write_shards(tmp_path / "bare", train=[0] * 9, test=[0] * 9, labelled=False))
-    with pytest.raises(ValueError, match="has no labels"):
-        run(CONFIG, subjects, bare, quiet)
+def test_too_few_images_are_refused(subjects, tmp_path):
     few = Manifest.load(write_shards(tmp_path / "few", train=[0, 1, 2] * 3, test=[0, 1, 2]))
     with pytest.raises(ValueError, match="3 images are too few for pictures"):
         run(CONFIG, subjects, few, quiet)

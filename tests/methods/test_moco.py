@@ -135,17 +135,6 @@ def test_alpha_without_local_views_is_refused():
         parse(Config, {"alpha": 0.4}, "method")
 
 
-@pytest.mark.parametrize("changes", [{}, {"symmetric": "mean"}, CROPS])
-def test_the_loss_uses_the_queue_as_it_stood_before_the_batch(changes):
-    model = build(**changes)
-    before = model.queue.rows.clone()
-    losses = model(noise(model), START)
-    losses.total.backward()
-    assert torch.equal(model.queue.rows, before)
-    remember(model, losses)
-    assert not torch.isclose(model.queue.rows[:16], before[:16]).any(dim=1).all()
-
-
 @pytest.mark.parametrize("size", [32, 20, 7])
 def test_the_queue_is_the_last_keys_in_order_whatever_its_size(size):
     model = build(queue_size=size)

@@ -147,14 +147,9 @@ def test_two_processes_train_from_the_same_recipe(manifest, tmp_path, monkeypatc
     ("changes", "words"),
     [
         ({"training": {"batch_size": 256}}, "a batch of 256 images .* is larger than demo/train with 96"),
-        (
-            {"training": {"batch_size": 31, "accumulation": 2}},
-            "batch_size 31 is the global batch and must be a multiple",
-        ),
+        ({"training": {"batch_size": 31, "accumulation": 2}}, "batch_size 31 is the global batch and must be"),
         ({"training": {"warmup_epochs": 9}}, "warmup_epochs 9 must be below training.epochs 4"),
         ({"method": {"queue_size": 97}}, "queue_size 97 is larger than the data set .96 images."),
-        ({"method": {"teacher_temperature": 0.3}}, "teacher_temperature 0.3 must be below student_temperature 0.1"),
-        ({"method": {"name": "resl"}}, "there is no method 'resl'; did you mean 'ressl'"),
         ({"method": {"queue_sise": 8}}, "method.queue_sise: unknown key; did you mean 'queue_size'"),
         ({"training": {"epoch": 8}}, "training.epoch: unknown key; did you mean 'epochs'"),
         ({"backbone": {"name": "resnet81"}}, "resnet81.*resnet18"),

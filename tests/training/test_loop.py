@@ -40,8 +40,7 @@ def build(open_loaders, manifest, method=None, backbone=Tiny, **training):
     loader = Loader(manifest, dataset, views, batch_size=16 // settings.accumulation, seed=5)
     open_loaders.enter_context(loader)
     torch.manual_seed(0)
-    network: Any = backbone()
-    model = ReSSL(config, network, num_images=100, batch_size=16, seed=5)
+    model = ReSSL(config, backbone(), num_images=100, batch_size=16, seed=5)  # pyright: ignore[reportArgumentType]
     result = Trainer(model, loader, settings, device=torch.device("cpu"))
     result.log_steps = 1
     return result
@@ -155,14 +154,3 @@ def test_another_number_of_processes_is_refused(trainer):
     state["ranks"] = state["ranks"] * 2
     with pytest.raises(ValueError, match=r"written by 2 processes, training\.gpus is 1"):
         one.restore(state)
-
-
-def test_weights_that_the_last_update_made_infinite_are_refused(trainer):
-    built = trainer()
-
-    def spoil_at_the_end(row):
-        if built.step == built.total_steps:  # after the last loss
-            next(built.method.backbone.parameters()).data[0] = float("inf")
-
-    with pytest.raises(ValueError, match=r"diverged: 'backbone\.\S+' is not finite after the last step, 12"):
-        built.run(save=lambda: None, log=spoil_at_the_end)
