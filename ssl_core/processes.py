@@ -127,7 +127,7 @@ def _workflow() -> Process | None:
 def _workflow_ancestors() -> list[Process]:
     """Return the ancestors of this process up to its workflow; none if the workflow is no ancestor."""
     chain, workflow = ancestors(), _workflow()
-    if workflow not in chain:
+    if workflow is None or workflow not in chain:
         return []
     return chain[: chain.index(workflow) + 1]
 

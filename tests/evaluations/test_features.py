@@ -55,7 +55,7 @@ def test_extraction_leaves_weights_statistics_and_modes_alone(subjects, manifest
 
 def test_features_that_are_not_finite_are_refused(subjects, manifest):
     network = Tiny()
-    network.norm.running_var[0] = float("nan")
+    network.norm.weight.data[0] = float("nan")
     with pytest.raises(ValueError, match="the spoilt network gives features that are not finite"):
         read_split(subjects, manifest, TRAIN, center_view(16), "", networks={"spoilt": network})
 

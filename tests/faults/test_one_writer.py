@@ -34,8 +34,8 @@ subprocess.run([sys.executable, "-c", *sys.argv[1:]])
 
 def start(*arguments: str) -> "subprocess.Popen[str]":
     command = [sys.executable, "-c", *arguments]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen(command, text=True, **pipes)
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, text=True, stdin=pipe, stdout=pipe, stderr=pipe)
 
 
 def read_line(process: "subprocess.Popen[str]") -> str:
