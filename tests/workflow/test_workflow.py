@@ -1,5 +1,6 @@
 """Refused configurations and their messages, the arguments of jobs, their resources, sweeps, imports of a dry run."""
 
+import os
 import re
 import subprocess
 import sys
@@ -125,7 +126,9 @@ def test_a_dry_run_imports_neither_torch_nor_mlflow(fresh: Project) -> None:
         "try:\n    main(['-n', '--quiet'])\nexcept SystemExit as end:\n    assert not end.code, end.code\n"
         "print({'torch', 'mlflow', 'nvidia.dali', 'torchvision'} & set(sys.modules))\n"
     )
-    run = subprocess.run([sys.executable, "-c", probe], cwd=fresh.folder, capture_output=True, text=True, timeout=60)
+    environment = {**os.environ, "PYTHONPATH": str(fresh.folder)}
+    command = [sys.executable, "-c", probe]
+    run = subprocess.run(command, cwd=fresh.folder, env=environment, capture_output=True, text=True, timeout=60)
     assert run.stdout.splitlines()[-1] == "set()", run.stdout + run.stderr
 
 
