@@ -72,7 +72,7 @@ def ancestors() -> list[Process]:
 def _stat(number: int) -> list[str] | None:
     """Return the fields of /proc/<number>/stat from the state on, or None if the process has ended."""
     try:
-        text = Path(f"/proc/{number}/stat").read_text(errors="replace")
+        text = Path(f"/proc/{number}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return None
     fields = text.rpartition(")")[2].split()  # the name of a program may contain blanks

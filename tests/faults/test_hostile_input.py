@@ -200,9 +200,7 @@ def test_images_that_would_blow_up_or_run_something_are_refused(
     [
         (b"\xff\xfe", "is not text"),
         (b"--5", "some labels are class names ('--5') and others are numbers"),
-        (b"9" * 5000, "some labels are class names ('9999"),
-        (b"999999999999", "the label 999999999999 is outside 0..999999"),
-        (b"-3", "the label -3 is outside"),
+        (b"-3", "the label -3 is below 0"),
     ],
 )
 def test_labels_that_are_none_are_refused(label: bytes, words: str, tmp_path: Path) -> None:

@@ -1,5 +1,4 @@
 import csv
-import functools
 import os
 import signal
 import threading
@@ -9,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from torch.distributed.launcher.api import LaunchConfig
 
 from ssl_core.config import Backbone, Dataset, Subset
 from ssl_core.data.loader import draw_subset
@@ -136,9 +134,7 @@ def test_the_model_holds_teacher_and_queue_too(finished):
         )
 
 
-def test_two_processes_train_from_the_same_recipe(manifest, tmp_path, monkeypatch):
-    # Forked from a server that has imported the stage; in `make test-long` they start as new interpreters.
-    monkeypatch.setattr(pretrain, "LaunchConfig", functools.partial(LaunchConfig, start_method="forkserver"))
+def test_two_processes_train_from_the_same_recipe(manifest, tmp_path):
     results = run(manifest, tmp_path, spec(training={"gpus": 2, "epochs": 2}))
     assert read_json(results / "pretrain.json")["steps"] == 6
 
