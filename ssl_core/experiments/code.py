@@ -60,7 +60,7 @@ def _evaluation(spec: Mapping[str, Any]) -> list[Key]:
 
 
 def _method(spec: Mapping[str, Any]) -> list[Key]:
-    """List what an experiment takes from its method's file: the method and its settings."""
+    """List the definitions of the method's file that an experiment uses: the method's class and its settings."""
     module = f"ssl_core.methods.{spec['method']['name']}"
     base = Key("ssl_core.methods.base", "Method")
     names = (name for name, nodes in module_of(module).definitions.items() if isinstance(nodes[0], ast.ClassDef))

@@ -25,7 +25,6 @@ OUTSIDE = (
     "provenance",
     "mistakes",
     "late_compiler",
-    "processes",
 )
 SPOKEN = {"print", "warnings.warn", "tqdm.tqdm.write", "tqdm.write"}  # calls that only inform a person
 PROSE = re.compile(r"[A-Za-z]{2,}[,;:]? [A-Za-z]{2,}")  # a text of several words is for people, too

@@ -19,6 +19,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
+from ssl_core.experiments import bundled
+
 # Environment variables
 WORKFLOW = "SSL_CORE_WORKFLOW"  # the Snakemake process, as `Process.text`
 PACKAGE = "SSL_CORE_PACKAGE"  # the folder of the package that it imports
@@ -87,7 +89,7 @@ def announce_workflow() -> None:
     current = Process.with_id(os.getpid())
     if current is not None and not _workflow_ancestors():
         os.environ[WORKFLOW] = current.text
-        os.environ[PACKAGE] = str(Path(__file__).resolve().parent)
+        os.environ[PACKAGE] = str(bundled.PACKAGE)
 
 
 def end_with_workflow() -> None:
@@ -100,7 +102,7 @@ def end_with_workflow() -> None:
     if workflow is not None and workflow.has_ended():
         raise ValueError("the workflow that started this stage has ended; run the workflow again")
     watched = _workflow_ancestors()
-    package = str(Path(__file__).resolve().parent)
+    package = str(bundled.PACKAGE)
     if watched and os.environ.get(PACKAGE, package) != package:
         raise ValueError(
             f"the workflow runs the code of {os.environ[PACKAGE]}, its stage that of {package}: put the `ssl-core` "

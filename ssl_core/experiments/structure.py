@@ -1,4 +1,4 @@
-"""Faults of a section against a JSON schema, as one line a person understands. Torch-free."""
+"""Check a section of the configuration against a JSON schema; report a fault in one readable line. Torch-free."""
 
 import re
 from collections.abc import Mapping, Sequence

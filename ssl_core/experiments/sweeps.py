@@ -14,7 +14,7 @@ from ssl_core.provenance import canonical, digest
 Config = Mapping[str, Any]  # a configuration, or one of its sections
 
 SEED_SUFFIX = re.compile(r"-seed\d+$")  # `seeds: [3]` turns the experiment `x` into `x-seed3`
-# Keys of an experiment that name a file of weights, which may be another experiment's result.
+# Keys of an experiment whose value is the path of a weights file. The file may be written by another experiment.
 WEIGHT_KEYS = ("weights", "method.initial", "method.teacher.weights", "method.teacher.projector")
 
 

@@ -104,7 +104,14 @@ def replace(package: Path, file: str, old: str, new: str) -> None:
 
 
 class Reworded(ast.NodeTransformer):
-    """Other words in every message that is raised and every docstring."""
+    """Other words in every message that is raised and every docstring, and no type hints of functions."""
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.FunctionDef:
+        node.returns = None
+        for argument in [*node.args.args, *node.args.kwonlyargs]:
+            argument.annotation = None
+        self.generic_visit(node)
+        return node
 
     def visit_Raise(self, node: ast.Raise) -> ast.Raise:
         for part in ast.walk(node):
@@ -119,7 +126,7 @@ class Reworded(ast.NodeTransformer):
         return self.generic_visit(node)  # pyright: ignore[reportReturnType]
 
 
-def test_comments_docstrings_messages_and_layout_run_nothing_again(package: Path) -> None:
+def test_comments_docstrings_messages_hints_and_layout_run_nothing_again(package: Path) -> None:
     def edit() -> None:
         for path in sources(package):
             tree = Reworded().visit(ast.parse(path.read_text()))
@@ -235,6 +242,8 @@ def test_a_default_that_a_stage_reads_is_a_change(package: Path) -> None:
         ("ReSSL.forward", {"pretrain ressl", "views ressl"}),  # a method
         ("Queue.enqueue", {f"{stage} {name}" for stage in ("pretrain", "views") for name in ("ressl", "moco")}),
         ("Trainer._one_step", PRETRAININGS),  # the loop
+        ("Lars.step", PRETRAININGS | {"evaluate linear"}),  # an optimizer
+        ("build_backbone", PRETRAININGS | EVALUATIONS | {f"export {name}" for name in METHODS} | {"adopt", "cost"}),
         ("_crop", PRETRAININGS | VIEWS | EVALUATIONS),  # the graph of the views
         ("uniformity", {"evaluate metrics"}),  # a protocol
         ("write_shards", {"shard"}),  # sharding, whose result is printed
