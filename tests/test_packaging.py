@@ -139,7 +139,7 @@ def test_an_installed_wheel_ends_with_a_result_in_each_of_two_folders(installed:
         assert "Nothing to be done" in run(*snakemake, cwd=folder, environment=environment)
         bytes_of_backbones.append((folder / "results/ressl_r18/backbone.safetensors").read_bytes())
         assert "queue_size: 64" in run(
-            installed / "ssl-core", "explain", "ressl_r18", "--no-probe", cwd=folder, environment=environment
+            installed / "ssl-core", "explain", "ressl_r18", "--no-time", cwd=folder, environment=environment
         )
     assert bytes_of_backbones[0] == bytes_of_backbones[1]
     assert {path.name for path in tmp_path.iterdir()} == {"first", "second"}
