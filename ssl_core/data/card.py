@@ -218,13 +218,20 @@ class Arrays(SourceSection):
 
 
 class VocSplit(Section):
-    """The images that `ImageSets/Main/<images>.txt` lists."""
+    """The images that `ImageSets/Main/<images>.txt` lists; several years are joined, as [VOC2007/trainval, ...]."""
 
-    images: str
+    images: str | tuple[str, ...]
+
+    @property
+    def lists(self) -> list[tuple[str, str]]:
+        """The folder and the name of each list."""
+        lists = (self.images,) if isinstance(self.images, str) else self.images
+        parts = [name.rpartition("/") for name in lists]
+        return [(f"{folder}{slash}", name) for folder, slash, name in parts]
 
 
 class Voc(SourceSection):
-    """A year of PASCAL VOC: a folder or a tar of `JPEGImages`, `Annotations`, `ImageSets`; multi-label."""
+    """PASCAL VOC: a folder or a tar of `JPEGImages`, `Annotations`, `ImageSets`, or of years; multi-label with boxes."""
 
     type: Literal["voc"]
     path: Location
@@ -239,7 +246,7 @@ class CocoSplit(Section):
 
 
 class Coco(SourceSection):
-    """Images with annotations in COCO's format, in a folder or a tar; multi-label."""
+    """Images with annotations in COCO's format, in a folder or a tar; multi-label with boxes and masks."""
 
     type: Literal["coco"]
     path: Location

@@ -91,7 +91,7 @@ def encode(image: Image.Image) -> tuple[bytes, Image.Image]:
 
     Alpha is dropped, as DALI and PIL's `convert` do. EXIF data that PIL cannot read do not turn the image.
     """
-    turn = TURNS.get(_orientation(image))
+    turn = TURNS.get(read_orientation(image))
     upright = image if turn is None else image.transpose(turn)
     if upright.mode in SIXTEEN_BITS:  # PIL's own conversion clips at 255: nearly all white
         upright = Image.fromarray(np.round(np.asarray(upright) / 257).astype(np.uint8))
@@ -136,7 +136,7 @@ def _is_plain(content: bytes, image: Image.Image) -> bool:
     if image.mode in SIXTEEN_BITS:
         return False
     orientation = _plain_orientation(content)
-    return orientation is not None and orientation == _orientation(image)
+    return orientation is not None and orientation == read_orientation(image)
 
 
 def _plain_orientation(content: bytes) -> int | None:
@@ -148,7 +148,7 @@ def _plain_orientation(content: bytes) -> int | None:
         return None
 
 
-def _orientation(image: Image.Image) -> int:
+def read_orientation(image: Image.Image) -> int:
     """Return the orientation (1 to 8) that PIL reads from EXIF or XMP; 0 if it cannot read them."""
     try:
         orientation = image.getexif().get(ORIENTATION, UPRIGHT)

@@ -6,7 +6,7 @@ member, `00000042.labels.u8`: one byte per class, in the order of the manifest's
 
 import numpy as np
 
-from ssl_core.data.shards import Manifest, has_labels_member, read_index, read_member, sample_index
+from ssl_core.data.shards import LABELS, Manifest, member_position, read_index, read_member, sample_index
 
 ABSENT, PRESENT, DIFFICULT = 0, 1, 2  # difficult: only objects that the annotators marked as difficult (VOC)
 
@@ -17,7 +17,7 @@ def has_labels(manifest: Manifest, split: str) -> bool:
     if not first.with_suffix(".idx").is_file():
         return False
     samples = read_index(first)
-    return bool(samples) and has_labels_member(samples[0])
+    return bool(samples) and member_position(samples[0], LABELS) is not None
 
 
 def read_labels(manifest: Manifest, split: str) -> np.ndarray:

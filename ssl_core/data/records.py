@@ -20,6 +20,7 @@ class Record(NamedTuple):
     image: bytes | Image.Image
     label: int
     labels: bytes | None = None
+    boxes: bytes | None = None  # of `boxes.Annotation.encode`
 
 
 class SourceSplit(NamedTuple):

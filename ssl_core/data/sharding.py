@@ -27,10 +27,21 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 
 from ssl_core.config import Strict
+from ssl_core.data.boxes import Fitted, fit_objects, upright_size
 from ssl_core.data.card import Card, Channels
 from ssl_core.data.image_files import channel_moments, list_counts, prepare
 from ssl_core.data.records import OpenSource, Record, SourceSplit
-from ssl_core.data.shards import MAX_IMAGES, Manifest, Rejected, Shard, Split, new_shard, renumber, write_names
+from ssl_core.data.shards import (
+    MAX_IMAGES,
+    Manifest,
+    Objects,
+    Rejected,
+    Shard,
+    Split,
+    new_shard,
+    renumber,
+    write_names,
+)
 from ssl_core.data.sources.dispatch import open_source
 from ssl_core.files import room_for, write_json, write_text
 from ssl_core.mistakes import excerpt
@@ -48,7 +59,7 @@ _job: "Job"  # set in each worker process
 
 
 class Bad(NamedTuple):
-    """An image of the source that cannot be used."""
+    """An image of the source, or an object of it, that cannot be used."""
 
     index: int
     name: str
@@ -66,6 +77,8 @@ class Packed(Strict):
     moments: tuple[tuple[float, ...], ...]  # sum of channel_moments over the measured images
     measured: int
     closed: str = ""  # digest of the left-out images of the split that the shard's indices skip
+    objects: tuple[int, int, int] | None = None  # objects, objects with a mask, images without objects
+    unused: tuple[Bad, ...] = ()  # objects
 
 
 class Task(NamedTuple):
@@ -85,6 +98,7 @@ class Prepared(NamedTuple):
     extension: str
     stored: bytes
     moments: np.ndarray | None  # of the channels, if the image is measured
+    fitted: Fitted | None  # the objects of an annotated image
 
 
 class Job(NamedTuple):
@@ -123,17 +137,22 @@ def write_shards(card: Card, output: Path, *, threads: int) -> Manifest:
 
 
 def summary(manifest: Manifest) -> str:
-    """Return a line with the images of each split and the size in MB, and one with the pictures that are not read."""
-    splits, unread = [], []
+    """Return lines with the images of each split and the size in MB, the pictures that are not read, and the objects."""
+    splits, unread, objects = [], [], []
     for name, split in manifest.splits.items():
         rejected = f" ({len(split.rejected)} rejected)" if split.rejected else ""
         splits.append(f"{name} {split.images} images{rejected}")
         if split.unread:
             unread.append(f"{name} {list_counts(split.unread)}")
+        if split.objects is not None:
+            left_out = f" ({len(split.objects.unused)} left out)" if split.objects.unused else ""
+            objects.append(f"{name} {split.objects.count}{left_out}, {split.objects.empty} images without any")
     size = sum(split.bytes for split in manifest.splits.values()) / 1e6
     lines = [f"{manifest.dataset}: {', '.join(splits)}, {size:.1f} MB"]
     if unread:
         lines.append(f"{manifest.dataset}: left out, formats that are not read (convert them): {'; '.join(unread)}")
+    if objects:
+        lines.append(f"{manifest.dataset}: objects: {'; '.join(objects)}")
     return "\n".join(lines)
 
 
@@ -200,6 +219,8 @@ def pack(task: Task) -> Packed:
         return task.earlier
     split = _job.opened.splits[task.split]
     bad: list[Bad] = []
+    unused: list[Bad] = []
+    objects: np.ndarray | None = None
     labels: Counter[int] = Counter()
     names: list[str] = []
     moments, measured = np.zeros((2, 3)), 0
@@ -210,7 +231,12 @@ def pack(task: Task) -> Packed:
                 bad.append(_bad(split, index, prepared))
                 continue
             record = prepared.record
-            writer.add(index, prepared.extension, prepared.stored, record.label, record.labels)
+            fitted = prepared.fitted
+            boxes = fitted.member if fitted is not None else None
+            writer.add(index, prepared.extension, prepared.stored, record.label, record.labels, boxes)
+            if fitted is not None:
+                unused += [Bad(index, f"{record.name}: {name}", reason) for name, reason in fitted.unused]
+                objects = _count_objects(fitted) + (0 if objects is None else objects)
             labels[record.label] += 1
             names.append(record.name)
             if prepared.moments is not None:
@@ -226,6 +252,8 @@ def pack(task: Task) -> Packed:
         labels=dict(sorted(labels.items())),
         moments=tuple(tuple(row) for row in moments.tolist()),
         measured=measured,
+        objects=None if objects is None else tuple(objects.tolist()),
+        unused=tuple(unused),
     )
 
 
@@ -243,10 +271,11 @@ def _prepare_all(split: SourceSplit, task: Task) -> Iterator[tuple[int, Prepared
             return record
         try:
             extension, stored, image = prepare(record.image)
+            fitted = _fit_objects(record, stored)
         except ValueError as error:
             return error
         is_measured = task.stride and index % task.stride == 0
-        return Prepared(record, extension, stored, channel_moments(image) if is_measured else None)
+        return Prepared(record, extension, stored, channel_moments(image) if is_measured else None, fitted)
 
     indices = task.indices.tolist()
     if _job.threads == 1:
@@ -260,6 +289,25 @@ def _prepare_all(split: SourceSplit, task: Task) -> Iterator[tuple[int, Prepared
             yield from zip(part, pool.map(decode, part, records), strict=True)
 
 
+def _fit_objects(record: Record, stored: bytes) -> Fitted | None:
+    """Return the objects of an annotated image in pixels of the `stored` one.
+
+    With `on_error: fail` the first object that cannot be used is a `ValueError`.
+    """
+    if record.boxes is None:
+        return None
+    assert isinstance(record.image, bytes)
+    fitted = fit_objects(record.boxes, upright_size(record.image), upright_size(stored))
+    if fitted.unused and _job.card.on_error == "fail":
+        raise ValueError(": ".join(fitted.unused[0]))
+    return fitted
+
+
+def _count_objects(fitted: Fitted) -> np.ndarray:
+    masks = sum("mask" in described for described in fitted.objects)
+    return np.array([len(fitted.objects), masks, not fitted.objects], np.int64)
+
+
 def _bad(split: SourceSplit, index: int, error: Exception) -> Bad:
     reason = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())
     bad = Bad(index, split.name(index), reason)
@@ -271,7 +319,7 @@ def _bad(split: SourceSplit, index: int, error: Exception) -> Bad:
 
 def _is_valid(path: Path, part: Packed) -> bool:
     """Return whether the shard of an earlier run is unchanged and acceptable for `on_error`."""
-    if part.bad and _job.card.on_error == "fail":
+    if (part.bad or part.unused) and _job.card.on_error == "fail":
         return False
     index = path.with_suffix(".idx")
     if not (path.exists() and index.exists()):
@@ -399,6 +447,12 @@ def _split(card: Card, name: str, parts: list[Packed], num_classes: int, unread:
         first = f"{excerpt(rejected[0].name)}: {excerpt(rejected[0].reason)}"
         raise ValueError(f"{card.name}: no usable image in split {name!r}; first failure: {first}")
     is_labelled = min(labels) >= 0
+    counts = [part.objects for part in parts if part.objects is not None]
+    objects = None
+    if counts:
+        count, masks, empty = np.sum(counts, axis=0).tolist()
+        unused = sorted(bad for part in parts for bad in part.unused)
+        objects = Objects(count=count, masks=masks, empty=empty, unused=_rejected(unused))
     shards = tuple(part.shard for part in parts if part.shard.images)
     return Split(
         images=labels.total(),
@@ -406,9 +460,14 @@ def _split(card: Card, name: str, parts: list[Packed], num_classes: int, unread:
         bytes=sum(shard.bytes for shard in shards),
         class_counts=tuple(labels[label] for label in range(num_classes)) if is_labelled else None,
         shards=shards,
-        rejected=tuple(Rejected(name=bad.name, reason=bad.reason) for bad in rejected),
+        rejected=_rejected(rejected),
         unread=dict(unread),
+        objects=objects,
     )
+
+
+def _rejected(bad: list[Bad]) -> tuple[Rejected, ...]:
+    return tuple(Rejected(name=each.name, reason=each.reason) for each in bad)
 
 
 def _mean_and_std(parts: list[Packed]) -> tuple[Channels, Channels]:

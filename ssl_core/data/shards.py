@@ -2,7 +2,8 @@
 
 A sample is `00000042.jpg` (or `.png`) followed by `00000042.meta.i64`: two little-endian int64, the label (-1: none)
 and the index in the split, which is also the key. Keys are short and without dots and spaces, since DALI silently
-misreads others. A multi-label sample has the label -1 and a third member, `00000042.labels.u8` (`multilabels.py`).
+misreads others. A multi-label sample has the label -1 and a third member, `00000042.labels.u8` (`multilabels.py`). A
+sample whose objects are annotated has `00000042.boxes` as well (`boxes.py`).
 
 The index is a text file: `v1.2 <samples>`, then one line per sample with extension, offset, size and name of each
 member. A file `.names` beside it has the name of each image in the source, as one JSON string per line, for messages.
@@ -30,6 +31,7 @@ BLOCK = 512  # a tar's unit, in bytes
 MAX_IMAGES = 10**8  # keys have eight digits
 META = "meta.i64"
 LABELS = "labels.u8"
+BOXES = "boxes"
 HEADER = tarfile.TarInfo().tobuf(tarfile.USTAR_FORMAT)  # of an empty file with an empty name
 HEADER_SUM = sum(HEADER[:124] + HEADER[135:148] + 8 * b" " + HEADER[156:])  # without name and size
 
@@ -51,6 +53,15 @@ class Rejected(Strict):
     reason: str
 
 
+class Objects(Strict):
+    """The annotated objects of a split."""
+
+    count: int
+    masks: int  # objects with a mask
+    empty: int  # images without objects
+    unused: tuple[Rejected, ...] = ()  # objects of the source that are not in the shards
+
+
 class Split(Strict):
     """Images 0..`images` - 1 of a split, spread over shards in a fixed random order."""
 
@@ -61,6 +72,7 @@ class Split(Strict):
     shards: tuple[Shard, ...]
     rejected: tuple[Rejected, ...]
     unread: dict[str, int] = Field(default_factory=dict)  # pictures of other formats, by extension
+    objects: Objects | None = None  # None: not annotated
 
     @model_validator(mode="after")
     def _add_up(self) -> "Split":
@@ -100,11 +112,12 @@ class Manifest(Strict):
         return manifest
 
     def content(self) -> dict[str, Any]:
-        """Return the content of the file: all fields and their sha256, without `unread` where it is empty."""
+        """Return the content of the file: all fields and their sha256, without `unread` and `objects` where there are none."""
         fields = self.model_dump(mode="json")
         for split in fields["splits"].values():
-            if not split["unread"]:
-                del split["unread"]
+            for optional in ("unread", "objects"):
+                if not split[optional]:
+                    del split[optional]
         return {**fields, "sha256": digest(canonical(fields))}
 
     @property
@@ -161,14 +174,24 @@ class ShardWriter:
         self._lines: list[str] = []
         self.bytes = 0
 
-    def add(self, number: int, extension: str, image: bytes, label: int, labels: bytes | None = None) -> None:
+    def add(
+        self,
+        number: int,
+        extension: str,
+        image: bytes,
+        label: int,
+        labels: bytes | None = None,
+        boxes: bytes | None = None,
+    ) -> None:
         """Append the image with dataset index `number` and its label (-1: none).
 
-        A multi-label image has the label -1 and one byte per class in `labels`.
+        A multi-label image has the label -1 and one byte per class in `labels`; `boxes` are its objects, if annotated.
         """
         members = [(extension, image), (META, struct.pack("<qq", label, number))]
         if labels is not None:
             members.append((LABELS, labels))
+        if boxes is not None:
+            members.append((BOXES, boxes))
         fields = [self._add_member(f"{number:08d}.{kind}", kind, content) for kind, content in members]
         self._lines.append(" ".join(fields))
 
@@ -274,8 +297,8 @@ def renumber(path: Path, indices: Sequence[int]) -> Shard:
     with new_shard(path) as writer, open(path, "rb") as tar:
         for number, fields in zip(indices, read_index(path), strict=True):
             label, _ = _read_meta(tar, fields)
-            labels = read_member(tar, fields, 2) if has_labels_member(fields) else None
-            writer.add(number, fields[0], read_member(tar, fields, 0), label, labels)
+            optional = [_read_optional(tar, fields, kind) for kind in (LABELS, BOXES)]
+            writer.add(number, fields[0], read_member(tar, fields, 0), label, *optional)
         return writer.close()
 
 
@@ -284,9 +307,15 @@ def sample_index(fields: Sequence[str]) -> int:
     return int(fields[3][:8])
 
 
-def has_labels_member(fields: Sequence[str]) -> bool:
-    """Return whether a line of an index is of a multi-label sample."""
-    return fields[8:9] == [LABELS]
+def member_position(fields: Sequence[str], kind: str) -> int | None:
+    """Return the position of a member with this extension in a line of an index, or None."""
+    kinds = fields[::4]
+    return kinds.index(kind) if kind in kinds else None
+
+
+def _read_optional(tar: BinaryIO, fields: Sequence[str], kind: str) -> bytes | None:
+    position = member_position(fields, kind)
+    return None if position is None else read_member(tar, fields, position)
 
 
 def _read_meta(tar: BinaryIO, fields: Sequence[str]) -> tuple[int, int]:
@@ -295,6 +324,6 @@ def _read_meta(tar: BinaryIO, fields: Sequence[str]) -> tuple[int, int]:
 
 
 def read_member(tar: BinaryIO, fields: Sequence[str], member: int) -> bytes:
-    """Read the image (0), the metadata (1) or the labels (2) of a sample."""
+    """Read a member of a sample: the image (0), the metadata (1), or an optional one."""
     offset, size = fields[4 * member + 1], fields[4 * member + 2]
     return os.pread(tar.fileno(), int(size), int(offset))

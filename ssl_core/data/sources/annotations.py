@@ -1,19 +1,21 @@
-"""Multi-label sources: the layouts of PASCAL VOC and COCO, in a folder or in a tar or zip of one.
+"""Annotated objects: the layouts of PASCAL VOC and COCO, in a folder or in a tar or zip of one.
 
-Only the presence of each class counts, not its place. VOC marks objects as difficult: an image whose objects of a
-class are all difficult is difficult for that class, the 0 of VOC's own lists `ImageSets/Main/<class>_*.txt`. COCO marks
-crowds: a crowd counts as a single object does.
+They give each image its objects (`boxes.py`) and several labels. For a label only the presence of the class counts. VOC
+marks objects as difficult: an image whose objects of a class are all difficult is difficult for that class, the 0 of
+VOC's own lists `ImageSets/Main/<class>_*.txt`. COCO marks crowds: a crowd counts as a single object does.
 """
 
 import hashlib
 import json
 import os
+import sys
 from contextlib import ExitStack
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
 from ssl_core.config import nearest
+from ssl_core.data.boxes import Annotation, Objects, Size
 from ssl_core.data.card import Card, Coco, CocoSplit, Voc, VocSplit
 from ssl_core.data.multilabels import ABSENT, DIFFICULT, PRESENT
 from ssl_core.data.records import OpenSource, Record, SourceSplit
@@ -25,15 +27,18 @@ States = dict[str, int]  # class name -> PRESENT or DIFFICULT; other classes are
 
 
 class AnnotatedSplit(NamedTuple):
-    """The images of a split, sorted by path, the states of each, and the class names in order."""
+    """The images of a split, sorted by path, the objects of each, and the class names in order.
+
+    The label of an object is the name of its class here, or None for an unknown one.
+    """
 
     files: list[str]
-    states: list[States]
+    annotations: list[Annotation]
     classes: list[str]
 
 
 def open_voc(source: Voc, card: Card, scratch: Path, stack: ExitStack) -> OpenSource:
-    """List the splits of a year of PASCAL VOC; `stack` closes the tar."""
+    """List the splits of PASCAL VOC; `stack` closes the tar."""
     tree = _open_tree(Path(source.path), scratch, stack)
     return _number_classes(card, tree, {name: _list_voc(tree, split) for name, split in source.splits.items()})
 
@@ -41,7 +46,8 @@ def open_voc(source: Voc, card: Card, scratch: Path, stack: ExitStack) -> OpenSo
 def open_coco(source: Coco, card: Card, scratch: Path, stack: ExitStack) -> OpenSource:
     """List splits with COCO's annotations; `stack` closes the tar."""
     tree = _open_tree(Path(source.path), scratch, stack)
-    return _number_classes(card, tree, {name: _list_coco(tree, split) for name, split in source.splits.items()})
+    skip = card.on_error == "skip"
+    return _number_classes(card, tree, {name: _list_coco(tree, split, skip) for name, split in source.splits.items()})
 
 
 def _open_tree(path: Path, scratch: Path, stack: ExitStack) -> Folder | Archive:
@@ -58,7 +64,7 @@ def _number_classes(card: Card, tree: Folder | Archive, splits: dict[str, Annota
         names.update(dict.fromkeys(annotated.classes))
     classes = card.classes or tuple(names)
     for name in names:
-        if name not in classes:
+        if name not in classes and card.on_error == "fail":
             hint = excerpt(nearest(name, classes))
             raise ValueError(f"{card.name}: the class {excerpt(repr(name))} is not among the card's classes{hint}")
     return OpenSource(classes, {name: _split(tree, annotated, classes) for name, annotated in splits.items()})
@@ -66,66 +72,123 @@ def _number_classes(card: Card, tree: Folder | Archive, splits: dict[str, Annota
 
 def _split(tree: Folder | Archive, annotated: AnnotatedSplit, classes: tuple[str, ...]) -> SourceSplit:
     files = annotated.files
-    labels = [_label_bytes(states, classes) for states in annotated.states]
+    labels = [_label_bytes(annotation.objects, classes) for annotation in annotated.annotations]
+    boxes = [_number_labels(annotation, classes).encode() for annotation in annotated.annotations]
 
     def read(index: int) -> Record:
-        return Record(files[index], tree.read(files[index]), -1, labels[index])
+        return Record(files[index], tree.read(files[index]), -1, labels[index], boxes[index])
 
     digest = hashlib.sha256(repr(classes).encode() + b"".join(labels))
-    for file in files:
-        digest.update(os.fsencode(file) + b"\0")
+    for file, objects in zip(files, boxes, strict=True):
+        digest.update(os.fsencode(file) + b"\0" + objects)
         digest.update(stamp(tree.root / file) if isinstance(tree, Folder) else tree.stamp.encode())
     return SourceSplit(len(files), files.__getitem__, read, digest.hexdigest())
 
 
-def _label_bytes(states: States, classes: tuple[str, ...]) -> bytes:
+def _number_labels(annotation: Annotation, classes: tuple[str, ...]) -> Annotation:
+    """Replace the names of classes by label ids."""
+    ids = {name: label for label, name in enumerate(classes)}
+    return Annotation(annotation.size, [{**each, "label": ids.get(each["label"])} for each in annotation.objects])
+
+
+def _label_bytes(objects: Objects, classes: tuple[str, ...]) -> bytes:
+    states: States = {}
+    for each in objects:
+        if each.get("difficult"):
+            states.setdefault(each["label"], DIFFICULT)
+        else:
+            states[each["label"]] = PRESENT
     return bytes(states.get(name, ABSENT) for name in classes)
 
 
 def _list_voc(tree: Folder | Archive, split: VocSplit) -> AnnotatedSplit:
-    """Read the list of images, then one XML file per image; class names are sorted, which is VOC's own order."""
-    lines = _read_text(tree, f"ImageSets/Main/{split.images}.txt").split("\n")
-    images = sorted(line.split()[0] for line in lines if line.strip())
-    states = [_voc_states(_read_text(tree, f"Annotations/{image}.xml"), image) for image in images]
+    """Read the lists of images, then one XML file per image; class names are sorted, which is VOC's own order."""
+    images = []
+    for folder, name in split.lists:
+        lines = _read_text(tree, f"{folder}ImageSets/Main/{name}.txt").split("\n")
+        images += [(folder, line.split()[0]) for line in lines if line.strip()]
+    images.sort()
+    annotations = [_read_voc(tree, f"{folder}Annotations/{image}.xml") for folder, image in images]
     names: set[str] = set()
-    for each in states:
-        names.update(each)
-    return AnnotatedSplit([f"JPEGImages/{image}.jpg" for image in images], states, sorted(names))
+    for annotation in annotations:
+        names.update(each["label"] for each in annotation.objects)
+    return AnnotatedSplit([f"{folder}JPEGImages/{image}.jpg" for folder, image in images], annotations, sorted(names))
 
 
-def _voc_states(text: str, image: str) -> States:
+def _read_voc(tree: Folder | Archive, file: str) -> Annotation:
     try:
-        objects = ElementTree.fromstring(text).findall("object")
+        root = ElementTree.fromstring(_read_text(tree, file))
     except ElementTree.ParseError as error:
-        raise ValueError(f"Annotations/{image}.xml is not XML ({error}): get the data again") from None
-    states: States = {}
-    for element in objects:
+        raise ValueError(f"{file} is not XML ({error}): get the data again") from None
+    objects: Objects = []
+    for number, element in enumerate(root.findall("object")):
         name = element.findtext("name", "").strip()
-        if element.findtext("difficult") != "1":
-            states[name] = PRESENT
-        else:
-            states.setdefault(name, DIFFICULT)
-    return states
+        difficult = element.findtext("difficult") == "1"
+        described = {"name": f"object {number + 1} ({name})", "label": name, "difficult": difficult}
+        objects.append({**described, "box": _voc_box(element)})
+    return Annotation(_voc_size(root), objects)
 
 
-def _list_coco(tree: Folder | Archive, split: CocoSplit) -> AnnotatedSplit:
-    """Read the JSON file of instances; class names are in the order of COCO's category ids."""
+def _voc_box(element: ElementTree.Element) -> list[float]:
+    """Return left, top, right, bottom; VOC counts pixels from 1, and the last one is inside the box."""
+    corners = [element.findtext(f"bndbox/{side}", "nan") for side in ("xmin", "ymin", "xmax", "ymax")]
+    left, top, right, bottom = map(float, corners)
+    return [left - 1, top - 1, right, bottom]
+
+
+def _voc_size(root: ElementTree.Element) -> Size | None:
+    """Return the size of the image, or None where the file has none or zeros."""
+    width, height = (int(root.findtext(f"size/{side}", "0")) for side in ("width", "height"))
+    return (width, height) if width and height else None
+
+
+def _list_coco(tree: Folder | Archive, split: CocoSplit, skip: bool) -> AnnotatedSplit:
+    """Read the JSON file of instances; class names are in the order of COCO's category ids.
+
+    An annotation of an image that is not listed is a `ValueError`, or reported with `skip`.
+    """
     try:
         content = json.loads(_read_text(tree, split.annotations))
         categories: dict[int, str] = {entry["id"]: entry["name"] for entry in content["categories"]}
-        files: dict[int, str] = {entry["id"]: entry["file_name"] for entry in content["images"]}
-        states: dict[int, States] = {image: {} for image in files}
+        entries: dict[int, Any] = {entry["id"]: entry for entry in content["images"]}
+        files: dict[int, str] = {image: entry["file_name"] for image, entry in entries.items()}
+        objects: dict[int, Objects] = {image: [] for image in files}
+        stray = [entry["id"] for entry in content["annotations"] if entry["image_id"] not in files]
         for entry in content["annotations"]:
-            states[entry["image_id"]][categories[entry["category_id"]]] = PRESENT
+            if entry["image_id"] in files:
+                objects[entry["image_id"]].append(_coco_object(entry, categories))
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         reason = excerpt(repr(error))
         raise ValueError(
             f"{split.annotations} is not a file of COCO instances ({reason}): check `annotations` in the card"
         ) from None
+    if stray:
+        problem = f"{split.annotations}: {len(stray)} annotations, such as {stray[0]}, are of images that are not listed"
+        if not skip:
+            raise ValueError(f"{problem}: correct the file, or set on_error: skip in the card")
+        print(f"{problem}: they are left out", file=sys.stderr)
     images = sorted(files, key=files.__getitem__)
     paths = [f"{split.folder}/{files[image]}".lstrip("/") for image in images]
     names = [categories[number] for number in sorted(categories)]
-    return AnnotatedSplit(paths, [states[image] for image in images], names)
+    annotations = [Annotation(_coco_size(entries[image]), objects[image]) for image in images]
+    return AnnotatedSplit(paths, annotations, names)
+
+
+def _coco_object(entry: Any, categories: dict[int, str]) -> dict[str, Any]:
+    label = categories.get(entry["category_id"])
+    left, top, width, height = entry["bbox"] if len(entry["bbox"]) == 4 else 4 * [float("nan")]
+    return {
+        "name": f"annotation {entry.get('id', '?')} ({label or 'category ' + str(entry['category_id'])})",
+        "label": label,
+        "box": [left, top, left + width, top + height],
+        "crowd": bool(entry.get("iscrowd")),
+        "area": entry.get("area"),
+        "mask": entry.get("segmentation"),
+    }
+
+
+def _coco_size(entry: Any) -> Size | None:
+    return (entry["width"], entry["height"]) if "width" in entry and "height" in entry else None
 
 
 def _read_text(tree: Folder | Archive, name: str) -> str:
