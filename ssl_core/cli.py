@@ -59,6 +59,9 @@ def _only_writer(options: argparse.Namespace) -> AbstractContextManager[None]:
     """Return the lock of the stage's output, if it has one; take it before anything is written, the log included."""
     if options.name == "pretrain":
         return processes.one_writer(options.checkpoint.with_suffix(".lock"), f"experiment {options.experiment}")
+    if options.name == "detect":
+        subject = f"evaluation {options.evaluation} of {options.experiment}"
+        return processes.one_writer(options.checkpoint.with_suffix(".lock"), subject)
     if options.name == "shard":
         return processes.one_writer(options.output.with_name(f".{options.output.name}.lock"), str(options.output))
     return nullcontext()
@@ -125,6 +128,15 @@ def _add_stages(commands: Any) -> None:
     evaluate.add_argument("--manifest", type=Path, required=True)
     evaluate.add_argument("--output", type=Path, required=True)
 
+    detect = commands.add_parser("detect", help="train and measure detectors with a backbone")
+    detect.add_argument("experiment")
+    detect.add_argument("evaluation")
+    detect.add_argument("--backbone", type=Path, required=True)
+    detect.add_argument("--manifest", type=Path, required=True)
+    detect.add_argument("--output", type=Path, required=True)
+    detect.add_argument("--picture", type=Path, required=True, metavar="PNG")
+    detect.add_argument("--checkpoint", type=Path, required=True)
+
     export = commands.add_parser("export", help="write a backbone for other programs, with a model card")
     export.add_argument("experiment")
     export.add_argument("--spec", type=_json, required=True, help="the settings of the experiment, as JSON")
@@ -159,12 +171,12 @@ def _add_stages(commands: Any) -> None:
     table.add_argument("--seeds", type=_json, help="the experiments that differ only in their seed, as JSON")
     table.add_argument("--reported", type=_json, help="published numbers to show beside the results, as JSON")
 
-    for stage in (pretrain, adopt, evaluate, cost):
+    for stage in (pretrain, adopt, evaluate, detect, cost):
         stage.add_argument("--spec", type=_json, required=True, help="the settings of the stage, as JSON")
         stage.add_argument("--code", required=True, help="digest of the code that the stage runs")
-    for stage in (shard, pretrain, evaluate, export):
+    for stage in (shard, pretrain, evaluate, detect, export):
         stage.add_argument("--threads", type=int, default=1)
-    for stage in (shard, sample_views, pretrain, adopt, evaluate, export, cost, curves, draw, table):
+    for stage in (shard, sample_views, pretrain, adopt, evaluate, detect, export, cost, curves, draw, table):
         stage.set_defaults(command=_stage)
 
 

@@ -101,8 +101,8 @@ def check_boxes(manifest: Manifest, split: str) -> None:
     """Raise `ValueError` if the shards of a split have no boxes."""
     if manifest.split(split).objects is None:
         raise ValueError(
-            f"the shards of '{manifest.dataset}' have no boxes: its card needs a source of type voc or coco, and shards "
-            f"of a version without boxes are made again: remove {manifest.folder} and shard {manifest.dataset} again"
+            f"the shards of '{manifest.dataset}' have no boxes: the card needs a source of type voc or coco; if it "
+            f"has one, they are of an earlier version: remove {manifest.folder} and shard {manifest.dataset} again"
         )
 
 

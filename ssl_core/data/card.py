@@ -231,7 +231,7 @@ class VocSplit(Section):
 
 
 class Voc(SourceSection):
-    """PASCAL VOC: a folder or a tar of `JPEGImages`, `Annotations`, `ImageSets`, or of years; multi-label with boxes."""
+    """PASCAL VOC: a folder or a tar of `JPEGImages`, `Annotations`, `ImageSets`, or of years; with boxes."""
 
     type: Literal["voc"]
     path: Location
@@ -246,7 +246,7 @@ class CocoSplit(Section):
 
 
 class Coco(SourceSection):
-    """Images with annotations in COCO's format, in a folder or a tar; multi-label with boxes and masks."""
+    """Images with annotations in COCO's format, in a folder or a tar; with boxes and masks."""
 
     type: Literal["coco"]
     path: Location

@@ -137,7 +137,7 @@ def write_shards(card: Card, output: Path, *, threads: int) -> Manifest:
 
 
 def summary(manifest: Manifest) -> str:
-    """Return lines with the images of each split and the size in MB, the pictures that are not read, and the objects."""
+    """Return lines with the images of each split and the size in MB, with pictures that are not read, and objects."""
     splits, unread, objects = [], [], []
     for name, split in manifest.splits.items():
         rejected = f" ({len(split.rejected)} rejected)" if split.rejected else ""

@@ -112,7 +112,7 @@ class Manifest(Strict):
         return manifest
 
     def content(self) -> dict[str, Any]:
-        """Return the content of the file: all fields and their sha256, without `unread` and `objects` where there are none."""
+        """Return the content of the file: all fields and their sha256, but no empty `unread` and `objects`."""
         fields = self.model_dump(mode="json")
         for split in fields["splits"].values():
             for optional in ("unread", "objects"):

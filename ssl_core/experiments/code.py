@@ -31,6 +31,11 @@ def evaluation_code(spec: Mapping[str, Any]) -> str:
     return code_digest(*_evaluation(spec), spec=spec)
 
 
+def detection_code(spec: Mapping[str, Any]) -> str:
+    """Digest the code of a detection: the stage and the settings of the protocol."""
+    return code_digest(*_stage("detect"), Key("ssl_core.evaluations.detection", "Config"), spec=spec)
+
+
 def views_code(spec: Mapping[str, Any]) -> str:
     """Digest the code that draws an experiment's views."""
     return code_digest(*_stage("sample_views"), *_method(spec), spec=spec, drawing=True)

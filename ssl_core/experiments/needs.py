@@ -25,6 +25,7 @@ class Needs(Strict):
     """The inputs of an evaluation beside the backbone."""
 
     labels: Labels = "one"  # `several` accepts one label per image as well
+    boxes: bool = False  # which the sources with several labels have
     # `other`: a split that does not train. `any`: also the training split. `same`: the training split, which the
     # protocol divides. `none`: no image is read.
     test_split: Literal["other", "any", "same", "none"] = "other"
@@ -128,6 +129,11 @@ def _check_labels(needs: Needs, dataset: str, labels: SplitLabels, split: str) -
             f"use a labelled split: {labelled}" if labelled else "evaluate on another data set: no split has labels"
         )
         raise ValueError(f"data set '{dataset}': split '{split}' has no labels: {remedy}")
+    if needs.boxes and labels[split] != "several":
+        raise ValueError(
+            f"data set '{dataset}': split '{split}' has no boxes: set `dataset: {{name: ...}}` to one whose card has a "
+            "source of type voc or coco"
+        )
     if labels[split] == "several" and needs.labels == "one":
         raise ValueError(
             f"data set '{dataset}': images have several labels each, expected one: use a protocol for several labels, "

@@ -8,6 +8,7 @@ import resource
 import signal
 import sys
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,16 +90,20 @@ def run(
     learning_rate(0, training=resolved.training, steps_per_epoch=1)
     data = Manifest.load(manifest)
     verify(data, resolved.dataset.split)
-    processes = resolved.training.gpus
+    start_ranks(_work, job, experiment, resolved.training.gpus)
+
+
+def start_ranks(work: Callable[[Any], None], job: Any, run_id: str, processes: int) -> None:
+    """Call `work(job)` in this process or, for several processes, in each of them; `run_id` names the run."""
     if processes == 1:
-        return _work(job)
+        return work(job)
     if torch.cuda.is_available() and torch.cuda.device_count() < processes:
         raise ValueError(f"training.gpus is {processes}, this machine has {torch.cuda.device_count()}: ask for fewer")
     launch = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
         nproc_per_node=processes,
-        run_id=experiment,
+        run_id=run_id,
         rdzv_backend="c10d",
         rdzv_endpoint=f"{LOOPBACK}:0",
         local_addr=LOOPBACK,
@@ -106,7 +111,7 @@ def run(
         max_restarts=0,
     )
     try:
-        elastic_launch(launch, _work_as_rank)(job, os.getpid())
+        elastic_launch(launch, _work_as_rank)(work, job, os.getpid())
     except SignalException as error:
         raise Stop(128 + error.sigval) from None
     except ChildFailedError as error:
@@ -119,16 +124,16 @@ def run(
 
 
 @record  # leaves a failure's words where the launcher finds them
-def _work_as_rank(job: Job, launcher: int) -> None:
+def _work_as_rank(work: Callable[[Any], None], job: Any, launcher: int) -> None:
     end_with_parent(launcher)  # the launcher holds the lock of the experiment
-    _work(job)
+    work(job)
 
 
 def _work(job: Job) -> None:
     """Train in this process: the only one, or one rank of several."""
     resolved = resolve(job.spec)
     training = resolved.training
-    device = _start_process(training, job.threads)
+    device = start_process(training, job.threads)
     manifest = Manifest.load(job.manifest)
     identity = Identity(spec=provenance.canonical(job.spec), code=job.code, data=_data_digest(job))
     # The backbone comes first after the seed, so that the evaluations' untrained baseline is this very network.
@@ -234,7 +239,8 @@ def _version(identity: Identity) -> str:
     return provenance.digest(identity.spec + identity.code + identity.data)
 
 
-def _start_process(training: Training, threads: int) -> torch.device:
+def start_process(training: Training, threads: int) -> torch.device:
+    """Set threads, determinism and the process group of a rank; return its device."""
     processes = training.gpus
     torch.set_num_threads(max(1, threads // processes))
     set_determinism(compiled=training.compile)

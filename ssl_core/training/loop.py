@@ -34,6 +34,7 @@ class Trainer:
     """Trains `method` on `loader`; a run continued with `state()` and `restore()` equals an uninterrupted one."""
 
     def __init__(self, method: Method, loader: Loader, training: Training, *, device: torch.device) -> None:
+        self.task = "pretrain"  # of the progress line
         self.method: Method = method.to(device=device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         self.loader, self.training, self.device = loader, training, device
         self.optimizer = build_optimizer(
@@ -112,7 +113,7 @@ class Trainer:
         others = distributed.rank() > 0
         with (
             _stop_signals() as stop,
-            progress_bar(self.total_steps, "pretrain", unit="steps", initial=self.step, disable=others) as bar,
+            progress_bar(self.total_steps, self.task, unit="steps", initial=self.step, disable=others) as bar,
         ):
             while self.step < self.total_steps:
                 start = time.monotonic()

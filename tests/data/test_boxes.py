@@ -12,11 +12,10 @@ from PIL import Image
 from pycocotools import mask as codec
 
 from ssl_core.data.boxes import Annotation, fit_objects, read_objects
-from ssl_core.data.shards import Manifest
 from ssl_core.data.sharding import summary
+from ssl_core.data.shards import Manifest
 from ssl_core.stages import shard
-
-from ..rectangles import (
+from tests.rectangles import (
     CLASSES,
     coco_content,
     coco_source,
@@ -85,7 +84,7 @@ def test_data_without_boxes_keep_their_tars(tmp_path, root):
     assert "objects" not in (tmp_path / "shards/manifest.json").read_text()
     with tarfile.open(manifest.tars("train")[0]) as tar:
         assert {name.split(".", 1)[1] for name in tar.getnames()} == {"png", "meta.i64"}
-    with pytest.raises(ValueError, match="the shards of 'demo' have no boxes: .*shard demo again"):
+    with pytest.raises(ValueError, match=r"the shards of 'demo' have no boxes: .*shard demo again"):
         read_objects(manifest, "train")
 
 
@@ -157,7 +156,7 @@ def test_an_annotation_of_an_image_that_is_not_listed(tmp_path, capsys):
 def test_a_missing_image_takes_its_boxes_with_it(tmp_path):
     write_coco(tmp_path / "coco", {"train": NUMBERS})
     (tmp_path / "coco/train2017/000000000003.jpg").unlink()
-    with pytest.raises(ValueError, match="000000000003.jpg: .*on_error: skip"):
+    with pytest.raises(ValueError, match=r"000000000003.jpg: .*on_error: skip"):
         make(tmp_path, coco_source(tmp_path / "coco", "train"))
     manifest = make(tmp_path, coco_source(tmp_path / "coco", "train"), on_error="skip")
     members = read_objects(manifest, "train")

@@ -191,7 +191,8 @@ def dry_run(schema: dict[str, Any], evaluation: dict[str, Any], labels: Any = No
 @pytest.mark.parametrize("name", NAMES)
 def test_the_schema_has_the_contract(name, schema):
     assert contracts(schema)[name] == base.load({"protocol": name}, "").Config.contract
-    dry_run(schema, {"protocol": name})
+    several = base.load({"protocol": name}, "").Config.contract.needs.boxes
+    dry_run(schema, {"protocol": name}, {"train": "several", "test": "several"} if several else None)
 
 
 @pytest.mark.parametrize("name", MEASURING)
@@ -211,6 +212,12 @@ def test_the_dry_run_refuses_equal_splits(name, schema):
 def test_the_dry_run_refuses_unlabelled_data(name, schema):
     with pytest.raises(ValueError, match=r"^evaluations\.mine: .*split 'train' has no labels: use a labelled split"):
         dry_run(schema, {"protocol": name}, {"train": "none", "test": "one"})
+
+
+def test_the_dry_run_refuses_data_without_boxes(schema):
+    message = r"^evaluations\.mine: .*split 'test' has no boxes: set `dataset: \{name: ...\}` to one whose card"
+    with pytest.raises(ValueError, match=message):
+        dry_run(schema, {"protocol": "detection"})
 
 
 @pytest.mark.parametrize("name", needing(labels="one"))

@@ -26,6 +26,7 @@ pretrain) for file in backbone.safetensors model.safetensors pretrain.json histo
 sample-views) mkdir -p "${output%/*}"; echo > "$output" ;;
 adopt) mkdir -p "${output%/*}"; echo "$output" > "$output" ;;
 evaluate) mkdir -p "${output%.json}"; echo '{}' > "$output"; echo > "${output%.json}/pictures.npz" ;;
+detect) mkdir -p "${output%.json}"; echo '{}' > "$output"; echo > "${output%.json}/detections.png" ;;
 cost) echo '{}' > "$output" ;;
 draw) for name in tsne triangles neighbours confusion spectrum; do
     echo > "$output/$name.png"; echo > "$output/$name.svg"; done ;;

@@ -33,7 +33,14 @@ if (PROJECT / "ssl_core").is_dir() and package_of_jobs() != PROJECT / "ssl_core"
 
 from ssl_core.experiments import bundled, checks, failures, needs, overlays, processes, sweeps
 from ssl_core.data.card import load_card
-from ssl_core.experiments.code import evaluation_code, export_code, pretraining_code, stage_code, views_code
+from ssl_core.experiments.code import (
+    detection_code,
+    evaluation_code,
+    export_code,
+    pretraining_code,
+    stage_code,
+    views_code,
+)
 from ssl_core.provenance import canonical
 
 # Where no environment is activated, jobs find `ssl-core` beside the Python that runs Snakemake.

@@ -20,3 +20,32 @@ rule evaluate:
         "ssl-core evaluate {wildcards.experiment} {wildcards.evaluation} --spec {params.spec:q} --code {params.code}"
         " --backbone {input.backbone} --model {input.model} --manifest {input.manifest} --output {output.json}"
         " --threads {threads} --log {log}"
+
+
+# checkpoints/<experiment>/<evaluation>.pt is not declared as an output, as in rule pretrain.
+rule detect:
+    input:
+        backbone="results/{experiment}/backbone.safetensors",
+        manifest=lambda wildcards: manifest_of(evaluate_spec(wildcards)),
+    output:
+        json="results/{experiment}/{evaluation}.json",
+        picture=report(
+            "results/{experiment}/{evaluation}/detections.png",
+            caption="../report/detections.rst",
+            category="Pictures",
+            labels={"experiment": "{experiment}", "evaluation": "{evaluation}", "what": "detections"},
+        ),
+    log:
+        "logs/detect/{experiment}/{evaluation}.log",
+    wildcard_constraints:
+        evaluation=one_of(evaluations_of("detect")),
+    threads: 16
+    resources:
+        gpu=GPU,
+    params:
+        spec=lambda wildcards: canonical(evaluate_spec(wildcards)),
+        code=lambda wildcards: detection_code(evaluate_spec(wildcards)),
+    shell:
+        "ssl-core detect {wildcards.experiment} {wildcards.evaluation} --spec {params.spec:q} --code {params.code}"
+        " --backbone {input.backbone} --manifest {input.manifest} --output {output.json} --picture {output.picture}"
+        " --checkpoint checkpoints/{wildcards.experiment}/{wildcards.evaluation}.pt --threads {threads} --log {log}"

@@ -163,7 +163,9 @@ def _list_coco(tree: Folder | Archive, split: CocoSplit, skip: bool) -> Annotate
             f"{split.annotations} is not a file of COCO instances ({reason}): check `annotations` in the card"
         ) from None
     if stray:
-        problem = f"{split.annotations}: {len(stray)} annotations, such as {stray[0]}, are of images that are not listed"
+        problem = (
+            f"{split.annotations}: {len(stray)} annotations, such as {stray[0]}, are of images that are not listed"
+        )
         if not skip:
             raise ValueError(f"{problem}: correct the file, or set on_error: skip in the card")
         print(f"{problem}: they are left out", file=sys.stderr)

@@ -1,0 +1,162 @@
+"""The training of a detector: the loop of pre-training with the losses, the schedule and the loader of detection."""
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import update_bn
+from torchvision.ops._utils import split_normalization_params
+
+from ssl_core.blocks import distributed
+from ssl_core.config import Training
+from ssl_core.data.detection_loader import Batch, DetectionLoader
+from ssl_core.networks.backbones import find_infinite
+from ssl_core.networks.detectors import seed_sampling
+from ssl_core.training.loop import LOG_STEPS, Trainer
+from ssl_core.training.monitor import Alarm
+from ssl_core.training.optimizers import set_learning_rate
+from ssl_core.training.precision import autocast_type
+
+REMEDY = "lower learning_rate, or increase warmup_iterations, of this evaluation"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """Learning rate per iteration: a linear warm-up from `warmup_factor`, then steps at shares of the run."""
+
+    iterations: int
+    learning_rate: float
+    warmup_iterations: int
+    warmup_factor: float
+    milestones: tuple[float, ...]
+    decay_factor: float
+
+    def rate(self, step: int) -> float:
+        """Return the learning rate of a step, which counts from 0."""
+        rate = self.learning_rate * self.decay_factor ** sum(
+            step >= round(milestone * self.iterations) for milestone in self.milestones
+        )
+        if step >= self.warmup_iterations:
+            return rate
+        done = step / self.warmup_iterations
+        return rate * (self.warmup_factor * (1 - done) + done)
+
+
+class Losses(nn.Module):
+    """A detector whose forward pass returns its losses by name."""
+
+    def __init__(self, detector: nn.Module) -> None:
+        super().__init__()
+        self.detector = detector
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """Compute the losses; the seeds of the batch draw the proposals."""
+        seed_sampling(self.detector, batch.seeds)
+        return self.detector([image / 255 for image in batch.images], batch.targets)
+
+
+class DetectionTrainer(Trainer):
+    """Trains a detector; `state`, `restore` and `run`, with checkpoints and signals, are those of `Trainer`."""
+
+    def __init__(  # not that of `Trainer`, whose parts belong to a method and its epochs
+        self,
+        detector: nn.Module,
+        loader: DetectionLoader,
+        training: Training,
+        schedule: Schedule,
+        *,
+        task: str,
+        device: torch.device,
+    ) -> None:
+        self.task = task
+        self.method = cast(Any, Losses(detector).to(device))
+        self.loader = cast(Any, loader)
+        self.training, self.device, self.schedule = training, device, schedule
+        norms, others = split_normalization_params(self.method)
+        groups = [
+            {"params": norms, "weight_decay": 0.0, "constant": False},
+            {"params": others, "weight_decay": training.weight_decay, "constant": False},
+        ]
+        self.optimizer = torch.optim.SGD(groups, lr=training.learning_rate, momentum=training.momentum)
+        self.dtype = autocast_type(training.precision, device)
+        self.total_steps = schedule.iterations
+        self.steps_per_epoch = max(1, loader.num_images // loader.batch_size)
+        self.log_steps = min(LOG_STEPS, self.total_steps)
+        self.step = 0
+        self.history: list[dict[str, float]] = []
+        self.seconds = self.waited = 0.0
+        self._alarm = Alarm()
+        self._sums: dict[str, Tensor] = {}
+        self._module = self.method
+        if distributed.is_distributed():
+            self._module = DistributedDataParallel(self.method, forward_sync_buffers=False)
+
+    def refine_norms(self, batches: int) -> None:
+        """Replace the running statistics of batch norm by means over this many further batches (precise BN)."""
+        if batches:
+            with self._autocast():
+                update_bn(self._batches(batches), self.method)
+
+    def _batches(self, number: int) -> Iterator[Any]:
+        for _ in range(number):
+            yield (self._next(),)  # `update_bn` takes the first element
+
+    def _next(self) -> Batch:
+        started = time.monotonic()
+        batch: Any = self.loader.next()
+        self.waited += time.monotonic() - started
+        return to_device(batch, self.device)
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None)
+
+    def _one_step(self) -> None:
+        set_learning_rate(self.optimizer, self.schedule.rate(self.step))
+        batch = self._next()
+        with self._autocast():
+            losses: dict[str, Tensor] = self._module(batch)
+            total = torch.stack(list(losses.values())).sum()
+        total.backward()
+        if self.training.gradient_clip is not None:
+            nn.utils.clip_grad_norm_(self.method.parameters(), self.training.gradient_clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        for name, value in {"total": total, **losses}.items():
+            addend = torch.stack([value.detach().float(), torch.ones((), device=value.device)])
+            name = name.removeprefix("loss_")
+            self._sums[name] = self._sums[name] + addend if name in self._sums else addend
+
+    def _row_is_due(self) -> bool:
+        return self.step % self.log_steps == 0 or self.step == self.total_steps
+
+    def _append_row(self) -> dict[str, float]:
+        """Append means over processes and steps to the history; raise `ValueError` if the run has diverged."""
+        means = torch.stack([total / count for total, count in self._sums.values()])
+        values = distributed.average(means).tolist()
+        row: dict[str, float] = {"step": self.step, "epoch": round(self.step / self.steps_per_epoch, 4)}
+        row |= {f"loss/{name}": value for name, value in zip(self._sums, values, strict=True)}
+        row["schedule/learning_rate"] = self.optimizer.param_groups[0]["lr"]
+        self._sums = {}
+        if not math.isfinite(row["loss/total"]):
+            raise ValueError(f"training diverged: the loss is {row['loss/total']} at step {self.step}: {REMEDY}")
+        self.history.append(row)
+        return row
+
+    def _check_weights(self) -> None:
+        name = find_infinite(self.method.state_dict())
+        if name is not None:
+            raise ValueError(f"training diverged: '{name}' is not finite after step {self.step}: {REMEDY}")
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """Move images and targets."""
+    if device.type == "cpu":
+        return batch
+    images = [image.to(device, non_blocking=True) for image in batch.images]
+    targets = [{key: value.to(device, non_blocking=True) for key, value in target.items()} for target in batch.targets]
+    return batch._replace(images=images, targets=targets)
