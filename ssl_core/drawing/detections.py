@@ -25,7 +25,8 @@ def draw_detections(arrays: Mapping[str, np.ndarray], classes: Sequence[str], pa
     cell = SIDE + GAP
     page = Image.new("RGB", (columns * cell + GAP, rows * cell + GAP), "white")
     for number in numbers:
-        drawn = _draw(*(arrays[f"{key}_{number}"] for key in ("image", "boxes", "labels", "scores")), classes)
+        image, boxes, labels, scores = (arrays[f"{key}_{number}"] for key in ("image", "boxes", "labels", "scores"))
+        drawn = _draw(image, boxes, labels, scores, classes)
         page.paste(functional.to_pil_image(drawn), (GAP + number % columns * cell, GAP + number // columns * cell))
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic(path) as temporary:
@@ -42,5 +43,5 @@ def _draw(
     if not len(boxes):
         return enlarged
     names = [f"{classes[int(label) - 1]} {score:.2f}" for label, score in zip(labels, scores, strict=True)]
-    colours = [COLOURS[int(label) % len(COLOURS)] for label in labels]
+    colours: list[str | tuple[int, int, int]] = [COLOURS[int(label) % len(COLOURS)] for label in labels]
     return draw_bounding_boxes(enlarged, torch.from_numpy(boxes) * scale, labels=names, colors=colours, width=2)

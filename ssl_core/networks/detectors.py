@@ -100,9 +100,9 @@ def _initialise_predictors(heads: Any) -> None:
         nn.init.zeros_(layer.bias)
 
 
-def seed_sampling(detector: nn.Module, seeds: Sequence[int]) -> None:
+def seed_sampling(detector: Any, seeds: Sequence[int]) -> None:
     """Set the seeds from which the next forward pass draws the proposals of each image that train."""
-    for sampler in (detector.rpn.fg_bg_sampler, detector.roi_heads.fg_bg_sampler):  # pyright: ignore[reportAttributeAccessIssue]
+    for sampler in (detector.rpn.fg_bg_sampler, detector.roi_heads.fg_bg_sampler):
         sampler.seeds = list(seeds)
 
 

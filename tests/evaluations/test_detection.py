@@ -238,11 +238,11 @@ def coco_precision(detections: list[dict[str, Any]], targets: list[dict[str, Any
             crowd = int(target["crowd"][number])
             truth.append({**entry, "id": len(truth) + 1, "area": float(target["area"][number]), "iscrowd": crowd})
         for number, box in enumerate(detection["boxes"].double().tolist()):
-            entry = {"image_id": image, "category_id": int(detection["labels"][number])}
-            entry["bbox"] = [*box[:2], box[2] - box[0], box[3] - box[1]]
-            found.append({**entry, "score": float(detection["scores"][number])})
+            entry = {"image_id": image, "bbox": [*box[:2], box[2] - box[0], box[3] - box[1]]}
+            label, score = int(detection["labels"][number]), float(detection["scores"][number])
+            found.append({**entry, "category_id": label, "score": score})
     with redirect_stdout(io.StringIO()):
-        coco = COCO()
+        coco: Any = COCO()
         images = [{"id": image} for image in range(len(targets))]
         coco.dataset = {"images": images, "annotations": truth, "categories": [{"id": name} for name in (1, 2, 3)]}
         coco.createIndex()
