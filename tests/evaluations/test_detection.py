@@ -111,9 +111,10 @@ def test_masks_have_a_precision_of_their_own(manifest, backbone, tmp_path):
     assert result["baselines"] == {}
 
 
+@pytest.mark.long
 def test_a_killed_run_continues_to_the_same_weights(manifest, backbone, tmp_path):
-    expected = run(tmp_path / "whole", manifest, backbone)
-    options = arguments(tmp_path / "killed", manifest, backbone, checkpoint_minutes=1e-6)
+    expected = run(tmp_path / "whole", manifest, backbone, iterations=4)
+    options = arguments(tmp_path / "killed", manifest, backbone, iterations=4, checkpoint_minutes=1e-6)
     checkpoint = options["checkpoint"]
     command = [sys.executable, "-c", KILLED]
     process = subprocess.Popen(command, stdin=subprocess.PIPE)
@@ -124,7 +125,6 @@ def test_a_killed_run_continues_to_the_same_weights(manifest, backbone, tmp_path
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
-    options["spec"]["checkpoint_minutes"] = 1e-6  # the same settings
     detect.run("mine", "detection", **options)
     result = json.loads(options["output"].read_text())
     assert result["details"] == expected["details"]

@@ -26,19 +26,20 @@ def detector(name: str, head: Any, *, masks: bool = False) -> Any:
     return build_detector(backbone, name, head, 3, masks=masks, **NORMALISATION, **options)
 
 
-def batch(numbers: range, *, masks: bool = False) -> Batch:
-    """One object per image, whose place depends on the number of the image."""
+def batch(numbers: range, *, side: int = 64, masks: bool = False) -> Batch:
+    """Square images with one object each, whose place depends on the number of the image."""
     images, targets = [], []
     for number in numbers:
-        image = torch.randint(0, 256, (3, 64, 64), generator=torch.Generator().manual_seed(number), dtype=torch.uint8)
+        generator = torch.Generator().manual_seed(number)
+        image = torch.randint(0, 256, (3, side, side), generator=generator, dtype=torch.uint8)
         box = torch.tensor([[4.0 + number, 6, 40 + number, 50]])
-        mask = torch.zeros(1, 64, 64, dtype=torch.uint8)
+        mask = torch.zeros(1, side, side, dtype=torch.uint8)
         mask[:, 6:50, 4 + number : 40 + number] = 1
         target = {"boxes": box, "labels": torch.tensor([1 + number % 3])}
         images.append(image)
         targets.append(target | ({"masks": mask} if masks else {}))
     count = len(images)
-    return Batch(images, targets, [*numbers], [1000 + number for number in numbers], [(64, 64)] * count)
+    return Batch(images, targets, [*numbers], [1000 + number for number in numbers], [(side, side)] * count)
 
 
 @pytest.mark.parametrize(
@@ -88,12 +89,17 @@ def test_proposals_of_an_image_depend_on_its_seed_alone():
     assert not torch.equal(negative[0], negative[1])
 
 
+# The losses are means over proposals, and processes average means: each image must have as many of them, 256 anchors
+# and 8 regions. torchvision computes the objectness in float32.
+SIDE = 128
+
+
 def as_rank(rank: int, path: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{path}.rendezvous", rank=rank, world_size=2)
     with float64():
         model = DistributedDataParallel(Losses(synchronise_batchnorm(detector("resnet18", "c4"), cuda=False)))
-        losses = model.train()(batch(range(2 * rank, 2 * rank + 2)))
+        losses = model.train()(batch(range(2 * rank, 2 * rank + 2), side=SIDE))
         torch.stack(list(losses.values())).sum().backward()
     means = torch.stack(list(losses.values())).detach() / 2
     dist.all_reduce(means)
@@ -108,8 +114,8 @@ def test_two_processes_have_the_losses_and_gradients_of_one(tmp_path: Path):
     means, gradients = torch.load(tmp_path / "ranks")
     with float64():
         model = Losses(detector("resnet18", "c4")).train()
-        losses = model(batch(range(4)))
+        losses = model(batch(range(4), side=SIDE))
         torch.stack(list(losses.values())).sum().backward()
-    torch.testing.assert_close(means, torch.stack(list(losses.values())).detach(), rtol=1e-9, atol=1e-10)
+    torch.testing.assert_close(means, torch.stack(list(losses.values())).detach(), rtol=1e-6, atol=1e-7)
     for key, weight in model.named_parameters():
-        torch.testing.assert_close(gradients[key], weight.grad, rtol=1e-6, atol=1e-9, msg=key)
+        torch.testing.assert_close(gradients[key], weight.grad, rtol=1e-4, atol=1e-6, msg=key)
