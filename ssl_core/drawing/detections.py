@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,5 +44,6 @@ def _draw(
     if not len(boxes):
         return enlarged
     names = [f"{classes[int(label) - 1]} {score:.2f}" for label, score in zip(labels, scores, strict=True)]
-    colours: list[str | tuple[int, int, int]] = [COLOURS[int(label) % len(COLOURS)] for label in labels]
-    return draw_bounding_boxes(enlarged, torch.from_numpy(boxes) * scale, labels=names, colors=colours, width=2)
+    colours = [COLOURS[int(label) % len(COLOURS)] for label in labels]
+    options: dict[str, Any] = {"colors": colours, "width": 2, "fill_labels": True, "label_colors": "white"}
+    return draw_bounding_boxes(enlarged, torch.from_numpy(boxes) * scale, labels=names, **options)
