@@ -18,11 +18,12 @@ from ssl_core.config import Backbone, Dataset, Experiment, parse
 from ssl_core.data.card import Card, load_card
 from ssl_core.data.loader import draw_subset
 from ssl_core.data.views import POLICIES, Augmentation, View, Views
+from ssl_core.evaluations.detection import Config as DetectionConfig
 from ssl_core.experiments import bundled, checks
 from ssl_core.experiments.needs import check_needs
 from ssl_core.experiments.overlays import Configuration, Keys, leaves, load_configuration
 from ssl_core.files import read_json
-from ssl_core.look import forecast
+from ssl_core.look import detection_forecast, forecast
 from ssl_core.look.subject import Subject, find_subject, shard_command
 from ssl_core.methods import base
 from ssl_core.networks.backbones import Network, build_backbone
@@ -46,7 +47,7 @@ def explain(name: str, overlays: Sequence[Path], *, timed: bool | None, threads:
     _check_evaluations(name, spec, layers)
     print(f"# {name}: {', '.join(map(str, layers.files))}")
     if "weights" in spec:
-        _adopted(name, spec, layers)
+        _adopted(name, spec, layers, timed=timed is True)
         return
     subject = find_subject(spec)
     resolved, views = subject.resolved, subject.views
@@ -76,6 +77,7 @@ def explain(name: str, overlays: Sequence[Path], *, timed: bool | None, threads:
         _comment("Time", _time(method, subject, walked, steps, threads))
     else:
         _comment("Time", ["not measured (--time measures ten steps)"])
+    _detections(spec, layers, resolved.backbone, subject.card.image_size, timed=timed)
 
 
 def _check_evaluations(name: str, spec: Mapping[str, Any], layers: Configuration) -> None:
@@ -86,7 +88,33 @@ def _check_evaluations(name: str, spec: Mapping[str, Any], layers: Configuration
     check_needs(layers.settings, read_json(bundled.SCHEMA), labels, [f"results/{name}/export/README.md"])
 
 
-def _adopted(name: str, spec: Mapping[str, Any], layers: Configuration) -> None:
+def _detections(
+    spec: Mapping[str, Any], layers: Configuration, backbone: Backbone, image_size: int, *, timed: bool
+) -> None:
+    """Print the disk, memory and time of each detection, which are measured if `timed`."""
+    for name, section in (layers.settings.get("evaluations") or {}).items():
+        if section["protocol"] != "detection":
+            continue
+        dataset = {"dataset": {"name": spec["dataset"]["name"]}}
+        config = parse(DetectionConfig, dataset | section, f"evaluations.{name}")
+        images = config.iterations * config.batch_size
+        lines = [f"{config.head}, {config.iterations} iterations of {config.batch_size} images, {images} in all"]
+        if not timed:
+            _comment(f"Detection '{name}'", [*lines, "cost not measured (--time measures one image)"])
+            continue
+        cost = detection_forecast.forecast(config, backbone, image_size)
+        networks = len(config.networks())
+        each = " each of the pretrained and the untrained network" if networks > 1 else ""
+        size = "x".join(map(str, cost.size))
+        lines += [
+            f"{_si(cost.parameters)} parameters; checkpoints need {_si(networks * cost.disk, 'B')} of disk",
+            f"memory per process, roughly: {_si(cost.memory, 'B')}",
+            f"about {_duration(cost.seconds)}{each} on this processor, from one image of {size} pixels",
+        ]
+        _comment(f"Detection '{name}'", lines)
+
+
+def _adopted(name: str, spec: Mapping[str, Any], layers: Configuration, *, timed: bool) -> None:
     """Print an experiment with weights from a file, without training."""
     print(*_settings(spec, name, layers, lambda where: "default"), sep="\n")
     card = load_card(bundled.card_path(parse(Dataset, spec["dataset"], "dataset").name))
@@ -95,6 +123,7 @@ def _adopted(name: str, spec: Mapping[str, Any], layers: Configuration) -> None:
     flop = forecast.forward_flop(backbone, card.image_size)
     forward = f"{_si(flop, 'FLOP')} per image of {card.image_size} px, forward"
     _comment("Network (nothing is trained)", [_backbone(backbone, config), forward])
+    _detections(spec, layers, config, spec.get("image_size") or card.image_size, timed=timed)
 
 
 # Settings
