@@ -198,8 +198,8 @@ def test_tiny_imagenet_in_its_original_layout(root: Path, shared_data: Path, tmp
         assert opened.classes is not None
         assert len(opened.classes) == 200
         assert [split.size for split in opened.splits.values()] == [20_000, 10_000]
-        name, _, label, _ = opened.splits["val"].read(0)
-        assert (name, opened.classes[label]) == ("val_0.JPEG", "n03444034")
+        record = opened.splits["val"].read(0)
+        assert (record.name, opened.classes[record.label]) == ("val_0.JPEG", "n03444034")
 
 
 def test_links_devices_and_names_that_point_outside_are_left_out(tmp_path: Path) -> None:
