@@ -84,10 +84,23 @@ def build_detector(
     kind = MaskRCNN if masks else FasterRCNN
     detector: Any = kind(**parts, box_batch_size_per_image=regions)
     _initialise_predictors(detector.roi_heads)
+    for module in (detector.rpn.head, detector.roi_heads.box_predictor):
+        module.register_forward_hook(_widen)
     detector.transform = Normalise(800, 1333, list(mean), list(std))
     detector.rpn.fg_bg_sampler = SeededSampler(256, 0.5)
     detector.roi_heads.fg_bg_sampler = SeededSampler(regions, 0.25)
     return detector
+
+
+def _widen(module: nn.Module, inputs: Any, output: Any) -> Any:
+    """Return the output with float32 in place of half precision.
+
+    torchvision computes boxes in the type of this output. In bfloat16 they are whole pixels at best, and a small box may
+    have no area.
+    """
+    if isinstance(output, Tensor):
+        return output.float() if output.dtype in (torch.bfloat16, torch.float16) else output
+    return type(output)(_widen(module, inputs, part) for part in output)
 
 
 def _initialise_predictors(heads: Any) -> None:

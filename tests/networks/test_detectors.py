@@ -77,6 +77,15 @@ def test_other_backbones_are_refused(name, head):
         build_detector(torch.nn.Identity(), name, head, 3, masks=False, **NORMALISATION)
 
 
+@pytest.mark.parametrize("head", ["c4", "fpn"])
+def test_boxes_are_not_computed_in_half_precision(head):
+    model = detector("resnet18", head).eval()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        (found,) = model([torch.rand(3, 64, 64)])
+    assert found["boxes"].dtype == torch.float32
+    assert (found["boxes"] != found["boxes"].bfloat16()).any()
+
+
 def test_proposals_of_an_image_depend_on_its_seed_alone():
     sampler = detector("mobilenet_v3_small", "fpn").rpn.fg_bg_sampler
     matched = [torch.arange(1000) % 3 - 1 for _ in range(2)]
