@@ -95,8 +95,8 @@ def build_detector(
 def _widen(module: nn.Module, inputs: Any, output: Any) -> Any:
     """Return the output with float32 in place of half precision.
 
-    torchvision computes boxes in the type of this output. In bfloat16 they are whole pixels at best, and a small box may
-    have no area.
+    torchvision computes boxes in the type of this output. In bfloat16 they are whole pixels at best, and a small box
+    may have no area.
     """
     if isinstance(output, Tensor):
         return output.float() if output.dtype in (torch.bfloat16, torch.float16) else output
