@@ -53,7 +53,7 @@ def train_plain(model: Any, optimizer: torch.optim.Optimizer, loader: DetectionL
         loader.step += 1
         losses = model([image / 255 for image, *_ in samples], [target for _, target, *_ in samples])
         optimizer.zero_grad()
-        sum(losses.values()).backward()
+        torch.stack(list(losses.values())).sum().backward()
         optimizer.step()
     return steps * loader.batch_size / (time.perf_counter() - started)
 
@@ -76,7 +76,7 @@ def evaluate(model: Any, loader: DetectionLoader, images: int, *, ahead: bool) -
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--manifest", type=Path, required=True)
     parser.add_argument("--backbone", default="mobilenet_v2")
     parser.add_argument("--steps", type=int, default=10)
