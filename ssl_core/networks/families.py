@@ -300,17 +300,5 @@ def architecture(config: Backbone) -> tuple[str, str]:
     return "torchvision", name
 
 
-def rebuilding_code(backbone: nn.Module, config: Backbone, image_size: int) -> str:
-    """Return Python code that builds `backbone` as `model`, without weights and without this package."""
-    return family_of(backbone).rebuilding_code(backbone, config, image_size)
-
-
-def describe_stem(backbone: nn.Module, config: Backbone) -> str:
-    """Return a description of how the stem differs from the library's."""
-    if config.stem == "imagenet":
-        return "The stem is the library's."
-    return family_of(backbone).stem_description(config.stem)
-
-
 def _is_removed_classifier(path: str, layer: nn.Module) -> bool:
     return isinstance(layer, nn.Identity) and path.split(".")[0] in CLASSIFIERS

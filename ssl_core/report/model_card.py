@@ -15,7 +15,7 @@ from ssl_core.data.card import Card
 from ssl_core.experiments.sweeps import weight_files
 from ssl_core.methods.base import load_method_module, resolve
 from ssl_core.networks.backbones import Network
-from ssl_core.networks.families import architecture, describe_stem, rebuilding_code
+from ssl_core.networks.families import architecture, family_of
 from ssl_core.report.results import BASELINES, Result, headline, value
 
 
@@ -125,6 +125,8 @@ def _use(network: Network, config: Backbone, header: Mapping[str, str], size: in
     """Return example code: image to tensor, then torch, then ONNX Runtime."""
     mean, std = json.loads(header["mean"]), json.loads(header["std"])
     library, _ = architecture(config)
+    family = family_of(network)
+    stem = "The stem is the library's." if config.stem == "imagenet" else family.stem_description(config.stem)
     return [
         f"Both files expect pixels in 0..1 that are normalised by mean {mean} and standard deviation {std} of the "
         "channels red, green and blue.",
@@ -142,10 +144,10 @@ prepare = v2.Compose([
 ])
 images = prepare(Image.open("picture.png").convert("RGB"))[None]  # (1, 3, {size}, {size})
 ```""",
-        f"With {library}. {describe_stem(network, config)}",
+        f"With {library}. {stem}",
         f"""```python
 from safetensors.torch import load_file
-{rebuilding_code(network, config, size)}
+{family.rebuilding_code(network, config, size)}
 model.load_state_dict(load_file("backbone.safetensors"))
 model.eval()
 features = model(images)  # (1, {network.num_features})
