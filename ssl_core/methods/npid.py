@@ -205,7 +205,7 @@ class NPID(Method):
         label = torch.zeros_like(probability)
         label[torch.arange(len(place)), place] = mixed.share
         label[torch.arange(len(place)), place[mixed.partner]] += 1 - mixed.share
-        return gradient_update(everyone, distributed.gather(probability), label=distributed.gather(label))
+        return gradient_update(everyone, distributed.gather(probability), distributed.gather(label))
 
     @torch.no_grad()
     def after_step(self, progress: Progress, memories: Sequence[Memory]) -> None:
@@ -228,12 +228,10 @@ def sqrt_kl(softmax: InstanceSoftmax, terms: tuple[Term, ...] = ("l1", "l2")) ->
     return torch.stack([values[term] for term in terms]).sum(dim=0).mean()
 
 
-def gradient_update(embedding: Tensor, probability: Tensor, *, label: Tensor | None = None) -> Tensor:
+def gradient_update(embedding: Tensor, probability: Tensor, label: Tensor) -> Tensor:
     """Return the negative gradient of a batch's cross-entropy with respect to its class vectors, times the temperature.
 
     This is Cao & Wu's eq. 5. probability[b, i] (batch, batch) is the probability of image i's class for image b
     (docs/sources.md#cao-wu-bank-update), `label` (batch, batch) its target: the identity, or the shares of CutMix.
     """
-    if label is None:
-        return embedding - probability.T @ embedding
     return (label - probability).T @ embedding
