@@ -129,7 +129,6 @@ class DINO(Method):
     def __init__(self, config: Config, backbone: Network, *, num_images: int, batch_size: int, seed: int) -> None:
         super().__init__(config, backbone, num_images=num_images, batch_size=batch_size, seed=seed)
         self.config = config
-        self.backbone: Network = backbone
         self.head = Head(backbone.num_features, config)
         self.teacher = MomentumTeacher(self.backbone, self.head, momentum=config.teacher_momentum, final_momentum=1.0)
         self.register_buffer("centre", torch.zeros(config.num_outputs))

@@ -21,7 +21,6 @@ from ssl_core.data.batch import Batch, BatchSource
 from ssl_core.data.views import POLICIES, Augmentation, View, Views
 from ssl_core.methods.base import Losses, Memory, Method, MethodConfig, Preset, Progress, full_precision
 from ssl_core.networks.backbones import Network
-from ssl_core.networks.batchnorm import split_batchnorm
 from ssl_core.networks.heads import mlp
 
 Term = Literal["l1", "l2"]
@@ -104,12 +103,9 @@ class NPID(Method):
     def __init__(self, config: Config, backbone: Network, *, num_images: int, batch_size: int, seed: int) -> None:
         super().__init__(config, backbone, num_images=num_images, batch_size=batch_size, seed=seed)
         self.config = config
-        self.seed = seed
         hidden = [config.projector_hidden] * (2 if config.head == "mlp" else 0)
-        self.backbone: Network = backbone
         self.projector = mlp([backbone.num_features, *hidden, config.embedding_dim])
-        if config.batchnorm_splits > 1:
-            split_batchnorm(self, max(1, config.batchnorm_splits // distributed.world_size()))
+        self.split_batchnorm(config.batchnorm_splits)
         # NPID's initialisation: random rows of about unit length.
         bound = (3 / config.embedding_dim) ** 0.5
         self.register_buffer("bank", torch.empty(num_images, config.embedding_dim).uniform_(-bound, bound))

@@ -20,7 +20,6 @@ from ssl_core.data.batch import Batch
 from ssl_core.data.views import POLICIES, Augmentation, View, Views
 from ssl_core.methods.base import Losses, Memory, Method, MethodConfig, Preset, Progress, full_precision
 from ssl_core.networks.backbones import Network
-from ssl_core.networks.batchnorm import split_batchnorm
 from ssl_core.networks.heads import mlp
 
 
@@ -105,14 +104,11 @@ class ReSSL(Method):
         super().__init__(config, backbone, num_images=num_images, batch_size=batch_size, seed=seed)
         check_queue_size(config.queue_size, num_images)
         self.config = config
-        self.seed = seed
         hidden, dim, norm = config.projector_hidden, config.embedding_dim, config.projector_batchnorm
-        self.backbone: Network = backbone
         self.projector = mlp([backbone.num_features, hidden, dim], batch_norm=norm)
         self.predictor = mlp([dim, hidden, dim], batch_norm=norm) if config.predictor else nn.Identity()
         self.splits = config.batchnorm_splits or (1 if config.predictor else 8)
-        if self.splits > 1:
-            split_batchnorm(self, max(1, self.splits // distributed.world_size()))
+        self.split_batchnorm(self.splits)
         self.teacher = MomentumTeacher(
             self.backbone,
             self.projector,

@@ -70,7 +70,6 @@ class SEED(Method):
     def __init__(self, config: Config, backbone: Network, *, num_images: int, batch_size: int, seed: int) -> None:
         super().__init__(config, backbone, num_images=num_images, batch_size=batch_size, seed=seed)
         self.config = config
-        self.backbone: Network = backbone
         self.teacher, dim, self.normalisation = load_teacher(config.teacher)
         self.projector = mlp([backbone.num_features, backbone.num_features, dim], batch_norm=False)
         self.register_buffer("scale", torch.ones(3, 1, 1))  # from the data's normalisation to the teacher's
