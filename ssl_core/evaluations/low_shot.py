@@ -122,13 +122,11 @@ def average_precision(scores: Tensor, positive: Tensor) -> float:
 
     Images of equal score enter together, so that their order does not matter.
     """
-    scores, order = scores.sort(descending=True)
-    hits = positive[order].double().cumsum(dim=0)
-    last = torch.cat([scores[1:] != scores[:-1], torch.ones(1, dtype=torch.bool)])  # of the images of equal score
-    ranks = torch.arange(1, len(scores) + 1)
-    precision, recall = (hits / ranks)[last], (hits / hits[-1])[last]
-    envelope = precision.flip(0).cummax(dim=0).values.flip(0)
-    return (recall.diff(prepend=torch.zeros(1, dtype=recall.dtype)) * envelope).sum().item()
+    from sklearn.metrics import precision_recall_curve
+
+    precision, recall, _ = precision_recall_curve(positive.numpy(), scores.numpy())  # recall falls from 1 to 0
+    envelope = np.maximum.accumulate(precision)
+    return float(-(np.diff(recall) * envelope[:-1]).sum())
 
 
 def mean_average_precision(scores: Tensor, targets: Tensor, counted: Tensor | None = None) -> float:
