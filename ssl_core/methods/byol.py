@@ -5,7 +5,7 @@ negatives: predictor, momentum and BatchNorm prevent collapse.
 """
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -93,16 +93,11 @@ class BYOL(Method):
     @staticmethod
     def views(config: Config, image_size: int) -> Views:
         """Return two views with two augmentation policies, both for student and teacher."""
-        policies = {"first": config.first_augmentation, "second": config.second_augmentation}
+        shared: Any = {"size": image_size, "area": config.area, "interpolation": config.interpolation}
+        shared["seen_by"] = ("student", "teacher")
         return {
-            group: View(
-                size=image_size,
-                area=config.area,
-                interpolation=config.interpolation,
-                augmentation=augmentation,
-                seen_by=("student", "teacher"),
-            )
-            for group, augmentation in policies.items()
+            "first": View(augmentation=config.first_augmentation, **shared),
+            "second": View(augmentation=config.second_augmentation, **shared),
         }
 
     def forward(self, batch: Batch, progress: Progress) -> Losses:

@@ -8,7 +8,7 @@ networks of Shi et al. (2022, https://arxiv.org/abs/2107.14762).
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -121,22 +121,10 @@ class MoCo(Method):
         query_networks, key_networks = ("student",), ("teacher",)
         if config.symmetric:
             query_networks = key_networks = ("student", "teacher")
-        augmentations = {
-            "query": (config.query_augmentation, query_networks),
-            "key": (config.key_augmentation, key_networks),
-        }
-        views = {
-            group: View(
-                size=image_size,
-                area=config.area,
-                interpolation=config.interpolation,
-                augmentation=augmentation,
-                seen_by=seen_by,
-            )
-            for group, (augmentation, seen_by) in augmentations.items()
-        }
+        shared: Any = {"size": image_size, "area": config.area, "interpolation": config.interpolation}
         return {
-            **views,
+            "query": View(augmentation=config.query_augmentation, seen_by=query_networks, **shared),
+            "key": View(augmentation=config.key_augmentation, seen_by=key_networks, **shared),
             **local_views(config, image_size, config.local_augmentation, interpolation=config.interpolation),
         }
 

@@ -147,7 +147,12 @@ class ReSSL(Method):
     def _losses(self, students: list[Tensor], teacher: Tensor, progress: Progress) -> tuple[Tensor, dict[str, Tensor]]:
         queue = self.queue.rows
         alpha = min(1.0, progress.fraction / self.config.warmup) if self.config.warmup else 1.0
-        relation = torch.stack([self._relation(student, teacher, queue) for student in students]).mean()
+        temperatures = {
+            "student_temperature": self.config.student_temperature,
+            "teacher_temperature": self.config.teacher_temperature,
+        }
+        relations = [relation_loss(student, teacher, queue, **temperatures) for student in students]
+        relation = torch.stack(relations).mean()
         parts = {"relation": relation.detach()}
         total = alpha * relation
         if alpha < 1:
@@ -157,15 +162,6 @@ class ReSSL(Method):
             parts["contrast"] = contrast.detach()
             total = total + (1 - alpha) * contrast
         return total, parts
-
-    def _relation(self, student: Tensor, teacher: Tensor, queue: Tensor) -> Tensor:
-        return relation_loss(
-            student,
-            teacher,
-            queue,
-            student_temperature=self.config.student_temperature,
-            teacher_temperature=self.config.teacher_temperature,
-        )
 
     def _learn(self, view: Tensor) -> Tensor:
         embedding = self.predictor(self.projector(self.backbone(view)))

@@ -55,10 +55,6 @@ def flatten(section: dict[str, Any], prefix: str = "") -> dict[str, str]:
     return flat
 
 
-def _warn(reason: str) -> None:
-    _note(f"{' '.join(reason.split())[:300]}; the run continues without it")
-
-
 def _note(text: str) -> None:
     print(f"warning: MLflow tracking: {without_passwords(text)}", file=sys.stderr, flush=True)
 
@@ -134,7 +130,8 @@ class Recorder:
 
     def _warn_once(self, error: Exception) -> None:
         if not self.warned:
-            _warn(str(error) or type(error).__name__)
+            reason = " ".join(str(error).split()) or type(error).__name__
+            _note(f"{reason[:300]}; the run continues without it")
         self.warned = True
 
     def _execute_pending(self) -> None:
