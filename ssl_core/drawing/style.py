@@ -71,6 +71,18 @@ def panels(
     return figure, grid[:number]
 
 
+def axes_at(figure: Figure, left: float, bottom: float, width: float, height: float) -> Axes:
+    """Add axes at a place in inches."""
+    across, up = figure.get_size_inches()
+    return figure.add_axes((left / across, bottom / up, width / across, height / up))
+
+
+def set_title(figure: Figure, title: str) -> None:
+    """Write the title into the upper left corner."""
+    across, up = figure.get_size_inches()
+    figure.text(0.15 / across, 1 - 0.14 / up, title, fontsize=11, va="top")
+
+
 def shorten(name: str, length: int) -> str:
     """Cut a long name, with an ellipsis as its last character."""
     return name if len(name) <= length else name[: length - 1] + "…"
