@@ -20,6 +20,7 @@ from ssl_core.drawing.style import FAINT, INK, NETWORKS, SOFT, axes_at, colour_o
 RIGHT, WRONG = "#009e73", "#d55e00"  # Okabe and Ito
 SOLID, DASHED = (0, ()), (0, (3, 1.5))  # frames
 NUMBERED_CLASSES = 25  # a confusion matrix of more classes has no numbers
+NUMBERS = ("tsne_kl", "trustworthiness", "triangles_kl", "rankme", "effective_rank")  # in the notes
 NAMED_CLASSES = 60  # and of more than this no names
 
 
@@ -39,8 +40,11 @@ def draw_all(data: Mapping[str, np.ndarray]) -> dict[str, Figure]:
         return {name: data[f"{name}.{key}"] for name in networks}
 
     def notes(text: str) -> dict[str, str]:
-        keys = ("tsne_kl", "trustworthiness", "triangles_kl", "rankme", "effective_rank")
-        return {name: text.format(**{key: float(data[f"{name}.{key}"]) for key in keys}) for name in networks}
+        notes = {}
+        for name in networks:
+            numbers = {key: float(data[f"{name}.{key}"]) for key in NUMBERS}
+            notes[name] = text.format(**numbers)
+        return notes
 
     neighbours = {
         name: Neighbours(data[f"{name}.neighbour_images"], data[f"{name}.neighbour_labels"]) for name in networks

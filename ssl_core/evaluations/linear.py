@@ -249,8 +249,7 @@ def _epochs(
 ) -> Iterator[Epochs]:
     """Yield the training batches: shuffled cached features, or features of newly augmented images per epoch."""
     batch_size = min(config.batch_size, count_images(manifest, config.dataset))
-    if config.cached:
-        assert train is not None
+    if train is not None and config.cached:
         yield _cached(train, batch_size, config.seed, subjects.device)
         return
     options: Any = {"shuffle": True, "batch_size": batch_size, "seed": config.seed}

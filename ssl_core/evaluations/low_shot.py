@@ -61,9 +61,9 @@ def run(config: Config, subjects: Subjects, manifest: Manifest, log: Log) -> Out
     counted = ~difficult if config.difficult == "ignore" else torch.ones_like(truth)
     fewest = int(targets.sum(dim=0)[targets.any(dim=0)].min())
     shots = [k for k in config.shots if k <= fewest]
-    draws = {str(k): [draw(targets, train.indices, k, (config.seed, k, n)) for n in range(config.draws)] for k in shots}
-    if config.full:
-        draws = {"full": [torch.arange(len(targets))]} | draws
+    draws = {"full": [torch.arange(len(targets))]} if config.full else {}
+    for k in shots:
+        draws[str(k)] = [draw(targets, train.indices, k, (config.seed, k, n)) for n in range(config.draws)]
     if not draws:
         raise ValueError(
             f"the smallest class has {fewest} images, fewer than each of shots {list(config.shots)}: lower one of them"
