@@ -113,7 +113,8 @@ def draw_points(
         axes.text(0, 1.06, NETWORKS[network][0], transform=axes.transAxes, fontsize=10, fontweight="bold")
         axes.text(0, 1.015, notes[network], transform=axes.transAxes, color=SOFT, fontsize=8.5)
         low, high = (of.reshape(-1, 2) for of in (positions.min(axis=0), positions.max(axis=0)))
-        middle, reach = (low.min(0) + high.max(0)) / 2, 0.54 * (high.max(0) - low.min(0)).max()
+        low, high = low.min(axis=0), high.max(axis=0)
+        middle, reach = (low + high) / 2, 0.54 * (high - low).max()
         (left, bottom), (right, top) = middle - reach, middle + reach
         axes.set(xticks=[], yticks=[], xlim=(left, right), ylim=(bottom, top))
         axes.spines[:].set(visible=True, color=FAINT)
