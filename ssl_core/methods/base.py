@@ -19,10 +19,12 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ssl_core.blocks import distributed
 from ssl_core.config import Experiment, Strict, Training, nearest, parse
 from ssl_core.data.batch import Batch, BatchSource
 from ssl_core.data.views import Views, adjust
 from ssl_core.networks.backbones import Network
+from ssl_core.networks.batchnorm import split_batchnorm
 
 Memory = dict[str, Tensor]  # tensors of one forward pass, without gradient; the keys are the method's own
 
@@ -68,11 +70,17 @@ class Method(nn.Module):
     undecayed: tuple[str, ...] = ()  # parameters without weight decay, for any `training.decay_exclusion`
     fixed_views: tuple[str, ...] = ()  # groups of views whose `count` the loss depends on
     order_matters: ClassVar[bool] = False  # whether the loss depends on the order of the images in a batch
-    backbone: Network  # the student's, which evaluations use
 
     def __init__(self, config: Any, backbone: Network, *, num_images: int, batch_size: int, seed: int) -> None:
         """Build heads and memory; `num_images` and the global `batch_size` limit queues and banks."""
         super().__init__()
+        self.backbone: Network = backbone  # the student's, which evaluations use
+        self.seed = seed
+
+    def split_batchnorm(self, splits: int) -> None:
+        """Give each of `splits` parts of the global batch BatchNorm statistics of its own."""
+        if splits > 1:
+            split_batchnorm(self, max(1, splits // distributed.world_size()))
 
     @staticmethod
     def views(config: Any, image_size: int) -> Views:
