@@ -17,6 +17,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 from ssl_core import late_compiler  # noqa: E402
+from ssl_core.stages import shard  # noqa: E402
 
 late_compiler.postpone()  # as the command line does, before a test imports torchvision
 torch.set_num_threads(1)
@@ -39,6 +40,14 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip("no ../shared/data")
     return folder
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The manifest of the demonstration's data set, sharded."""
+    folder = tmp_path_factory.mktemp("shards") / "demo"
+    shard.run(ROOT / "datasets" / "demo.yaml", folder, threads=1)
+    return folder / "manifest.json"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

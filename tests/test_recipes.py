@@ -20,7 +20,6 @@ from ssl_core.evaluations import base
 from ssl_core.experiments import checks, overlays, sweeps
 from ssl_core.methods.base import method_class, resolve, views_of
 from ssl_core.networks.backbones import build_backbone, save_backbone, write_tensors
-from ssl_core.stages import shard
 from ssl_core.training.loop import Trainer
 
 ROOT = Path(__file__).parent.parent
@@ -142,10 +141,8 @@ def training_parameters() -> list[Any]:
 
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("shards") / "demo"
-    shard.run(ROOT / "datasets" / "demo.yaml", folder, threads=1)
-    return Manifest.load(folder / "manifest.json")
+def demo(demo):
+    return Manifest.load(demo)
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from ssl_core.data.loader import Batch, Loader
 from ssl_core.data.shards import Manifest
 from ssl_core.methods.base import Progress, resolve
 from ssl_core.methods.npid import NPID, Config, gradient_update, sqrt_kl
-from ssl_core.stages import pretrain, shard
+from ssl_core.stages import pretrain
 from tests.methods import harness
 
 SMALL = {"embedding_dim": 5, "projector_hidden": 12}
@@ -354,23 +354,17 @@ def test_a_mixed_image_moves_the_row_of_its_first_label():
 # Calibration
 
 
-@pytest.fixture(scope="module")
-def manifest(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("shards") / "demo"
-    shard.run(harness.ROOT / "datasets" / "demo.yaml", folder, threads=1)
-    return Manifest.load(folder / "manifest.json")
-
-
-def open_loader(manifest):
+def open_loader(demo):
     views = NPID.views(small(augmentation={"policy": "none"}, area=(1.0, 1.0)), 16)
-    return Loader(manifest, Dataset(name="demo", subset=Subset(images=100, seed=1)), views, batch_size=16, seed=5)
+    dataset = Dataset(name="demo", subset=Subset(images=100, seed=1))
+    return Loader(Manifest.load(demo), dataset, views, batch_size=16, seed=5)
 
 
-def test_calibration_fills_every_row_though_epochs_drop_their_last_batch_and_keeps_the_running_statistics(manifest):
+def test_calibration_fills_every_row_though_epochs_drop_their_last_batch_and_keeps_the_running_statistics(demo):
     model = harness.make(NPID, small(calibrate=True, head="mlp"), num_images=100)
     model.bank.zero_()
     before = {name: value.clone() for name, value in model.state_dict().items() if name != "bank"}
-    with open_loader(manifest) as loader:
+    with open_loader(demo) as loader:
         assert loader.steps_per_epoch * loader.batch_size < 100
         model.prepare(loader, torch.device("cpu"))
     assert torch.allclose(model.bank.norm(dim=1), torch.ones(100))
@@ -378,10 +372,10 @@ def test_calibration_fills_every_row_though_epochs_drop_their_last_batch_and_kee
     assert model.training
 
 
-def test_rows_belong_to_their_images_and_training_then_sees_the_batches_it_would_have_seen(manifest):
+def test_rows_belong_to_their_images_and_training_then_sees_the_batches_it_would_have_seen(demo):
     config = small(calibrate=True, calibration_mode="eval")
     model = harness.make(NPID, config, num_images=100)
-    with open_loader(manifest) as loader, open_loader(manifest) as untouched:
+    with open_loader(demo) as loader, open_loader(demo) as untouched:
         training = resolve(
             {"dataset": {"name": "demo"}, "backbone": {"name": "resnet18"}, "method": {"name": "npid"}}
         ).training.model_copy(update={"precision": "fp32", "epochs": 200})

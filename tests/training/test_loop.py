@@ -13,17 +13,14 @@ from ssl_core.data.shards import Manifest
 from ssl_core.data.views import View
 from ssl_core.methods.ressl import Config, ReSSL
 from ssl_core.networks.backbones import build_backbone
-from ssl_core.stages import shard
 from ssl_core.training.loop import Trainer
 from ssl_core.training.monitor import online_knn
 from tests.methods.harness import Tiny
 
 
 @pytest.fixture(scope="module")
-def manifest(root, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("shards") / "demo"
-    shard.run(root / "datasets" / "demo.yaml", folder, threads=1)
-    return Manifest.load(folder / "manifest.json")
+def manifest(demo):
+    return Manifest.load(demo)
 
 
 @pytest.fixture
