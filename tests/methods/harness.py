@@ -172,7 +172,7 @@ def resume_is_exact(
 
     def keep_state(row: dict[str, float]) -> None:
         if row["step"] in stops:
-            states[int(row["step"])] = _dump(whole.state())
+            states[int(row["step"])] = state_bytes(whole.state())
 
     start = whole.loader.state()
     whole.method.prepare(whole.loader, whole.device)
@@ -183,8 +183,10 @@ def resume_is_exact(
         second = trainer(method, config, **training)
         second.restore(torch.load(io.BytesIO(state), weights_only=True))
         _run(second, log=lambda row: None)
-        assert _dump(second.method.state_dict()) == _dump(whole.method.state_dict()), _differences(second, whole)
-        assert _dump(second.optimizer.state_dict()) == _dump(whole.optimizer.state_dict())
+        assert state_bytes(second.method.state_dict()) == state_bytes(whole.method.state_dict()), _differences(
+            second, whole
+        )
+        assert state_bytes(second.optimizer.state_dict()) == state_bytes(whole.optimizer.state_dict())
         assert second.history == whole.history
 
 
@@ -194,7 +196,7 @@ def _run(trainer: Trainer, log: Callable[[dict[str, float]], None]) -> None:
         trainer.run(save=lambda: None, log=log)
 
 
-def _dump(state: Any) -> bytes:
+def state_bytes(state: Any) -> bytes:
     file = io.BytesIO()
     torch.save(state, file)
     return file.getvalue()

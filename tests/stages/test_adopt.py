@@ -138,25 +138,10 @@ def test_files_without_batch_counters_are_accepted(tmp_path: Path, manifest: Pat
     assert torch.equal(loaded.state_dict()["conv1.1.running_mean"], old["conv1.1.running_mean"])
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda weights: weights.pop("conv1.1.running_mean"), "conv1.1.running_mean is missing"),
-        (lambda weights: weights.update(extra=torch.zeros(1)), "extra is unknown"),
-        (
-            lambda weights: weights.update({"conv1.0.weight": torch.zeros(24, 3, 5, 5)}),
-            "conv1.0.weight is (24, 3, 5, 5), not",
-        ),
-    ],
-)
-def test_weights_that_do_not_fit_are_refused(
-    tmp_path: Path, manifest: Path, small: dict[str, Tensor], change: Any, message: str
-) -> None:
-    weights = dict(small)
-    change(weights)
-    with pytest.raises(ValueError) as caught:  # noqa: PT011 - the message is compared below
-        adopted(tmp_path, manifest, weights, **SMALL)
-    assert message in str(caught.value)
+def test_weights_that_do_not_fit_are_refused(tmp_path: Path, manifest: Path, small: dict[str, Tensor]) -> None:
+    weights = {name: weight for name, weight in small.items() if name != "conv1.1.running_mean"}
+    with pytest.raises(ValueError, match=r"conv1\.1\.running_mean is missing; extra is unknown"):
+        adopted(tmp_path, manifest, {**weights, "extra": torch.zeros(1)}, **SMALL)
     assert not (tmp_path / "backbone.safetensors").exists()
 
 
