@@ -24,23 +24,17 @@ def test_a_second_run_does_nothing(done: Project) -> None:
 
 
 def test_a_temperature_runs_its_experiment_again(done: Project) -> None:
-    config = done.config
-    config["experiments"]["first"]["method"]["teacher_temperature"] = 0.05
-    done.configure(config)
+    done.change("experiments/first/method/teacher_temperature", 0.05)
     assert done.pending() == FIRST | TABLE
 
 
 def test_a_new_experiment_runs_alone(done: Project) -> None:
-    config = done.config
-    config["experiments"]["third"] = config["experiments"]["first"] | {"training": {"seed": 1}}
-    done.configure(config)
+    done.change("experiments/third", done.config["experiments"]["first"] | {"training": {"seed": 1}})
     assert done.pending() == {file.replace("first", "third") for file in FIRST} | TABLE
 
 
 def test_an_option_of_an_evaluation_runs_that_evaluation_again(done: Project) -> None:
-    config = done.config
-    config["evaluations"]["knn"]["k"] = 5
-    done.configure(config)
+    done.change("evaluations/knn/k", 5)
     assert done.pending() == {"results/first/knn.json", "results/second/knn.json"} | TABLE
 
 
@@ -53,26 +47,20 @@ def test_changes_without_effect_on_results_run_nothing(done: Project) -> None:
     edit(done.folder / "datasets" / "tiny.yaml", "name: tiny", "name: tiny  # a remark")
     manifest = done.folder / "shards" / "tiny" / "manifest.json"
     manifest.write_text(manifest.read_text())
-    config = done.config
-    experiment = config["experiments"]["first"]
-    config["experiments"]["first"] = {key: experiment[key] for key in sorted(experiment, reverse=True)}
-    done.configure(config)
+    experiment = done.config["experiments"]["first"]
+    done.change("experiments/first", {key: experiment[key] for key in sorted(experiment, reverse=True)})
     (done.folder / "checkpoints").mkdir()
     (done.folder / "checkpoints" / "first.pt").write_text("state")
     assert done.pending() == set()
 
 
 def test_a_reported_number_changes_the_table_alone(done: Project) -> None:
-    config = done.config
-    config["reported"] = {"first": {"source": "Table 2", "results": {"linear": 90.8}}}
-    done.configure(config)
+    done.change("reported/first", {"source": "Table 2", "results": {"linear": 90.8}})
     assert done.pending() == TABLE
 
 
 def test_seeds_run_an_experiment_each(done: Project) -> None:
-    config = done.config
-    config["experiments"]["first"]["seeds"] = [0, 4]
-    done.configure(config)
+    done.change("experiments/first/seeds", [0, 4])
     assert done.pending() == {file.replace("first", f"first-seed{seed}") for file in FIRST for seed in (0, 4)} | TABLE
 
 
