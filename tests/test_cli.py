@@ -1,7 +1,6 @@
 """The console script: exit codes, one-line errors, the log."""
 
 import json
-import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -78,11 +77,6 @@ def test_a_stage_gets_the_arguments_of_its_rule(monkeypatch: pytest.MonkeyPatch,
 def test_a_table_of_no_results_is_written_with_its_page(tmp_path: Path) -> None:
     assert cli.main(["table", "--output", str(tmp_path / "table.csv"), "--grid", "{}"]) == 0
     assert {path.name for path in tmp_path.iterdir()} == {"table.csv", "table.html"}
-
-
-def test_the_command_line_imports_neither_torch_nor_mlflow() -> None:
-    code = "import sys; from ssl_core import cli; print({'torch', 'mlflow'} & set(sys.modules))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
 
 
 def test_explain_names_the_nearest_experiment(
