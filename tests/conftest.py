@@ -55,7 +55,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 # Started first and in this order, so that no process is left with a slow file when the others have finished.
-SLOWEST = ("workflow", "tracking", "training", "stages", "evaluations", "faults")
+SLOWEST = ("workflow", "tracking", "methods", "faults", "stages", "training", "evaluations")
+SLOWEST += ("test_recipes.py", "test_docs.py", "experiments", "data", "look")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
