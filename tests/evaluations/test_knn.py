@@ -125,6 +125,6 @@ def test_colours_are_neighbours_of_their_kind(subjects, manifest):
     assert (outcome.num_train, outcome.num_test, outcome.split) == (60, 31, "test")
 
 
-def test_the_two_kinds_of_knn_carry_different_protocol_names():
-    names = [Config(dataset=SQUARES, variant=variant).protocol_name() for variant in ("weighted", "best")]
-    assert names == ["knn/v1", "knn-best/v1"]
+def test_the_two_kinds_of_knn_carry_different_protocol_names(subjects, manifest):
+    configs = [Config(dataset=SQUARES, variant=variant) for variant in ("weighted", "best")]
+    assert [run(config, subjects, manifest, quiet).protocol for config in configs] == ["knn/v1", "knn-best/v1"]
