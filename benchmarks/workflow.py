@@ -9,7 +9,6 @@ Snakefile.
 
 import argparse
 import copy
-import json
 import statistics
 import subprocess
 import sys
@@ -18,7 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ssl_core.files import write_text
+import machine  # pyright: ignore[reportMissingImports]
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests" / "workflow"))
@@ -32,12 +31,12 @@ def main() -> None:
     parser.add_argument("--experiments", type=int, default=20, help="of the run that measures the cost of a job")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
+    about = machine.describe()
     with tempfile.TemporaryDirectory(prefix="ssl-core-benchmark-") as folder:
         seconds = measure(Path(folder), arguments.repeats, arguments.experiments)
     for name, value in seconds.items():
         print(f"{name:<32}{value:>8.2f} s")
-    if arguments.output:
-        write_text(arguments.output, json.dumps(seconds, indent=2) + "\n")
+    machine.write(arguments.output, about, {"seconds": seconds})
 
 
 def measure(folder: Path, repeats: int, count: int) -> dict[str, float]:
