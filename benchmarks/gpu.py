@@ -1,6 +1,7 @@
 """The first numbers of a machine with a GPU, by one command that ends within nine minutes.
 
     python benchmarks/gpu.py --output docs/gpu.json && python benchmarks/gpu_page.py
+    python benchmarks/gpu.py --only "dino.* 224"                # some rows again
     python benchmarks/gpu.py --device cpu --quick              # tiny sizes: to see that all of it runs
 
 The parts, in this order: ten epochs of CIFAR-10; training steps on our loader, on one resident batch (the floor) and on
@@ -9,6 +10,7 @@ error and the others go on; rows that the time does not allow are listed. The JS
 """
 
 import argparse
+import re
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -91,6 +93,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="of the archives; else synthetic")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: to see that all of it runs")
+    parser.add_argument("--only", default="", help="rows whose part or name matches this regular expression")
     parser.add_argument("--minutes", type=float, default=8.5, help="after which no row is started")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
@@ -103,6 +106,8 @@ def main() -> None:
     print(results["card"])
     with tempfile.TemporaryDirectory(prefix="ssl-core-benchmark-") as folder:
         for part, name, measure in rows(Path(folder), sizes, arguments, results["card"]):
+            if not re.search(arguments.only, f"{part}: {name}"):
+                continue
             if time.monotonic() > end:
                 results["left_out"].append(f"{part}: {name}")
                 continue
@@ -280,7 +285,7 @@ def with_queue(method: dict[str, Any], images: int) -> dict[str, Any]:
     """Limit a method's queue, if it has one, to a part of a small data set."""
     if "queue_size" not in method:
         return method
-    return {**method, "queue_size": min(method["queue_size"], images // 8)}
+    return {**method, "queue_size": max(1, min(method["queue_size"], images // 8))}
 
 
 class Encoded(Dataset[list[torch.Tensor]]):

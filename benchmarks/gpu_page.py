@@ -21,7 +21,8 @@ NOT_YET_RUN = """
 | speed and memory | `python benchmarks/gpu.py --output docs/gpu.json` | at most 9 minutes |
 | this page | `python benchmarks/gpu_page.py` | |
 
-Without a GPU, `pytest tests/gpu --device cpu --quick` and `python benchmarks/gpu.py --device cpu --quick` run all parts that do not need CUDA itself.
+Without a GPU, `pytest tests/gpu --device cpu --quick` and `python benchmarks/gpu.py --device cpu --quick` run all parts that
+do not need CUDA itself.
 """
 TRAINING = {  # heading -> key and format
     "ours, images/s": ("ours", ",.0f"),
@@ -75,8 +76,8 @@ def cifar(row: dict[str, Any]) -> str:
         return f"{row['name']}: {row['error']}"
     first, second = row["goals"]
     return (
-        f"{row['name']}: {row['epochs']} epochs took {row['seconds']:.0f} s at {row['images_per_second']:,.0f} images/s, "
-        f"so 200 take {row['seconds_of_all_epochs']:.0f} s (goals: {first}, then {second})."
+        f"{row['name']}: {row['epochs']} epochs took {row['seconds']:.0f} s "
+        f"at {row['images_per_second']:,.0f} images/s, so 200 take {row['seconds_of_all_epochs']:.0f} s (goals: {first}, then {second})."
     )
 
 

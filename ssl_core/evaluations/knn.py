@@ -114,8 +114,8 @@ def neighbours(
     prepare: Callable[[Tensor], Tensor],
     euclidean: bool,
     device: str = "cpu",
-    chunk: int = 1024,
-    bank_chunk: int = 16384,
+    chunk: int = 512,
+    bank_chunk: int = 32768,
 ) -> tuple[Tensor, Tensor]:
     """Find the k nearest rows of `bank` (n, dim) for each query, nearest first.
 

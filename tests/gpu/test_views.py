@@ -7,7 +7,11 @@ equal seeds give equal parameters.
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
+from ssl_core.config import Dataset
+from ssl_core.data.loader import Loader
 from ssl_core.data.shards import Manifest
 from ssl_core.data.views import POLICIES, Augmentation, View
 from tests.data.test_pipeline import difference, images, render
@@ -73,3 +77,24 @@ def test_a_wide_blur_gives_the_cpus_pixels(tiny: Manifest, device: str, size: in
 def test_a_policy_gives_the_cpus_pixels(tiny: Manifest, device: str, policy: str) -> None:
     tolerance = 4 * NEAREST if policy == "strong" else 2 * RESAMPLED  # jitter and solarize amplify a rounded pixel
     assert_equal_graphs(tiny, View(size=24, augmentation=POLICIES[policy]), device, tolerance)
+
+
+@pytest.mark.cuda
+def test_a_batch_is_not_overwritten_while_kernels_still_read_it(tiny: Manifest, device: str) -> None:
+    """The loop does not wait for the GPU between two batches, whose memory belongs to DALI."""
+    views = {"view": View(count=2, size=64, augmentation=POLICIES["contrastive"])}
+    copies: list[list[Tensor]] = []
+    for cycles in (0, 100_000_000):  # some 50 ms, far longer than a batch takes
+        with Loader(tiny, Dataset(name="tiny"), views, batch_size=16, seed=0, device=device) as loader:
+            copied = []
+            for _ in range(12):
+                batch = loader.next()
+                if cycles:
+                    torch.cuda._sleep(cycles)
+                copied += [view.clone() for view in batch.views["view"]]
+                if not cycles:
+                    torch.cuda.synchronize()
+                del batch
+            torch.cuda.synchronize()
+        copies.append(copied)
+    assert all(torch.equal(one, other) for one, other in zip(*copies, strict=True))
