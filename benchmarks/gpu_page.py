@@ -21,8 +21,8 @@ NOT_YET_RUN = """
 | speed and memory | `python benchmarks/gpu.py --output docs/gpu.json` | at most 9 minutes |
 | this page | `python benchmarks/gpu_page.py` | |
 
-Without a GPU, `pytest tests/gpu --device cpu --quick` and `python benchmarks/gpu.py --device cpu --quick` run all parts that
-do not need CUDA itself.
+Without a GPU, all parts that do not need CUDA itself run by `pytest tests/gpu --device cpu --quick` and
+`python benchmarks/gpu.py --device cpu --quick`.
 """
 TRAINING = {  # heading -> key and format
     "ours, images/s": ("ours", ",.0f"),
@@ -75,10 +75,8 @@ def cifar(row: dict[str, Any]) -> str:
     if "error" in row:
         return f"{row['name']}: {row['error']}"
     first, second = row["goals"]
-    return (
-        f"{row['name']}: {row['epochs']} epochs took {row['seconds']:.0f} s "
-        f"at {row['images_per_second']:,.0f} images/s, so 200 take {row['seconds_of_all_epochs']:.0f} s (goals: {first}, then {second})."
-    )
+    speed = f"{row['epochs']} epochs took {row['seconds']:.0f} s at {row['images_per_second']:,.0f} images/s"
+    return f"{row['name']}: {speed}; 200 take {row['seconds_of_all_epochs']:.0f} s (goals: {first}, then {second})."
 
 
 def table(rows: list[dict[str, Any]], columns: dict[str, tuple[str, str]]) -> list[str]:
