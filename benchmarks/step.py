@@ -13,7 +13,6 @@ processes that run alone, since measuring slows the steps and processes at the s
 """
 
 import argparse
-import itertools
 import json
 import statistics
 import subprocess
@@ -92,7 +91,7 @@ def main() -> None:
     if "all" in arguments.methods:
         arguments.methods = list(METHODS)
     about = machine.describe()
-    limits = instruction_sets(arguments)
+    conditions = [(limit, count) for limit in instruction_sets(arguments) for count in arguments.neighbours]
     print(f"batch {arguments.batch}, {arguments.threads} threads, precision {arguments.precision}")
     print("images/s: median (min-max) over turns; of floor and wait: ours; MB: peak of ours, of lightly's, their ratio")
     heading = f"{'instructions + neighbours':<27}{'method':<8}{'network':<17}{'ours':>16}{'lightly':>16}{'ratio':>7}"
@@ -104,9 +103,10 @@ def main() -> None:
             images = read_images(arguments.data / archive, arguments.images, size)
             write_shards(Path(folder) / "shards", images, size)
             write_files(Path(folder) / "files" / "all", images)
-            for method, limit, count in itertools.product(arguments.methods, limits, arguments.neighbours):
-                rows.append(compare(method, network, folder, arguments, limit, count))
-                print(line(rows[-1]), flush=True)
+            for method in arguments.methods:
+                for limit, count in conditions:
+                    rows.append(compare(method, network, folder, arguments, limit, count))
+                    print(line(rows[-1]), flush=True)
     settings = {name: getattr(arguments, name) for name in ("batch", "threads", "precision", "steps", "turns", "pairs")}
     machine.write(arguments.output, about, {**settings, "rows": rows})
 
