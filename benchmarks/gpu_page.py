@@ -17,7 +17,7 @@ NOT_YET_RUN = """
 
 | step | command | time |
 |---|---|---|
-| the GPU's views, decoders, losses and resume against the CPU's | `pytest tests/gpu` | 3 minutes |
+| the GPU's views, decoders, losses and resume against the CPU's | `pytest tests/gpu` | minutes |
 | speed and memory | `python benchmarks/gpu.py --output docs/gpu.json` | at most 9 minutes |
 | this page | `python benchmarks/gpu_page.py` | |
 

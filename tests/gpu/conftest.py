@@ -45,3 +45,6 @@ def set_devices(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    # A stage that an earlier test ran in this process sets both.
+    torch.set_float32_matmul_precision("highest")
+    torch.set_deterministic_debug_mode("default")
