@@ -26,16 +26,18 @@ from ssl_core.data.views import POLICIES, Augmentation, View, Views
 from .conftest import encode
 
 SEED = 3
+DEVICE = "cpu"  # tests/gpu sets it
 
 
-def render(manifest: Manifest, views: Views, seed: int = SEED) -> dict[str, list[Tensor]]:
+def render(manifest: Manifest, views: Views, seed: int = SEED, device: str | None = None) -> dict[str, list[Tensor]]:
     """Return each view of all images, in the images' order, as 0..255."""
     options: dict[str, Any] = {"batch_size": manifest.split("train").images, "shuffle": False}
+    options["device"] = device or DEVICE
     black = {"mean": (0.0, 0.0, 0.0), "std": (1 / 255,) * 3}
     with Loader(manifest, Dataset(name="tiny"), views, seed=seed, **options, **black) as loader:
         batch = loader.next()
     order = batch.indices.argsort()
-    return {group: [view[order] for view in of_group] for group, of_group in batch.views.items()}
+    return {group: [view[order].cpu() for view in of_group] for group, of_group in batch.views.items()}
 
 
 def augment(manifest: Manifest, size: int = 32, **augmentation: Any) -> Tensor:
@@ -325,15 +327,17 @@ def test_randaugments_operations_are_fixmatchs(pictures: list[Image.Image]) -> N
 
     @pipeline_def(enable_conditionals=True)
     def every_operation(sign: int) -> tuple[Any, ...]:
-        image = fn.external_source(source=lambda: batch, batch=True, layout="HWC")
+        image: Any = fn.external_source(source=lambda: batch, batch=True, layout="HWC")
+        image = image.gpu() if DEVICE == "cuda" else image
         negative: Any = fn.random.coin_flip(probability=float(sign < 0), seed=1)
         strength = pipeline.signed_bin(magnitude, negative)
         return tuple(apply_operation(operation, image, strength) for operation in pool)
 
+    device_id = 0 if DEVICE == "cuda" else None
     for sign in (1, -1):
-        graph = every_operation(sign, batch_size=len(chosen), num_threads=1, device_id=None)  # pyright: ignore[reportCallIssue]
+        graph = every_operation(sign, batch_size=len(chosen), num_threads=1, device_id=device_id)  # pyright: ignore[reportCallIssue]
         graph.build()
-        found = [torch.from_numpy(np.array(output.as_tensor())).permute(0, 3, 1, 2) for output in graph.run()]
+        found = [torch.from_dlpack(output.as_tensor()).cpu().permute(0, 3, 1, 2) for output in graph.run()]
         references = [_clsa_references(image, magnitude, sign) for image in chosen]
         mirrored = [_clsa_references(image, magnitude, -sign) for image in chosen]
         for index, operation in enumerate(pool):

@@ -1,13 +1,17 @@
 # The checked configuration, and the functions that rules take inputs and parameters from. Torch-free, so that a dry run
 # is quick.
+import gc
 import json
 import os
 import re
 import shutil
 import sys
+from functools import cache
 from pathlib import Path
 
 import yaml
+from snakemake import common
+from snakemake import rules as snakemake_rules
 from snakemake.persistence import Persistence
 from snakemake.scheduling.job_scheduler import JobScheduler
 
@@ -64,6 +68,15 @@ def serialize_parameter(self, value, with_pandas=Persistence._serialize_param_pa
 
 if Persistence._serialize_param_pandas.__name__ != "serialize_parameter":
     Persistence._serialize_param_pandas = serialize_parameter
+
+
+# Snakemake reads the signature of an input function anew for every job.
+if not hasattr(common.get_function_params, "cache_info"):
+    common.get_function_params = cache(common.get_function_params)
+    snakemake_rules.get_function_params = common.get_function_params
+
+# The jobs of a large workflow are all kept, so searching them for garbage costs time and frees nothing.
+gc.set_threshold(100_000, 50, 50)
 
 
 def checked(config):
