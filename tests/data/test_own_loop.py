@@ -46,6 +46,7 @@ def of_the_loader(manifest: Manifest) -> Seen:
         return seen_by((batch.views["view"][0], batch.labels, batch.indices) for batch in loader.epoch())
 
 
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # the library leaves tars open
 def test_the_loop_of_the_page_sees_what_the_loader_gives(
     tmp_path: Path, mixed: Manifest, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -7,6 +7,7 @@ import os
 import shutil
 import struct
 import tarfile
+import warnings
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -76,8 +77,10 @@ def samples(manifest: Manifest) -> list[tuple[int, str, bytes, int]]:
 
 def read(*tars: Path) -> list[tuple[int, str, bytes, int]]:
     """Return index, extension, image and label of each sample, as the library reads them."""
+    with warnings.catch_warnings(action="ignore", category=ResourceWarning):  # the library leaves tars open
+        dataset = list(webdataset.WebDataset([str(tar) for tar in tars], shardshuffle=False))
     entries = []
-    for sample in webdataset.WebDataset([str(tar) for tar in tars], shardshuffle=False):
+    for sample in dataset:
         extension = "jpg" if "jpg" in sample else "png"
         label, number = struct.unpack("<qq", sample["meta.i64"])
         assert sample["__key__"] == f"{number:08d}"

@@ -153,7 +153,7 @@ def test_a_decoder_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: p
 
 
 def test_compressed_images_are_decompressed(tmp_path: Path) -> None:
-    path = tar(tmp_path / "t.tar", {"a.cls": b"0", "a.png.gz": gzip.compress(png(1)), "b.png.gz": b"", "b.cls": b"0"})
+    path = tar(tmp_path / "t.tar", {"a.cls": b"0", "a.png.gz": gzip.compress(png(1)), "b.png.gz": b"x", "b.cls": b"0"})
     with open_source(card("webdataset", {"train": {"tars": str(path)}}), scratch=tmp_path) as opened:
         split = opened.splits["train"]
         assert split.read(0).image == png(1)
@@ -217,7 +217,7 @@ def web_tars(folder: Path) -> None:
         "{server}/t-{{09..10}}.tar",
         "{server}/t-09.tar?signature=secret::{server}/t-10.tar",
         "pipe:cat {folder}/web/t-{{09..10}}.tar",
-        "file://{folder}/web/t-{{09,10}}.tar",
+        "file://{folder}/web/t-*.tar",
         "{folder}/web/t-09.tar::{folder}/web/t-1*.tar",
     ],
 )

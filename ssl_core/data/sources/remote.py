@@ -8,7 +8,7 @@ from pathlib import Path
 from ssl_core.files import FULL, room_for
 from ssl_core.mistakes import excerpt
 
-REMOTE = re.compile("pipe:|[a-z][a-z0-9+.-]*://", re.IGNORECASE)
+REMOTE = re.compile("pipe:|(?!file:)[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 SECRETS = re.compile(r"(?<=://)[^/@\s]*@|(?<=\w)\?[^\s'\"]*")  # user and password, and the signature in a query
 BLOCK = 1 << 22  # bytes
 

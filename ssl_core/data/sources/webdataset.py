@@ -49,7 +49,7 @@ def _addresses(pattern: str) -> Iterator[str]:
         if is_remote(part):
             yield from expand_braces(part)
         else:
-            yield from map(str, expand(part))
+            yield from map(str, expand(part.removeprefix("file://")))
 
 
 @contextmanager
