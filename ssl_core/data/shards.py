@@ -251,14 +251,6 @@ def source_name(tar: Path, member: str) -> str | None:
         return None
 
 
-def read_shard(path: Path) -> Iterator[tuple[int, str, bytes, int]]:
-    """Iterate over a shard as (index, extension, image, label)."""
-    with open(path, "rb") as tar:
-        for fields in read_index(path):
-            label, number = _read_meta(tar, fields)
-            yield number, fields[0], read_member(tar, fields, 0), label
-
-
 def read_labels(manifest: Manifest, split: str) -> list[int]:
     """Return the labels of a split's images in the order of their indices (-1: none), without reading the images."""
     labels = [-1] * manifest.split(split).images

@@ -7,16 +7,18 @@ import os
 import shutil
 import struct
 import tarfile
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import webdataset
 from PIL import Image, ImageOps
 
 from ssl_core.data import sharding
-from ssl_core.data.shards import Manifest, read_shard, source_name, tar_header, verify
+from ssl_core.data.shards import Manifest, source_name, tar_header, verify
 from ssl_core.stages import shard
 
 from .conftest import encode
@@ -64,7 +66,20 @@ def sharded(folder: Path, output: str = "shards", threads: int = 1, **more: obje
 
 
 def samples(manifest: Manifest) -> list[tuple[int, str, bytes, int]]:
-    return [sample for tar in manifest.tars("train") for sample in read_shard(tar)]
+    return read(*manifest.tars("train"))
+
+
+def read(*tars: Path) -> list[tuple[int, str, bytes, int]]:
+    """Return index, extension, image and label of each sample, as the library reads them."""
+    with warnings.catch_warnings(action="ignore", category=ResourceWarning):  # the library leaves tars open
+        dataset = list(webdataset.WebDataset([str(tar) for tar in tars], shardshuffle=False))
+    entries = []
+    for sample in dataset:
+        extension = "jpg" if "jpg" in sample else "png"
+        label, number = struct.unpack("<qq", sample["meta.i64"])
+        assert sample["__key__"] == f"{number:08d}"
+        entries.append((number, extension, sample[extension], label))
+    return entries
 
 
 def names(source: Path) -> list[str]:
@@ -108,7 +123,7 @@ def test_the_name_of_each_image_in_the_source_is_recorded(photos: Path) -> None:
     manifest = sharded(photos, on_error="skip")
     originals = {(photos / name).read_bytes(): name for name in names(photos)}
     for tar in manifest.tars("train"):
-        for number, extension, stored, _ in read_shard(tar):
+        for number, extension, stored, _ in read(tar):
             assert source_name(tar, f"{number:08d}.{extension}") == originals[stored]
     assert source_name(manifest.tars("train")[0], "99999999.jpg") is None
 
@@ -432,7 +447,7 @@ def test_indices_follow_when_an_image_that_was_left_out_can_be_read_again(photos
     path.write_bytes(good)
     os.utime(path, ns=times)
     if on_error == "skip":  # the shard without the image is lost and made anew, which now holds it
-        (lacking,) = (tar for tar in folder.glob("*.tar") if len(list(read_shard(tar))) not in (5, IMAGES % 5))
+        (lacking,) = (tar for tar in folder.glob("*.tar") if len(read(tar)) not in (5, IMAGES % 5))
         lacking.unlink()
     sharded(photos, "again", on_error=on_error)
     assert content(folder) == whole
