@@ -101,7 +101,7 @@ class Manifest(Strict):
         return manifest
 
     def content(self) -> dict[str, Any]:
-        """Return the content of the file: all fields and their sha256, without `unread` and `reduced` where nothing is."""
+        """Return the content of the file: all fields and their sha256, without `unread` and `reduced` if empty."""
         fields = self.model_dump(mode="json")
         for split in fields["splits"].values():
             for key in ("unread", "reduced"):
