@@ -18,6 +18,7 @@ medians of wall time and of processor time.
 import argparse
 import contextlib
 import io
+import itertools
 import json
 import os
 import resource
@@ -56,6 +57,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--copies", type=int, default=1, help="of each image, for a larger set")
     parser.add_argument("--growth", type=int, nargs="*", default=[], metavar="N", help="also shard N synthetic images")
+    parser.add_argument("--images", type=int, help="at most so many of an archive")
     parser.add_argument("--against", metavar="REVISION", help="compare with a git revision instead of the peers")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)  # one measurement, as JSON
@@ -74,7 +76,7 @@ def main() -> None:
             print(f"{'set':<10}{'side':<10}{'images/s':>10}{'MB':>8}{'ours is':>10}")
         for name in arguments.sets:
             source = Path(folder) / name
-            unpack(name, arguments.data, source / "1")
+            unpack(name, arguments.data, source / "1", arguments.images)
             for number in range(2, arguments.copies + 1):
                 shutil.copytree(source / "1", source / str(number))
             if base is None:
@@ -236,13 +238,14 @@ def list_images(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGES)
 
 
-def unpack(name: str, data: Path, folder: Path) -> None:
+def unpack(name: str, data: Path, folder: Path, most: int | None) -> None:
     """Write a set's images as files, real ones if the archive is available."""
     archive, size, count = SETS[name]
     folder.mkdir(parents=True)
     if (data / archive).exists():
         with tarfile.open(data / archive) as tar:
-            tar.extractall(folder, filter="data")
+            images = (member for member in tar if member.isfile() and Path(member.name).suffix.lower() in IMAGES)
+            tar.extractall(folder, itertools.islice(images, most), filter="data")
         if name.endswith("_png"):
             for path in list_images(folder):
                 Image.open(path).save(path.with_suffix(".png"))
