@@ -185,11 +185,12 @@ def test_a_center_crop_is_torchvisions(
 def center_cropped(image: np.ndarray, interpolation: Any) -> list[np.ndarray]:
     """Return the center crop of an image, the same without a region, and the sides of the region."""
     view = View(size=32, crop="center", resize=36, interpolation=interpolation)
+    graph: Any = pipeline_def
 
-    @pipeline_def(batch_size=1, num_threads=1, device_id=None, prefetch_queue_depth=1)
+    @graph(batch_size=1, num_threads=1, device_id=None, prefetch_queue_depth=1)
     def both() -> Any:
-        picture = fn.external_source(source=lambda: [image], layout="HWC")
-        whole = fn.resize(picture, resize_shorter=36, interp_type=pipeline.INTERPOLATION[interpolation])
+        picture: Any = fn.external_source(source=lambda: [image], layout="HWC")
+        whole: Any = fn.resize(picture, resize_shorter=36, interp_type=pipeline.INTERPOLATION[interpolation])
         start, end = pipeline._middle(picture)
         return pipeline._crop(picture, view, 0), fn.crop(whole, crop=(32, 32)), end - start
 

@@ -132,8 +132,8 @@ def test_sizes_of_decoded_images_are_read_from_their_headers(tmp_path: Path) -> 
         Manifest(
             dataset="tiny",
             image_size=8,
-            mean=(0.5,) * 3,
-            std=(0.5,) * 3,
+            mean=(0.5, 0.5, 0.5),
+            std=(0.5, 0.5, 0.5),
             classes=None,
             avoid=(),
             splits={"train": split},
