@@ -43,6 +43,8 @@ TURNS = {  # by EXIF's orientation, as in PIL's exif_transpose
     8: Image.Transpose.ROTATE_90,
 }
 TAGS = {"exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"}  # where PIL finds the orientation, with TIFF's own
+LEVELS = np.arange(256) / 255  # pixels in 0..1
+SQUARES = np.square(LEVELS)
 SIXTEEN_BITS = ("I;16", "I;16B", "I;16L", "I;16N")
 
 
@@ -135,8 +137,7 @@ def channel_moments(image: Image.Image) -> np.ndarray:
     """Return the means of the three channels and of their squares as (2, 3), pixels in 0..1."""
     rgb = image if image.mode == "RGB" else image.convert("RGB")  # convert would copy
     counts = np.array(rgb.histogram(), dtype=np.float64).reshape(3, 256)
-    levels = np.arange(256) / 255
-    return np.stack([counts @ levels, counts @ np.square(levels)]) / (image.width * image.height)
+    return np.array([counts @ LEVELS, counts @ SQUARES]) / (image.width * image.height)
 
 
 def _prepare(content: bytes | Image.Image, max_side: int | None) -> Encoded:
