@@ -61,6 +61,7 @@ class Split(Strict):
     shards: tuple[Shard, ...]
     rejected: tuple[Rejected, ...]
     unread: dict[str, int] = Field(default_factory=dict)  # pictures of other formats, by extension
+    reduced: int = 0  # images that `max_side` made smaller
 
     @model_validator(mode="after")
     def _add_up(self) -> "Split":
@@ -100,11 +101,12 @@ class Manifest(Strict):
         return manifest
 
     def content(self) -> dict[str, Any]:
-        """Return the content of the file: all fields and their sha256, without `unread` where it is empty."""
+        """Return the content of the file: all fields and their sha256, without `unread` and `reduced` if empty."""
         fields = self.model_dump(mode="json")
         for split in fields["splits"].values():
-            if not split["unread"]:
-                del split["unread"]
+            for key in ("unread", "reduced"):
+                if not split[key]:
+                    del split[key]
         return {**fields, "sha256": digest(canonical(fields))}
 
     @property

@@ -265,11 +265,18 @@ def _cost(
     if steps is not None:
         images = steps * training.epochs * training.batch_size
         lines.append(f"the whole run: {_si(walked.step * images, 'FLOP')} for {_si(images)} images")
-    memory = forecast.memory(method, subject.views, training, walked, num_images)
+    decoded = None
+    if subject.manifest is not None:
+        decoded = forecast.decoded_pixels(subject.manifest, subject.resolved.dataset.split)
+        lines.append(
+            f"stored images: {_si(decoded.mean(), 'pixels')} on average, {_si(decoded.max(), 'pixels')} at most; "
+            f"`max_side` in {subject.card.name}'s card reduces them"
+        )
+    memory = forecast.memory(method, subject.views, training, walked, num_images, decoded)
     parts = ", ".join(f"{part} {_si(number, 'B')}" for part, number in memory.items())
     lines.append(f"memory per process, roughly: {_si(sum(memory.values()), 'B')} ({parts})")
     if steps is None:
-        lines.append(f"(computed for {num_images} images)")
+        lines.append(f"(computed for {num_images} images, without decoded images: their sizes are not known yet)")
     return lines
 
 

@@ -3,17 +3,20 @@
 import contextlib
 import io
 import math
-from collections.abc import Iterator
-from typing import Any, NamedTuple, cast
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any, BinaryIO, NamedTuple, cast
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ssl_core.blocks.schedules import forward_batch_size
 from ssl_core.config import Experiment, Training
 from ssl_core.data.loader import SHUFFLE_BUFFER, Batch, Loader
-from ssl_core.data.shards import Manifest
+from ssl_core.data.shards import Manifest, read_index
 from ssl_core.data.views import Views
 from ssl_core.methods.base import Method, Progress, method_class
 from ssl_core.networks.backbones import Network, build_backbone, check_image_size
@@ -27,6 +30,9 @@ TIMED_FLOP = 5e11  # limit per processor core for all timed steps, about ten sec
 OPTIMIZER_STATES = {"sgd": 1, "lars": 1, "adamw": 2}  # numbers per trained parameter
 LIBRARIES = 0.9e9  # bytes of a process after importing torch and DALI, measured on a processor
 BUFFERED, INDEXED = 900, 450  # bytes per image in the shuffle buffer, and per image of an index
+SAMPLED = 1000  # about as many images of a split give the sizes of decoded images
+HEADER = 2**16  # bytes of a file that nearly always contain the size of the image
+BATCHES = 1000  # random batches, of which the largest counts
 
 
 class Walk(NamedTuple):
@@ -103,12 +109,37 @@ def walk(method: Method, views: Views, training: Training) -> Walk:
     return Walk(backbone, counter.get_total_flops() / images, sum(kept.values()) / images)
 
 
-def memory(method: Method, views: Views, training: Training, walked: Walk, num_images: int) -> dict[str, float]:
-    """Estimate the bytes of one process by their use. A rough sum: allocators and kernels need more."""
+def decoded_pixels(manifest: Manifest, split: str) -> np.ndarray:
+    """Return the numbers of pixels of some images of a split, evenly spread over its shards, from their headers."""
+    stride = math.ceil(manifest.split(split).images / SAMPLED)
+    pixels = []
+    for path in manifest.tars(split):
+        with open(path, "rb") as tar:
+            pixels += [_num_pixels(tar, fields) for fields in read_index(path)[::stride]]
+    return np.array(pixels)
+
+
+def _num_pixels(tar: BinaryIO, fields: Sequence[str]) -> int:
+    """Return the number of pixels of the image in a sample; `fields` is the sample's line of the index."""
+    offset, size = int(fields[1]), int(fields[2])
+    try:
+        image = Image.open(io.BytesIO(os.pread(tar.fileno(), HEADER, offset)))
+    except OSError:  # metadata of more than HEADER bytes come first
+        image = Image.open(io.BytesIO(os.pread(tar.fileno(), size, offset)))
+    return image.width * image.height
+
+
+def memory(
+    method: Method, views: Views, training: Training, walked: Walk, num_images: int, decoded: np.ndarray | None = None
+) -> dict[str, float]:
+    """Estimate the bytes of one process by their use. A rough sum: allocators and kernels need more.
+
+    `decoded` has pixels of some images; without it the decoded images are left out.
+    """
     batch = forward_batch_size(training)
     trained = 4 * count(method, trained=True)
     pixels = sum(view.count * 3 * view.size**2 for view in views.values())
-    return {
+    sums = {
         "weights and memory": sum(tensor.nbytes for tensor in (*method.parameters(), *method.buffers())),
         "gradients and optimizer": trained * (1 + OPTIMIZER_STATES[training.optimizer]),
         "activations": walked.activations * batch,
@@ -116,6 +147,15 @@ def memory(method: Method, views: Views, training: Training, walked: Walk, num_i
         "shuffle buffer": BUFFERED * min(num_images / training.gpus, SHUFFLE_BUFFER) + INDEXED * num_images,
         "libraries": LIBRARIES,
     }
+    if decoded is not None:
+        sums["decoded images"] = 3.0 * largest_batch(decoded, batch)
+    return sums
+
+
+def largest_batch(pixels: np.ndarray, batch: int) -> int:
+    """Return the pixels of the largest of many random batches: DALI decodes a whole batch before it crops."""
+    generator = np.random.default_rng(0)
+    return max(int(generator.choice(pixels, batch).sum()) for _ in range(BATCHES))
 
 
 def count(module: nn.Module, *, trained: bool = False) -> int:

@@ -185,6 +185,40 @@ def test_a_center_crop_is_torchvisions(
         assert difference(found[number], transform(image)) < 1.0, sides[number]
 
 
+def center_cropped(image: np.ndarray, interpolation: Any) -> list[np.ndarray]:
+    """Return the center crop of an image, the same without a region, and the sides of the region."""
+    view = View(size=32, crop="center", resize=36, interpolation=interpolation)
+    graph: Any = pipeline_def
+
+    @graph(batch_size=1, num_threads=1, device_id=None, prefetch_queue_depth=1)
+    def both() -> Any:
+        picture: Any = fn.external_source(source=lambda: [image], layout="HWC")
+        whole: Any = fn.resize(picture, resize_shorter=36, interp_type=pipeline.INTERPOLATION[interpolation])
+        start, end = pipeline._middle(picture)
+        return pipeline._crop(picture, view, 0), fn.crop(whole, crop=(32, 32)), end - start
+
+    return [np.array(output.at(0)) for output in both().run()]
+
+
+@pytest.mark.parametrize("interpolation", ["linear", "cubic"])
+@pytest.mark.parametrize(("width", "height"), [(64, 48), (333, 127), (7, 9), (10, 80), (999, 125)])
+def test_images_that_are_not_narrow_are_cropped_as_without_a_region(
+    width: int, height: int, interpolation: Any
+) -> None:
+    with_region, without, sides = center_cropped(np.asarray(_smooth(width, height)), interpolation)
+    np.testing.assert_array_equal(with_region, without)
+    assert sides.tolist() == [height, width]
+
+
+@pytest.mark.parametrize(("width", "height"), [(6000, 20), (9, 3001)])
+def test_only_the_middle_of_a_strip_is_enlarged(width: int, height: int) -> None:
+    strip = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    strip[:, :, 0] = np.linspace(0, 255, max(width, height)).reshape((1, -1) if width > height else (-1, 1))
+    with_region, without, sides = center_cropped(strip, "linear")
+    assert sorted(sides.tolist()) == [min(width, height), 8 * min(width, height)]
+    assert np.abs(with_region.astype(int) - without).mean() < 3  # they begin at other fractions of a pixel
+
+
 def test_random_crops_have_torchvisions_areas_and_ratios(tmp_path: Path, make_shards: Callable[..., Manifest]) -> None:
     count, side = 1000, 128
     ramp = np.arange(side, dtype=np.uint8) * 2

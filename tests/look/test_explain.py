@@ -13,6 +13,7 @@ from PIL import Image
 
 from ssl_core import cli
 from ssl_core.config import Backbone, Training
+from ssl_core.data.shards import Manifest, Split, new_shard
 from ssl_core.experiments import overlays
 from ssl_core.look import doctor, forecast
 from ssl_core.methods.base import resolve
@@ -112,6 +113,40 @@ def test_it_counts_images_steps_and_batches(explained: str) -> None:
     assert "effective learning rate: 0.001875 = 0.06 x 8 / 256, sgd" in explained
     assert "seen by teacher" in explained
     assert "tiny's card switches off flip" in explained
+
+
+def test_it_counts_the_decoded_images_of_a_batch(explained: str) -> None:
+    assert "stored images: 256 pixels on average, 256 pixels at most" in explained
+    assert "decoded images 6.14 kB" in explained.replace("\n#      ", "")  # 3 bytes x 256 pixels x 8 images
+
+
+def test_sizes_of_decoded_images_are_read_from_their_headers(tmp_path: Path) -> None:
+    with new_shard(tmp_path / "train-000000.tar") as writer:
+        for number, side in enumerate((20, 50)):
+            file = io.BytesIO()
+            Image.new("RGB", (side, 10)).save(file, "JPEG", icc_profile=bytes(100_000))  # a long header
+            writer.add(number, "jpg", file.getvalue(), 0)
+        shard = writer.close()
+    split = Split(images=2, labelled=True, bytes=shard.bytes, class_counts=None, shards=(shard,), rejected=())
+    (tmp_path / "manifest.json").write_text(
+        Manifest(
+            dataset="tiny",
+            image_size=8,
+            mean=(0.5, 0.5, 0.5),
+            std=(0.5, 0.5, 0.5),
+            classes=None,
+            avoid=(),
+            splits={"train": split},
+        ).model_dump_json()
+    )
+    manifest = Manifest.load(tmp_path / "manifest.json")
+    assert forecast.decoded_pixels(manifest, "train").tolist() == [200, 500]
+
+
+def test_decoded_images_of_a_batch_vary_with_its_images() -> None:
+    assert forecast.largest_batch(np.array([100]), 8) == 800
+    photographs = np.array([10**7] + [10**5] * 99)
+    assert 2e7 < forecast.largest_batch(photographs, 32) < 9e7  # some of 32 are the large one, never all
 
 
 def test_ten_steps_are_timed_if_there_are_shards(run_command: RunCommand) -> None:
