@@ -1,6 +1,7 @@
 """Snakemake from a server that has imported it and forks a process per command, which saves two seconds per command."""
 
 import atexit
+import faulthandler
 import importlib
 import json
 import os
@@ -14,6 +15,7 @@ from typing import Any
 # What a run imports. The package is not among it, since each project may have a copy of its own.
 IMPORTED = ("snakemake.cli", "snakemake.assets", "snakemake.report.html_reporter", "snakemake.storage", "docutils.core")
 IMPORTED += ("docutils.parsers.rst.directives", "jinja2", "jsonschema", "numpy", "pydantic", "requests", "tabulate")
+STALLED_SECONDS = 200  # then a run prints the stacks of its threads and ends
 
 
 def run_snakemake(folder: Path, *arguments: str, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
@@ -61,6 +63,7 @@ def _become(command: dict[str, Any]) -> None:
     os.dup2(nothing, 0)
     for number, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(Path(command["scratch"], name), os.O_WRONLY | os.O_CREAT), number)
+    faulthandler.dump_traceback_later(STALLED_SECONDS, exit=True)
     from snakemake.cli import main
 
     main(command["arguments"])

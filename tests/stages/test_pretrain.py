@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from torch.distributed.elastic.rendezvous import RendezvousTimeoutError
 
 from ssl_core.config import Backbone, Dataset, Subset
 from ssl_core.data.loader import draw_subset
@@ -132,6 +133,21 @@ def test_the_model_holds_teacher_and_queue_too(finished):
         assert {"queue.rows", "queue.position", "projector.0.weight", "teacher.0.features.0.0.weight"} <= set(
             file.keys()
         )
+
+
+def test_processes_that_do_not_meet_on_the_loopback_address_give_one_line(manifest, tmp_path, monkeypatch):
+    def launch(config, _work):
+        assert (config.rdzv_endpoint, config.local_addr) == ("127.0.0.1:0", "127.0.0.1")
+        assert config.rdzv_configs["join_timeout"] == pretrain.START_SECONDS
+
+        def start(*_):
+            raise RendezvousTimeoutError
+
+        return start
+
+    monkeypatch.setattr(pretrain, "elastic_launch", launch)
+    with pytest.raises(ValueError, match=r"2 processes of training.gpus did not meet on 127\.0\.0\.1"):
+        run(manifest, tmp_path, spec(training={"gpus": 2}))
 
 
 def test_two_processes_train_from_the_same_recipe(manifest, tmp_path):

@@ -42,6 +42,10 @@ os.environ.update(PATH=os.pathsep.join([*os.get_exec_path(), str(Path(sys.execut
 # Stages end with this process, also after a kill -9, so that none is left beside those of the next run.
 processes.announce_workflow()
 
+# After a kill the same command continues: without `--unlock` and without `--rerun-incomplete`.
+processes.remove_stale_locks(Path(".snakemake"))
+workflow.dag_settings.force_incomplete = True
+
 
 # Snakemake before 9.17 reserves no cores and no GPU for a job that is the only one ready, yet releases them at its end:
 # after the first sharding it would start twice as many jobs as fit (docs/decisions, 8).
