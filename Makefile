@@ -20,11 +20,11 @@ export MLFLOW_DISABLE_TELEMETRY := true
 .SUFFIXES:
 
 all: $(INSTALLED)
-	snakemake --rerun-incomplete --cores $(CORES) $(ARGS)
+	snakemake --cores $(CORES) $(ARGS)
 
 # Always runs Snakemake, which decides which files are out of date.
 results/% shards/%: $(INSTALLED) FORCE
-	snakemake --rerun-incomplete --cores $(CORES) $@ $(ARGS)
+	snakemake --cores $(CORES) $@ $(ARGS)
 
 FORCE:
 Makefile pyproject.toml requirements.lock: ;

@@ -158,6 +158,7 @@ def test_two_processes_train_from_the_same_recipe(manifest, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
+        ({"training": {"batch_size": 1}}, "batch_size gives one image per forward pass, .* use at least two images"),
         ({"training": {"batch_size": 256}}, "a batch of 256 images .* is larger than demo/train with 96"),
         ({"training": {"batch_size": 31, "accumulation": 2}}, "batch_size 31 is the global batch and must be"),
         ({"training": {"warmup_epochs": 9}}, "warmup_epochs 9 must be below training.epochs 4"),

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import yaml
+from snakemake.dag import DAG
 from snakemake.persistence import Persistence
 from snakemake.scheduling.job_scheduler import JobScheduler
 
@@ -42,9 +43,16 @@ os.environ.update(PATH=os.pathsep.join([*os.get_exec_path(), str(Path(sys.execut
 # Stages end with this process, also after a kill -9, so that none is left beside those of the next run.
 processes.announce_workflow()
 
-# After a kill the same command continues: without `--unlock` and without `--rerun-incomplete`.
+# After a kill the same command continues: without `--unlock` and, below, without `--rerun-incomplete`.
 processes.remove_stale_locks(Path(".snakemake"))
-workflow.dag_settings.force_incomplete = True
+
+
+async def make_incomplete_files_again(self):
+    if not self.ignore_incomplete:
+        self.forcefiles.update(await self.incomplete_files())
+
+
+DAG.check_incomplete = make_incomplete_files_again
 
 
 # Snakemake before 9.17 reserves no cores and no GPU for a job that is the only one ready, yet releases them at its end:
