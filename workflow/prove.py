@@ -1,4 +1,4 @@
-"""Prove that edited code gives the same bytes as before, and record it, so that nobody's results run again.
+"""Prove that edited code gives the same bytes as before, and record it, so that no results are computed again.
 
 `make prove BASE=<revision>` compares the working tree with a git revision. For each method, each protocol and the
 sharding whose code digest differs, a few steps are run with both on the demonstration, on one thread. Where all bytes

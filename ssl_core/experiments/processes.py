@@ -147,13 +147,15 @@ def remove_stale_locks(folder: Path) -> None:
         descriptor = os.open(folder / "workflows.lock", flags, 0o644)  # open until this process ends
         with suppress(BlockingIOError):  # another workflow runs
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            stale = list((folder / "locks").glob("*.lock")) if os.pread(descriptor, 1 << 16, 0) == host else []
-            for lock in stale:
-                lock.unlink()
-            if stale:
+            locks = list((folder / "locks").glob("*.lock"))
+            if locks and os.pread(descriptor, 1 << 16, 0) == host:
+                for lock in locks:
+                    lock.unlink()
                 print("removed the locks of a workflow that was killed", file=sys.stderr, flush=True)
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, host, 0)
+                locks = []
+            if not locks:  # others belong to another host
+                os.ftruncate(descriptor, 0)
+                os.pwrite(descriptor, host, 0)
         fcntl.flock(descriptor, fcntl.LOCK_SH)
 
 
@@ -178,7 +180,7 @@ def report_bus_error(check: Callable[[], object]) -> None:
     system_signal.argtypes, system_signal.restype = [ctypes.c_int, SignalHandler], ctypes.c_void_p
 
     def report(_number: int) -> None:
-        reason = "check the disk and run again"
+        reason = "all shards are whole; look for a changed file of weights or a failing disk"
         try:
             check()
         except ValueError as error:
