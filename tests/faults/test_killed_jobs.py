@@ -69,7 +69,7 @@ def undisturbed(root: Path, bare: Path, tmp_path_factory: pytest.TempPathFactory
     stage.parent.mkdir()
     stage.write_text(f'#!/bin/sh\nexec {sys.executable} {Path(__file__).with_name("killing_stage.py")} "$@"\n')
     stage.chmod(0o755)
-    finish(folder, "--cores", "2", *TARGETS.values())
+    finish(folder, *TARGETS.values())
     return folder
 
 
@@ -81,10 +81,10 @@ def test_the_same_command_completes_a_job_of_which_a_process_was_killed(
     remove(folder, target, *OUTPUTS.get(rule, []))
     others = times(folder)
     (folder / "kill.json").write_text(json.dumps({"victim": victim, "file": file}))
-    process = start(folder, "--cores", "2", target)
+    process = start(folder, target)
     assert process.wait(timeout=300) == (-signal.SIGKILL if victim == "workflow" else 1)
     assert not (folder / "kill.json").exists()
-    finish(folder, "--cores", "2", target)  # at once, while the stage of a killed workflow ends
+    finish(folder, target)  # at once, while the stage of a killed workflow ends
     process.communicate()
     assert not (folder / "twice.txt").exists()
     assert others.items() <= times(folder).items()

@@ -1,5 +1,6 @@
 # The checked configuration, and the functions that rules take inputs and parameters from. Torch-free, so that a dry run
 # is quick.
+import atexit
 import json
 import os
 import re
@@ -165,9 +166,10 @@ SWEEPS = CONFIG.get("sweeps") or {}
 GPU = int(shutil.which("nvidia-smi") is not None)
 
 
+# The last lines of a failed run: at exit, since Snakemake prints more after this hook.
 onerror:
     logs = [log] if isinstance(log, str) else log
-    print(failures.summary(map(Path, logs)), file=sys.stderr)
+    atexit.register(print, failures.summary(map(Path, logs)), file=sys.stderr)
 
 
 wildcard_constraints:
