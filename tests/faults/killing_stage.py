@@ -12,6 +12,7 @@ import sys
 from itertools import count
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from ssl_core import cli
 from ssl_core.experiments import processes
@@ -43,8 +44,7 @@ def main() -> None:
         kill_at(next(numbers))
         rename(*arguments)
 
-    os.replace = replace
-    with open(f".{sys.argv[1]}.running", "w") as running:
+    with open(f".{sys.argv[1]}.running", "w") as running, mock.patch("os.replace", replace):
         try:
             fcntl.flock(running, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

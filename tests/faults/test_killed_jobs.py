@@ -67,7 +67,9 @@ def undisturbed(root: Path, bare: Path, tmp_path_factory: pytest.TempPathFactory
     )
     stage = folder / "bin" / "ssl-core"
     stage.parent.mkdir()
-    stage.write_text(f'#!/bin/sh\nexec {sys.executable} {Path(__file__).with_name("killing_stage.py")} "$@"\n')
+    script = Path(__file__).with_name("killing_stage.py")
+    # Without `exec`, so that there is a shell between Snakemake and the stage with any version of bash.
+    stage.write_text(f'#!/bin/sh\n{sys.executable} {script} "$@"\nexit $?\n')
     stage.chmod(0o755)
     finish(folder, *TARGETS.values())
     return folder
