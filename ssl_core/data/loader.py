@@ -75,6 +75,7 @@ class Loader:
         # DALI's decoder may crash on a damaged image, so shards are hashed first if that is quick.
         verify(manifest, dataset.split, deep=split.bytes <= HASHED_BYTES)
         tars, indices = manifest.tars(dataset.split), manifest.indices(dataset.split)
+        self._verify = functools.partial(verify, manifest, dataset.split)
         self.num_images = split.images
         self._remove_folder: Callable[[], Any] = lambda: None
         self._position: Tensor | None = None  # dataset index -> position in the sorted subset
@@ -209,6 +210,7 @@ class Loader:
             return self._pipeline.run()
         except RuntimeError as error:
             self._stop()
+            self._verify()  # a tar that changed since the start
             raise _data_error(error, [Path(tar) for tar in self._plan.tars]) from error
 
     def _skip(self, runs: int) -> None:

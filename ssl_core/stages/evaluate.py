@@ -9,10 +9,11 @@ import numpy as np
 import torch
 
 from ssl_core.config import parse
-from ssl_core.data.shards import Manifest
+from ssl_core.data.shards import Manifest, verify
 from ssl_core.evaluations import base
 from ssl_core.evaluations.base import Outcome
 from ssl_core.evaluations.parts.features import PIXEL_SIDE, count_images, gather_subjects, pixel_side
+from ssl_core.experiments.processes import report_bus_error
 from ssl_core.files import write_bytes, write_json
 from ssl_core.networks.backbones import load_backbone
 from ssl_core.provenance import canonical, digest, file_digest, hardware, versions
@@ -44,6 +45,7 @@ def run(
     protocol = base.load(spec, f"evaluations.{evaluation}")
     config = parse(protocol.Config, spec, f"evaluations.{evaluation}")
     shards = Manifest.load(manifest)
+    report_bus_error(lambda: [verify(shards, split) for split in shards.splits])
     network, header = load_backbone(backbone)
     # A split that is missing is reported by the protocol's checks.
     num_train = count_images(shards, config.dataset) if config.dataset.split in shards.splits else 0

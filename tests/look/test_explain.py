@@ -218,3 +218,12 @@ def test_the_doctor_reports_what_works_and_what_fails(
     monkeypatch.setattr("sys.executable", "/bin/false")  # DALI is tried in a process of its own
     assert not doctor.examine()
     assert any(line.startswith("fails    DALI") for line in capsys.readouterr().out.splitlines())
+
+
+@pytest.mark.parametrize("address", ["http://me:secret@127.0.0.1:9", "postgresql://me:secret@host/mlflow"])
+def test_the_doctor_prints_no_password(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SSL_TRACKING", "")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+    (finding,) = doctor._database()
+    assert finding.message.startswith(f"{address.partition(':')[0]}://***@")
+    assert "secret" not in finding.message
