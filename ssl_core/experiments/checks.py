@@ -227,7 +227,8 @@ def _check_reported(config: Config) -> None:
     for name, entry in (config.get("reported") or {}).items():
         if name not in names:
             raise ValueError(f"reported.{name}: there is no experiment '{name}'{nearest(name, names)}")
-        for evaluation in entry["results"]:
-            if evaluation not in evaluations:
-                place = f"reported.{name}.results.{evaluation}"
+        for key in entry["results"]:
+            evaluation = key.partition(".")[0]  # the rest is a metric
+            if key not in evaluations and evaluation not in evaluations:
+                place = f"reported.{name}.results.{key}"
                 raise ValueError(f"{place}: there is no such evaluation{nearest(evaluation, evaluations)}")

@@ -75,7 +75,11 @@ _SSLIGHT = {**SSLIGHT_TRAINING, "learning_rate": 0.48}
 
 PRESETS = {
     # Not from a paper: views and momentum as in solo-learn on CIFAR, the rest as in SSLight with a small batch.
-    "small": Preset(method={}, training={**_SSLIGHT, "batch_size": 256}),
+    "small": Preset(
+        method={}, training={**_SSLIGHT, "batch_size": 256},
+        source="chosen here: solo-learn's views and momentum, SSLight's optimisation (docs/sources.md#dino)",
+        networks="convolutional",
+    ),
     "official": Preset(  # the repository's ResNet-50 command, completed by its defaults
         method={
             **_LARGE, **SIX_LOCALS, "num_locals": 8, "num_outputs": 65536, "head_batchnorm": False, "freeze": 0.01,
@@ -85,9 +89,17 @@ PRESETS = {
             "optimizer": "sgd", "learning_rate": 0.03, "minimum_learning_rate": 1e-6, "weight_decay": 1e-4,
             "batch_size": 512, "epochs": 100, "warmup_epochs": 10, "decay_exclusion": "norm_bias",
         },
+        source="DINO's code, command for ResNet-50 (docs/sources.md#dino)", networks="convolutional",
     ),
-    "sslight_baseline": Preset(method={**_LARGE, **SIX_LOCALS}, training=_SSLIGHT),
-    "sslight": Preset(method={**_LARGE, **SSLIGHT}, training=_SSLIGHT),
+    "sslight_baseline": Preset(
+        method={**_LARGE, **SIX_LOCALS}, training=_SSLIGHT,
+        source="SSLight's code without its view sampling, convolutional networks (docs/sources.md#sslight)",
+        networks="convolutional",
+    ),
+    "sslight": Preset(
+        method={**_LARGE, **SSLIGHT}, training=_SSLIGHT,
+        source="SSLight's code, convolutional networks (docs/sources.md#sslight)", networks="convolutional",
+    ),
 }  # fmt: skip
 
 

@@ -65,7 +65,7 @@ def _values(row: Row, parameters: Sequence[str], columns: Sequence[Column]) -> l
 
 
 def _columns(rows: Sequence[Row], all_rows: Sequence[Row], group: str, has_seeds: bool) -> list[Column]:
-    """Return a group's columns: all metrics of the backbone, headline first, then the baselines, then reported."""
+    """Return a group's columns: all metrics of the backbone, headline first, then the baselines, then reported ones."""
     main = headlines(rows, group)[0]
     metrics = _metrics(rows, group)
     metrics.sort(key=lambda metric: (metric != main, metric))
@@ -75,8 +75,9 @@ def _columns(rows: Sequence[Row], all_rows: Sequence[Row], group: str, has_seeds
         columns.append(Column(group, source, metric, ""))
         if has_seeds:
             columns.append(Column(group, source, metric, "sd"))
-    if any(row.claim(group) is not None for row in all_rows):
-        columns.append(Column(group, "reported", main, ""))
+    for metric in metrics:
+        if any(row.claim(group, metric) is not None for row in all_rows):
+            columns.append(Column(group, "reported", metric, ""))
     return columns
 
 
@@ -91,7 +92,7 @@ def _metrics(rows: Sequence[Row], group: str) -> list[str]:
 
 def _number(row: Row, column: Column) -> float | None:
     if column.source == "reported":
-        return row.claim(column.group)
+        return row.claim(column.group, column.metric)
     summary = row.summary(column.group, column.source, column.metric)
     if summary is None:
         return None

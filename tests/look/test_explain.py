@@ -17,6 +17,7 @@ from ssl_core.experiments import overlays
 from ssl_core.look import doctor, forecast
 from ssl_core.methods.base import resolve
 from ssl_core.networks.backbones import build_backbone
+from ssl_core.training.memory import count, estimate
 
 RunCommand = Callable[..., str]
 
@@ -89,8 +90,8 @@ def test_the_settings_are_yaml_that_resolves_to_the_same_experiment(explained: s
         ("queue_size: 16", "config.yaml"),
         ("epochs: 3", "mine.yaml"),
         ("solarize: 0.0", "mine.yaml (simclr)"),
-        ("student_temperature: 0.1", "paper default (preset small)"),
-        ("learning_rate: 0.06", "paper default (preset small)"),
+        ("student_temperature: 0.1", "preset small"),
+        ("learning_rate: 0.06", "preset small"),
         ("gradient_clip: null", "default"),
     ],
 )
@@ -160,14 +161,15 @@ def test_a_step_costs_its_forward_and_backward_passes(project: Path, monkeypatch
 
     monkeypatch.chdir(project)
     subject = find_subject(overlays.load_configuration([]).experiment("first"))
-    method = forecast.build(subject.resolved, 16, subject.views, num_images=20, batch_size=8)
+    method = forecast.build(subject.resolved, 16, subject.views, num_images=20)
     walked = forecast.walk(method, subject.views, subject.resolved.training)
     # A student's pass forward and, about twice that, backward, and a teacher's; heads come on top.
     assert 3.7 < walked.step / walked.backbone < 4.5
-    memory = forecast.memory(method, subject.views, subject.resolved.training, walked, 20)
-    assert memory["gradients and optimizer"] == 2 * 4 * forecast.count(method, trained=True)
-    adamw = forecast.memory(method, subject.views, Training(optimizer="adamw", batch_size=16), walked, 20)
-    assert adamw["gradients and optimizer"] == 3 * 4 * forecast.count(method, trained=True)
+    uses = {"activations": walked.activations, "num_images": 20}
+    memory = estimate(method, subject.views, subject.resolved.training, **uses)
+    assert memory["gradients and optimizer"] == 2 * 4 * count(method, trained=True)
+    adamw = estimate(method, subject.views, Training(optimizer="adamw", batch_size=16), **uses)
+    assert adamw["gradients and optimizer"] == 3 * 4 * count(method, trained=True)
     assert adamw["activations"] == 2 * memory["activations"]
 
 
