@@ -2,11 +2,12 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from fractions import Fraction
 from functools import cache
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -76,6 +77,92 @@ def test_a_recipe_reports_numbers_for_every_experiment(published):
     for name, reported in configuration["reported"].items():
         for run in seeds.get(name, [name]):
             assert resolve(experiments[run]).training.epochs == reported["epochs"], run
+
+
+# The papers' own rows, in tests/papers/<paper>.yaml: a list of tables. `all` has the settings of each row, `rows` is a CSV
+# whose columns are further settings, by their path, or results. A table with `across`
+# is wide: its last columns are values of that setting, with numbers of one `result`. Empty cells state nothing.
+PAPERS = sorted((ROOT / "tests" / "papers").glob("*.yaml"))
+SECTIONS = ("dataset.", "backbone.", "method.", "training.", "views.")
+
+
+class PaperRow(NamedTuple):
+    settings: Mapping[str, Any]
+    results: Mapping[str, float]
+
+
+def cell(text: str) -> Any:
+    """Parse a cell of a table: YAML, with semicolons inside lists, and fractions."""
+    if re.fullmatch(r"\d+/\d+", text):
+        return float(Fraction(text))
+    return yaml.safe_load(text.replace(";", ","))
+
+
+@cache
+def paper_rows(path: Path) -> list[PaperRow]:
+    rows = []
+    for table in yaml.safe_load(path.read_text()):
+        lines = [[part.strip() for part in line.split(",")] for line in table["rows"].splitlines()]
+        for values in lines[1:]:
+            named = {name: cell(text) for name, text in zip(lines[0], values, strict=True) if text}
+            settings = {name: value for name, value in named.items() if name.startswith(SECTIONS)}
+            settings = {**table["all"], **settings}
+            numbers = {name: value for name, value in named.items() if name not in settings}
+            if "across" not in table:
+                rows.append(PaperRow(settings, numbers))
+                continue
+            for name, number in numbers.items():
+                rows.append(PaperRow({**settings, table["across"]: cell(name)}, {table["result"]: number}))
+    return rows
+
+
+def flat(section: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the settings of nested sections by their path."""
+    yield name.removeprefix("."), section
+    if isinstance(section, Mapping):
+        for key, value in section.items():
+            yield from flat(value, f"{name}.{key}")
+
+
+@cache
+def published_experiments(paper: str) -> dict[str, tuple[Mapping[str, Any], Mapping[str, float]]]:
+    """Return resolved settings and reported numbers of each experiment of a paper's recipes."""
+    experiments = {}
+    for path in [path for path in PUBLISHED if path.stem.startswith(paper) and not path.stem.endswith("_short")]:
+        configuration = laid_over(path)
+        for name, spec in sweeps.experiments(configuration).items():
+            resolved = resolve(spec)
+            card = load_card(ROOT / "datasets" / f"{resolved.dataset.name}.yaml")
+            views = views_of(resolved, card.image_size, avoid=card.avoid)
+            settings = dict(flat(resolved.model_dump(mode="json", serialize_as_any=True)))
+            settings |= flat({"views": {group: view.model_dump(mode="json") for group, view in views.items()}})
+            reported = configuration["reported"].get(name, {}).get("results", {})
+            experiments[f"{path.stem}:{name}"] = (settings, reported)
+    return experiments
+
+
+def is_row_of(settings: Mapping[str, Any], row: PaperRow) -> bool:
+    return all(settings.get(name) == expected for name, expected in row.settings.items())
+
+
+@pytest.mark.parametrize("path", PAPERS, ids=lambda path: path.stem)
+def test_each_reported_number_is_the_papers_for_these_settings(path):
+    rows = paper_rows(path)
+    for label, (settings, reported) in published_experiments(path.stem).items():
+        matching = [row for row in rows if is_row_of(settings, row)]
+        for name, number in reported.items():
+            printed = {row.results[name] for row in matching if name in row.results}
+            assert number in printed, f"{label}: {name} {number}, the paper's rows of these settings have {printed}"
+
+
+@pytest.mark.parametrize("path", PAPERS, ids=lambda path: path.stem)
+def test_each_number_of_a_papers_tables_has_its_experiment(path):
+    experiments = published_experiments(path.stem)
+    for row in paper_rows(path):
+        matching = {label: reported for label, (settings, reported) in experiments.items() if is_row_of(settings, row)}
+        assert matching, f"no experiment has the settings of {row}"
+        for name in row.results:
+            assert any(name in reported for reported in matching.values()), f"{name} of {row}: {list(matching)}"
 
 
 def test_the_commands_in_a_recipes_first_lines_name_targets_that_there_are(recipe):
