@@ -38,9 +38,7 @@ class Config(MultiCrop, MethodConfig):
     """
 
     name: Literal["dino"] = "dino"
-    preset: Literal[
-        "small", "official", "sslight_baseline", "sslight", "sslight_vit_baseline", "sslight_vit"
-    ] = "small"
+    preset: Literal["small", "official", "sslight_baseline", "sslight", "sslight_vit_baseline", "sslight_vit"] = "small"
     student_temperature: PositiveFloat = 0.1
     teacher_temperature: PositiveFloat = 0.07
     initial_teacher_temperature: PositiveFloat = 0.04
