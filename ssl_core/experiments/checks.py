@@ -228,7 +228,7 @@ def _check_reported(config: Config) -> None:
         if name not in names:
             raise ValueError(f"reported.{name}: there is no experiment '{name}'{nearest(name, names)}")
         for key in entry["results"]:
-            evaluation = key.partition(".")[0]  # the rest is a metric
-            if key not in evaluations and evaluation not in evaluations:
+            evaluation, _ = sweeps.split_claim(key, evaluations)
+            if evaluation not in evaluations:
                 place = f"reported.{name}.results.{key}"
                 raise ValueError(f"{place}: there is no such evaluation{nearest(evaluation, evaluations)}")

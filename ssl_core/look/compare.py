@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ssl_core.experiments import sweeps
-from ssl_core.report.results import Summary, headline, read_result, split_claim, summarise, value
+from ssl_core.report.results import Summary, headline, read_result, summarise, value
 
 HEADER = ("experiment", "evaluation", "reported", "measured", "difference", "protocol", "source")
 RIGHT = range(2, 5)  # columns of numbers
@@ -24,7 +24,7 @@ def run(config: Mapping[str, Any], folder: Path) -> str:
     evaluations = config.get("evaluations") or {}
     for name, entry in reported.items():
         for key, claim in entry["results"].items():
-            evaluation, metric = split_claim(key, evaluations)
+            evaluation, metric = sweeps.split_claim(key, evaluations)
             paths = [folder / run / f"{evaluation}.json" for run in runs.get(name, [name])]
             lines.append((name, key, *_numbers(claim, metric, paths), entry["source"]))
     widths = [max(len(line[column]) for line in lines) for column in range(len(HEADER))]

@@ -154,14 +154,6 @@ def headline(result: Result) -> str:
     return similar[0] if similar else "top1"
 
 
-def split_claim(key: str, evaluations: Iterable[str]) -> tuple[str, str | None]:
-    """Return the evaluation and the metric that a key of `reported.<experiment>.results` names; None: the headline."""
-    if key in evaluations:
-        return key, None
-    evaluation, _, metric = key.partition(".")
-    return evaluation, metric or None
-
-
 def group_of(result: Result) -> str:
     """Return the name of an evaluation's columns: its protocol, with its own name if that differs."""
     name, protocol = result["evaluation"], result["protocol"]
