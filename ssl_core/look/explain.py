@@ -57,7 +57,8 @@ def explain(name: str, overlays: Sequence[Path], *, timed: bool | None, threads:
     if not sections["views"]:
         del sections["views"]
     preset_name, preset = base.preset_of(resolved.method)
-    print(f"# preset {preset_name}: {preset.source}")
+    source = f"preset {preset_name}: {preset.source}"
+    print(textwrap.fill(source, WIDTH, initial_indent="# ", subsequent_indent="#     "))
     print(*_settings(sections, name, layers, _default_origin(resolved)), sep="\n")
     images = _num_images(subject)
     batch_size = resolved.training.batch_size

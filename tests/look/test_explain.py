@@ -14,7 +14,7 @@ from PIL import Image
 from ssl_core import cli
 from ssl_core.config import Backbone, Training
 from ssl_core.experiments import overlays
-from ssl_core.look import doctor, forecast
+from ssl_core.look import doctor, explain, forecast
 from ssl_core.methods.base import resolve
 from ssl_core.networks.backbones import build_backbone
 from ssl_core.training.memory import count, estimate
@@ -98,6 +98,16 @@ def test_the_settings_are_yaml_that_resolves_to_the_same_experiment(explained: s
 def test_each_value_has_its_origin(line: str, origin: str, explained: str) -> None:
     (row,) = [row for row in explained.splitlines() if row.strip().startswith(line + " ")]
     assert row.endswith(f"  # {origin}")
+
+
+def test_the_presets_source_is_printed(explained: str) -> None:
+    assert "# preset small: Zheng et al., journal version, small images (docs/sources.md#ressl)" in explained
+
+
+def test_a_batch_that_cannot_fit_names_the_settings(run_command: RunCommand, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(explain, "capacity", lambda training: 0.902e9)  # little more than the libraries
+    output = run_command("explain", "first", "--no-time").replace("\n#      ", "")
+    assert "does not fit: training.batch_size 8 needs about 1 GB per process for 8 images at once" in output
 
 
 def test_a_point_of_a_sweep_names_the_sweep_as_origin(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
