@@ -56,6 +56,8 @@ def explain(name: str, overlays: Sequence[Path], *, timed: bool | None, threads:
     sections = resolved.model_dump(mode="json", serialize_as_any=True)
     if not sections["views"]:
         del sections["views"]
+    for key in resolved.method.ineffective():
+        del sections["method"][key]
     preset_name, preset = base.preset_of(resolved.method)
     source = f"preset {preset_name}: {preset.source}"
     print(textwrap.fill(source, WIDTH, initial_indent="# ", subsequent_indent="#     "))
