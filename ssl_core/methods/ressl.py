@@ -65,7 +65,8 @@ class Config(MethodConfig):
     def ineffective(self) -> Mapping[str, str]:
         """Return the areas that the number of crops or `strong` replaces."""
         if self.strong:
-            return {"multi_smallest": f"strong: true has areas from {STRONG_SMALLEST}; change them under views"}
+            reason = f"strong: true has areas from {STRONG_SMALLEST}; change them under views"
+            return {"student_area": reason, "multi_smallest": reason}
         if self.crops == "multi":
             return {"student_area": "crops: multi has the areas of multi_smallest; set that key"}
         return {"multi_smallest": f"crops: {self.crops} has the area of student_area; set that key"}
@@ -153,7 +154,7 @@ class ReSSL(Method):
         teacher = View(size=image_size, area=(0.2, 1.0), augmentation=POLICIES["weak"], seen_by=("teacher",))
         if config.crops != "multi":
             count = {"one": 1, "two": 2}[config.crops]
-            area = (STRONG_SMALLEST, config.student_area[1]) if config.strong else config.student_area
+            area = (STRONG_SMALLEST, 1.0) if config.strong else config.student_area
             student = View(count=count, size=image_size, area=area, augmentation=augmentation)
             return {"student": student, "teacher": teacher}
         students = {

@@ -234,6 +234,7 @@ def test_an_equally_flat_teacher_warns(capsys):
     [
         ({"crops": "multi", "student_area": [0.1, 1.0]}, "student_area"),
         ({"multi_smallest": [0.1, 0.1, 0.1, 0.1, 0.1]}, "multi_smallest"),
+        ({"strong": True, "student_area": [0.1, 1.0]}, "student_area"),
     ],
 )
 def test_areas_of_other_crops_are_refused(section, key):
