@@ -100,6 +100,9 @@ class Normalisation(Strict):
     std: tuple[PositiveFloat, PositiveFloat, PositiveFloat]
 
 
+IMAGENET = Normalisation(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+
+
 class Adopted(Strict):
     """An experiment with a network trained elsewhere: it has `weights` instead of a method and its training."""
 

@@ -7,6 +7,7 @@ import os
 import sys
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -76,9 +77,7 @@ def explain(name: str, overlays: Sequence[Path], *, timed: bool | None, threads:
     _comment("Steps", _steps(resolved, images, steps))
     walked = forecast.walk(method, views, resolved.training)
     _comment("Cost", _cost(method, subject, walked, num_images, steps))
-    if timed is None:
-        timed = subject.manifest is not None
-    if timed:
+    if timed or (timed is None and subject.manifest is not None):
         _comment("Time", _time(method, subject, walked, steps, threads))
     else:
         _comment("Time", ["not measured (--time measures ten steps)"])
@@ -123,7 +122,7 @@ def _settings(sections: Mapping[str, Any], name: str, layers: Configuration, def
     previous: Keys = ()
     for where, value in leaves(sections):
         *parents, key = where
-        shared = _num_shared(previous, where)
+        shared = len([*takewhile(lambda pair: pair[0] == pair[1], zip(previous, where))])
         for depth in range(min(shared, len(parents)), len(parents)):
             yield f"{'  ' * depth}{parents[depth]}:"
         previous = where
@@ -134,14 +133,6 @@ def _settings(sections: Mapping[str, Any], name: str, layers: Configuration, def
             origin = "default" if is_partly_set else default_origin(where)
         text = f"{'  ' * len(parents)}{key}: {_value(value)}"
         yield f"{text:<{ORIGIN}}  # {origin}"
-
-
-def _num_shared(first: Keys, second: Keys) -> int:
-    """Return the number of leading keys that two paths share."""
-    shared = 0
-    while shared < min(len(first), len(second)) and first[shared] == second[shared]:
-        shared += 1
-    return shared
 
 
 def _value(value: Any) -> str:
@@ -180,11 +171,11 @@ def _augmentation(how: Augmentation) -> str:
         return "no augmentation"
     colours = ", ".join(f"{part} {getattr(how, part):g}" for part in ("brightness", "contrast", "saturation", "hue"))
     names = [name for name, policy in POLICIES.items() if policy == how]
-    parts = [f"flip {how.flip:g}"] if how.flip else []
-    parts += [f"jitter {how.jitter:g} ({colours})"] if how.jitter else []
-    parts += [f"grayscale {how.grayscale:g}"] if how.grayscale else []
-    parts += [f"blur {how.blur:g} (sigma {how.blur_sigma[0]:g}-{how.blur_sigma[1]:g} px)"] if how.blur else []
-    parts += [f"solarize {how.solarize:g}"] if how.solarize else []
+    details = {"jitter": f" ({colours})", "blur": f" (sigma {how.blur_sigma[0]:g}-{how.blur_sigma[1]:g} px)"}
+    parts = []
+    for name in ("flip", "jitter", "grayscale", "blur", "solarize"):
+        if getattr(how, name):
+            parts.append(f"{name} {getattr(how, name):g}{details.get(name, '')}")
     parts += [f"{how.randaugment} RandAugment operations"] if how.randaugment else []
     return f"{names[0]}: {', '.join(parts)}" if names else ", ".join(parts)
 

@@ -25,6 +25,7 @@ from ssl_core.config import Experiment, Strict, Training, nearest, parse
 from ssl_core.data.batch import Batch, BatchSource
 from ssl_core.data.views import Views, adjust
 from ssl_core.networks.backbones import Network, build_backbone, check_image_size
+from ssl_core.networks.batchnorm import split_batchnorm
 from ssl_core.networks.families import can_drop_paths, is_transformer
 
 Memory = dict[str, Tensor]  # tensors of one forward pass, without gradient; the keys are the method's own
@@ -78,11 +79,17 @@ class Method(nn.Module):
     undecayed: tuple[str, ...] = ()  # parameters without weight decay, for any `training.decay_exclusion`
     fixed_views: tuple[str, ...] = ()  # groups of views whose `count` the loss depends on
     order_matters: ClassVar[bool] = False  # whether the loss depends on the order of the images in a batch
-    backbone: Network  # the student's, which evaluations use
 
     def __init__(self, config: Any, backbone: Network, *, num_images: int, batch_size: int, seed: int) -> None:
         """Build heads and memory; `num_images` and the global `batch_size` limit queues and banks."""
         super().__init__()
+        self.backbone: Network = backbone  # the student's, which evaluations use
+        self.seed = seed
+
+    def split_batchnorm(self, splits: int) -> None:
+        """Give each of `splits` parts of the global batch BatchNorm statistics of its own."""
+        if splits > 1:
+            split_batchnorm(self, max(1, splits // distributed.world_size()))
 
     @staticmethod
     def views(config: Any, image_size: int) -> Views:

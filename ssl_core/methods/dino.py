@@ -5,7 +5,7 @@ views. Centring the teacher's outputs prevents a single output from dominating; 
 """
 
 from collections.abc import Sequence
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -160,7 +160,6 @@ class DINO(Method):
     def __init__(self, config: Config, backbone: Network, *, num_images: int, batch_size: int, seed: int) -> None:
         super().__init__(config, backbone, num_images=num_images, batch_size=batch_size, seed=seed)
         self.config = config
-        self.backbone: Network = backbone
         self.head = Head(backbone.num_features, config)
         self.teacher = MomentumTeacher(self.backbone, self.head, momentum=config.teacher_momentum, final_momentum=1.0)
         self.register_buffer("centre", torch.zeros(config.num_outputs))
@@ -168,19 +167,11 @@ class DINO(Method):
     @staticmethod
     def views(config: Config, image_size: int) -> Views:
         """Return two global views with different augmentations for both networks, and local views for the student."""
-
-        def global_view(augmentation: Augmentation) -> View:
-            return View(
-                size=image_size,
-                area=config.area,
-                interpolation="cubic",
-                augmentation=augmentation,
-                seen_by=("student", "teacher"),
-            )
-
+        shared: Any = {"size": image_size, "area": config.area, "interpolation": "cubic"}
+        shared["seen_by"] = ("student", "teacher")
         return {
-            "global_first": global_view(config.first_augmentation),
-            "global_second": global_view(config.second_augmentation),
+            "global_first": View(augmentation=config.first_augmentation, **shared),
+            "global_second": View(augmentation=config.second_augmentation, **shared),
             **local_views(config, image_size, config.local_augmentation, interpolation="cubic"),
         }
 

@@ -65,8 +65,7 @@ class JigClu(Method):
 
     def __init__(self, config: Config, backbone: Network, *, num_images: int, batch_size: int, seed: int) -> None:
         super().__init__(config, backbone, num_images=num_images, batch_size=batch_size, seed=seed)
-        self.config, self.seed = config, seed
-        self.backbone: Network = backbone
+        self.config = config
         width = backbone.num_features
         self.projector = mlp([width, width, config.embedding_dim], batch_norm=False)
         self.locator = nn.Linear(width, len(CORNERS))

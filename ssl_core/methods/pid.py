@@ -77,8 +77,6 @@ class PID(Method):
     def __init__(self, config: Config, backbone: Network, *, num_images: int, batch_size: int, seed: int) -> None:
         super().__init__(config, backbone, num_images=num_images, batch_size=batch_size, seed=seed)
         self.config = config
-        self.seed = seed
-        self.backbone: Network = backbone
         hidden = [config.projector_hidden] if config.head == "mlp" else []
         dim = backbone.num_features if config.head == "none" else config.embedding_dim
         self.projector = (

@@ -21,7 +21,6 @@ from ssl_core.data.batch import Batch
 from ssl_core.data.views import POLICIES, Augmentation, View, Views
 from ssl_core.methods.base import Losses, Memory, Method, MethodConfig, Preset, Progress, full_precision
 from ssl_core.networks.backbones import Network
-from ssl_core.networks.batchnorm import split_batchnorm
 from ssl_core.networks.heads import mlp
 
 
@@ -128,14 +127,11 @@ class ReSSL(Method):
                 file=sys.stderr,
             )
         self.config = config
-        self.seed = seed
         hidden, dim, norm = config.projector_hidden, config.embedding_dim, config.projector_batchnorm
-        self.backbone: Network = backbone
         self.projector = mlp([backbone.num_features, hidden, dim], batch_norm=norm)
         self.predictor = mlp([dim, hidden, dim], batch_norm=norm) if config.predictor else nn.Identity()
         self.splits = config.batchnorm_splits or (1 if config.predictor else 8)
-        if self.splits > 1:
-            split_batchnorm(self, max(1, self.splits // distributed.world_size()))
+        self.split_batchnorm(self.splits)
         self.teacher = MomentumTeacher(
             self.backbone,
             self.projector,
@@ -176,7 +172,12 @@ class ReSSL(Method):
     def _losses(self, students: list[Tensor], teacher: Tensor, progress: Progress) -> tuple[Tensor, dict[str, Tensor]]:
         queue = self.queue.rows
         alpha = min(1.0, progress.fraction / self.config.warmup) if self.config.warmup else 1.0
-        relation = torch.stack([self._relation(student, teacher, queue) for student in students]).mean()
+        temperatures = {
+            "student_temperature": self.config.student_temperature,
+            "teacher_temperature": self.config.teacher_temperature,
+        }
+        relations = [relation_loss(student, teacher, queue, **temperatures) for student in students]
+        relation = torch.stack(relations).mean()
         parts = {"relation": relation.detach()}
         total = alpha * relation
         if alpha < 1:
@@ -186,15 +187,6 @@ class ReSSL(Method):
             parts["contrast"] = contrast.detach()
             total = total + (1 - alpha) * contrast
         return total, parts
-
-    def _relation(self, student: Tensor, teacher: Tensor, queue: Tensor) -> Tensor:
-        return relation_loss(
-            student,
-            teacher,
-            queue,
-            student_temperature=self.config.student_temperature,
-            teacher_temperature=self.config.teacher_temperature,
-        )
 
     def _learn(self, view: Tensor) -> Tensor:
         embedding = self.predictor(self.projector(self.backbone(view)))

@@ -16,7 +16,6 @@ from ssl_core.data.batch import Batch
 from ssl_core.data.views import POLICIES, Augmentation, View, Views
 from ssl_core.methods.base import Losses, Method, MethodConfig, Preset, Progress, full_precision
 from ssl_core.networks.backbones import Network
-from ssl_core.networks.batchnorm import split_batchnorm
 from ssl_core.networks.heads import mlp
 
 
@@ -87,12 +86,10 @@ class SimCLR(Method):
             )
         self.config = config
         self.groups = max(1, groups // processes)  # in this process
-        self.backbone: Network = backbone
         norm = config.projector_batchnorm
         dims = [backbone.num_features, config.projector_hidden, config.embedding_dim]
         self.projector = mlp(dims, batch_norm=norm, final_batch_norm=norm)
-        if config.batchnorm_splits > 1:
-            split_batchnorm(self, max(1, config.batchnorm_splits // processes))
+        self.split_batchnorm(config.batchnorm_splits)
 
     @staticmethod
     def views(config: Config, image_size: int) -> Views:

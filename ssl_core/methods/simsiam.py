@@ -11,12 +11,10 @@ from pydantic import PositiveInt
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-from ssl_core.blocks import distributed
 from ssl_core.data.batch import Batch
 from ssl_core.data.views import POLICIES, Augmentation, View, Views
 from ssl_core.methods.base import Losses, Method, MethodConfig, Preset, Progress, full_precision
 from ssl_core.networks.backbones import Network
-from ssl_core.networks.batchnorm import split_batchnorm
 from ssl_core.networks.heads import mlp
 
 
@@ -71,7 +69,6 @@ class SimSiam(Method):
         if config.zero_initial_residual:
             _zero_residuals(backbone)
         self.constant_rate = ("predictor",) if config.constant_predictor_rate else ()
-        self.backbone: Network = backbone
         self.projector = mlp(
             [backbone.num_features, *[dim] * config.projector_layers],
             bias=False,
@@ -79,8 +76,7 @@ class SimSiam(Method):
             final_affine=False,
         )
         self.predictor = mlp([dim, config.predictor_hidden, dim], bias=False)
-        if config.batchnorm_splits > 1:
-            split_batchnorm(self, max(1, config.batchnorm_splits // distributed.world_size()))
+        self.split_batchnorm(config.batchnorm_splits)
 
     @staticmethod
     def views(config: Config, image_size: int) -> Views:

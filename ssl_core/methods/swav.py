@@ -99,7 +99,6 @@ class SwAV(Method):
     def __init__(self, config: Config, backbone: Network, *, num_images: int, batch_size: int, seed: int) -> None:
         super().__init__(config, backbone, num_images=num_images, batch_size=batch_size, seed=seed)
         self.config, self.batch_size = config, batch_size
-        self.backbone: Network = backbone
         self.projector = mlp([backbone.num_features, config.projector_hidden, config.embedding_dim])
         self.prototypes = nn.Parameter(F.normalize(torch.randn(config.num_prototypes, config.embedding_dim), dim=1))
         queues = 2 if config.queue_size else 0

@@ -189,11 +189,10 @@ def _unknown(name: str) -> str:
     """Return the error message for an unknown backbone, with the most similar names."""
     import timm
 
-    others = [f"torchvision/{other}" for other in torchvision.models.list_models(module=torchvision.models)]
-    others += [f"timm/{other}" for other in timm.list_models()]
+    names = [*backbone_names(), *(f"timm/{other}" for other in timm.list_models())]
     model = name.rpartition("/")[2]
-    same_model = [other for other in others if other.endswith(f"/{model}")]
-    nearest = same_model or difflib.get_close_matches(name, [*NAMES, *others], n=3, cutoff=0.5)
+    same_model = [other for other in names if other.endswith(f"/{model}")]
+    nearest = same_model or difflib.get_close_matches(name, names, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(nearest)}? " if nearest else ""
     return f"unknown backbone {name!r}: {hint}Use {', '.join(NAMES)}, timm/<name> or torchvision/<name>"
 

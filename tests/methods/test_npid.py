@@ -194,14 +194,15 @@ def test_gradient_update_is_the_negative_gradient_of_the_batchs_rows():
     logits = embedding @ bank.T / 0.2
     (gradient,) = torch.autograd.grad(F.cross_entropy(logits, own, reduction="sum"), bank, retain_graph=True)
     probability = F.softmax(logits, dim=1)[:, own].detach()
-    torch.testing.assert_close(gradient_update(embedding, probability), -0.2 * gradient[own], atol=1e-12, rtol=0)
+    found = gradient_update(embedding, probability, torch.eye(8))
+    torch.testing.assert_close(found, -0.2 * gradient[own], atol=1e-12, rtol=0)
 
 
 def test_gradient_update_weighs_others_by_the_class_under_them_not_by_their_own_class():
     embedding = torch.eye(2, dtype=torch.float64)
     probability = torch.tensor([[0.7, 0.1], [0.2, 0.6]], dtype=torch.float64)
     expected = torch.tensor([[1 - 0.7, -0.2], [-0.1, 1 - 0.6]], dtype=torch.float64)
-    assert torch.allclose(gradient_update(embedding, probability), expected)
+    assert torch.allclose(gradient_update(embedding, probability, torch.eye(2)), expected)
 
 
 def test_gradient_update_under_cutmix_is_the_negative_gradient_too():
@@ -210,7 +211,7 @@ def test_gradient_update_under_cutmix_is_the_negative_gradient_too():
     (gradient,) = torch.autograd.grad(4 * instance_loss_over(embedding, bank, own, temperature=0.2, mixed=mixed), bank)
     probability = F.softmax(embedding @ bank.detach().T / 0.2, dim=1)[:, own]
     label = 0.7 * torch.eye(4, dtype=torch.float64) + 0.3 * torch.eye(4, dtype=torch.float64)[mixed.partner]
-    found = gradient_update(embedding, probability, label=label)
+    found = gradient_update(embedding, probability, label)
     torch.testing.assert_close(found, -0.2 * gradient[own], atol=1e-12, rtol=0)
 
 
@@ -245,7 +246,7 @@ def test_the_methods_gradient_update_uses_the_probabilities_of_its_loss(negative
     losses = model(one, harness.START)
     logits = losses.embedding @ bank.T / 0.1
     normalizer = logits[:, candidates].logsumexp(dim=1, keepdim=True)
-    expected = gradient_update(losses.embedding, (logits[:, own] - normalizer).exp())
+    expected = gradient_update(losses.embedding, (logits[:, own] - normalizer).exp(), torch.eye(len(own)))
     harness.remember(model, losses)
     assert torch.allclose(model.bank[own], F.normalize(0.5 * bank[own] + 0.5 * expected, dim=1), atol=1e-6)
 

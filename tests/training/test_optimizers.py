@@ -56,7 +56,8 @@ def test_lars_equals_numpy(decay: float, trusted: bool):
 def test_lars_changes_neither_gradients_nor_parameters_without_gradient():
     used, unused = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
     used.grad = torch.ones(3)
-    Lars([used, unused], lr=1.0, weight_decay=0.1).step()
+    groups = [{"params": [used, unused], "weight_decay": 0.1, "trusted": True}]
+    Lars(groups, lr=1.0, momentum=0.9).step()
     assert torch.equal(used.grad, torch.ones(3))
     assert torch.equal(unused, torch.ones(3))
 
