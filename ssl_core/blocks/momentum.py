@@ -20,7 +20,7 @@ class MomentumTeacher(nn.Sequential):
         self.requires_grad_(False)
         for module in self.modules():
             if type(module).__name__ == "DropPath":  # timm's; the teacher drops no path (docs/sources.md#dino)
-                module.drop_prob = 0.0
+                setattr(module, "drop_prob", 0.0)  # noqa: B010
 
     @torch.no_grad()
     def update(self, *student: nn.Module, fraction: float) -> None:

@@ -184,8 +184,8 @@ def resolve(spec: Mapping[str, Any]) -> Experiment:
 def preset_of(method: MethodConfig) -> tuple[str, Preset]:
     """Return the name and the values of the preset that the settings of a method start from."""
     settings: Any = method
-    presets = load_method_module(settings.name).PRESETS
-    name = getattr(settings, "preset", next(iter(presets)))
+    presets: dict[str, Preset] = load_method_module(settings.name).PRESETS
+    name: str = getattr(settings, "preset", next(iter(presets)))
     return name, presets[name]
 
 

@@ -284,7 +284,7 @@ def test_the_teacher_drops_no_path():
     resolved = resolve({**VIT, "method": {**VIT["method"], "num_outputs": 64}})
     method = build_method(resolved, 64, {}, num_images=8)
     student = [layer.drop_prob for layer in method.backbone.modules() if isinstance(layer, DropPath)]
-    teacher = [layer.drop_prob for layer in method.teacher.modules() if isinstance(layer, DropPath)]
+    teacher = [layer.drop_prob for layer in method.get_submodule("teacher").modules() if isinstance(layer, DropPath)]
     assert student[-1] == pytest.approx(0.1)
     assert teacher == [0.0] * len(student)
 
