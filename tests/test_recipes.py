@@ -5,7 +5,6 @@ import re
 from collections.abc import Iterator, Mapping
 from fractions import Fraction
 from functools import cache
-from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,8 +20,8 @@ from ssl_core.evaluations import base
 from ssl_core.experiments import checks, overlays, sweeps
 from ssl_core.methods.base import load_method_module, method_class, method_names, resolve, views_of
 from ssl_core.networks.backbones import build_backbone, save_backbone, write_tensors
-from ssl_core.stages import shard
 from ssl_core.training.loop import Trainer
+from tests.markdown import braces
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -179,19 +178,8 @@ def test_the_commands_in_a_recipes_first_lines_name_targets_that_there_are(recip
         checks.check_targets(configuration, [target for words in targets for target in braces(words)])
 
 
-def braces(word: str) -> list[str]:
-    """Expand {a,b} as a shell does."""
-    parts = [part[1:-1].split(",") if part.startswith("{") else [part] for part in re.split(r"({[^}]*})", word)]
-    return ["".join(choice) for choice in product(*parts)]
-
-
 def test_the_list_of_recipes_is_complete(recipe):
     assert f"`{recipe.name}`" in (ROOT / "recipes" / "README.md").read_text()
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "datasets").glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_card_is_valid(path):
-    assert load_card(path).name == path.stem
 
 
 # Two steps of every combination of a method and its switches
@@ -233,10 +221,8 @@ def training_parameters() -> list[Any]:
 
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("shards") / "demo"
-    shard.run(ROOT / "datasets" / "demo.yaml", folder, threads=1)
-    return Manifest.load(folder / "manifest.json")
+def demo(demo):
+    return Manifest.load(demo)
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """The DALI graph against torchvision and PIL: fixed parameters, distributions, seeds, and the graph for GPUs."""
 
 import functools
-import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,8 @@ from ssl_core.data.loader import Loader
 from ssl_core.data.pipeline import Plan, apply_operation, blur_window, clsa_pool, draw_colours, draw_kernels
 from ssl_core.data.shards import Manifest
 from ssl_core.data.views import POLICIES, Augmentation, View, Views
+
+from .conftest import encode
 
 SEED = 3
 
@@ -138,7 +139,7 @@ def test_blur_has_torchvisions_kernel(
 ) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (2, size, size, 3), dtype=np.uint8)
     sharp = [Image.fromarray(image) for image in noise]
-    manifest = make_shards(tmp_path, [_png(image) for image in sharp], [0, 0])
+    manifest = make_shards(tmp_path, [encode(image) for image in sharp], [0, 0])
     found = augment(manifest, size, blur=1, blur_sigma=(1.7, 1.7))  # three sigma: 13 pixels
     expected = [tv.gaussian_blur(image, [window, window], [1.7, 1.7]) for image in stacked(sharp)]
     assert difference(found, expected) < tolerance
@@ -182,7 +183,7 @@ def test_a_center_crop_is_torchvisions(
     # Width and height; where the margins are odd, torchvision and DALI may differ by one pixel in where they cut.
     sides = [(64, 48), (40, 49), (30, 30), (70, 45)]
     shaped = [_smooth(width, height) for width, height in sides]
-    manifest = make_shards(tmp_path, [_png(image) for image in shaped], [0] * 4)
+    manifest = make_shards(tmp_path, [encode(image) for image in shaped], [0] * 4)
     view = View(size=32, crop="center", resize=36, interpolation=interpolation, augmentation=POLICIES["none"])
     found = render(manifest, {"view": view})["view"][0]
     mode = {"linear": InterpolationMode.BILINEAR, "cubic": InterpolationMode.BICUBIC}[interpolation]
@@ -197,7 +198,7 @@ def test_random_crops_have_torchvisions_areas_and_ratios(tmp_path: Path, make_sh
     count, side = 1000, 128
     ramp = np.arange(side, dtype=np.uint8) * 2
     coordinates = np.stack([np.tile(ramp, (side, 1)), np.tile(ramp[:, None], (1, side)), np.zeros((side, side))], -1)
-    encoded = _png(Image.fromarray(coordinates.astype(np.uint8)))
+    encoded = encode(Image.fromarray(coordinates.astype(np.uint8)))
     manifest = make_shards(tmp_path, [encoded] * count, [0] * count, per_shard=count)
     found = render(manifest, {"view": View(size=64, area=(0.2, 0.8), augmentation=POLICIES["none"])})["view"][0]
     # Red is twice the column, green twice the row: their steps say how wide and high a crop was.
@@ -373,22 +374,12 @@ def test_pictures_turned_by_exif_and_grey_ones_are_read_as_seen(
     picture = pictures[0].resize((64, 64))
     exif = Image.Exif()
     exif[0x0112] = 6  # to be shown turned by 90 degrees
-    turned = _encode(picture, "JPEG", quality=95, exif=exif)
-    grey = _encode(picture.convert("L"), "JPEG", quality=95)
+    turned = encode(picture, "JPEG", quality=95, exif=exif)
+    grey = encode(picture.convert("L"), "JPEG", quality=95)
     manifest = make_shards(tmp_path, [turned, grey], [0, 0])
     found = augment(manifest, 64)
     assert difference(found[0], tv.pil_to_tensor(picture.rotate(-90))) < 5
     assert difference(found[1], tv.rgb_to_grayscale(tv.pil_to_tensor(picture), 3)) < 5
-
-
-def _encode(image: Image.Image, kind: str, **options: Any) -> bytes:
-    file = io.BytesIO()
-    image.save(file, kind, **options)
-    return file.getvalue()
-
-
-def _png(image: Image.Image) -> bytes:
-    return _encode(image, "PNG")
 
 
 def _smooth(width: int, height: int) -> Image.Image:

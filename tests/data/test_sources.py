@@ -20,13 +20,13 @@ from ssl_core.data.records import Record
 from ssl_core.data.sources.dispatch import open_source
 from ssl_core.data.sources.library import library_split
 
+from .conftest import encode
+
 PLACES = ("train/cat/1.png", "train/cat/2.png", "train/ant/deep/3.png", "test/dog/4.png")
 
 
 def png(value: int) -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", (4, 4), (value, 0, 0)).save(buffer, "PNG")
-    return buffer.getvalue()
+    return encode(Image.new("RGB", (4, 4), (value, 0, 0)))
 
 
 def folder(root: Path, *places: str) -> Path:
@@ -365,24 +365,6 @@ def test_tables_of_paths(tmp_path: Path) -> None:
         assert found["test"] == [Record("i/3.png", png(2), 1)]
 
 
-def test_numbers_in_a_table_are_label_ids(tmp_path: Path) -> None:
-    folder(tmp_path, "1.png", "2.png")
-    (tmp_path / "t.csv").write_text("path,label\n1.png,1\n2.png,0\n")
-    classes, found = records(card("table", {"train": {"file": str(tmp_path / "t.csv")}}), tmp_path)
-    assert classes is None
-    assert [record.label for record in found["train"]] == [1, 0]
-
-
-def test_mistakes_in_a_table_are_reported(tmp_path: Path) -> None:
-    (tmp_path / "t.csv").write_text("path,lable\n1.png,\n")
-    splits = {"train": {"file": str(tmp_path / "t.csv")}}
-    assert "has no column 'label'; did you mean 'lable'?" in error(card("table", splits), tmp_path)
-    assert "a row has no 'lable'" in error(card("table", splits, label="lable"), tmp_path)
-    (tmp_path / "t.parquet").write_bytes(b"nothing")
-    found = error(card("table", {"train": {"file": str(tmp_path / "t.parquet")}}), tmp_path)
-    assert "is not a Parquet file" in found
-
-
 # Libraries
 
 
@@ -460,10 +442,3 @@ def test_the_ground_of_a_coloured_digit_is_dark(tmp_path: Path) -> None:
 
 def test_too_many_digits_are_refused(tmp_path: Path) -> None:
     assert "1797" in error(card("sklearn_digits", {"train": {"images": 1798}}), tmp_path)
-
-
-def test_a_message_quotes_at_most_200_characters_of_a_value(tmp_path: Path) -> None:
-    (tmp_path / "t.csv").write_text(f"path,label\n{'x' * 5000},\n")
-    message = error(card("table", {"train": {"file": str(tmp_path / "t.csv")}}), tmp_path)
-    assert "a row has no 'label': " in message
-    assert message.count("x") < 210

@@ -13,17 +13,14 @@ from ssl_core.data.shards import Manifest
 from ssl_core.data.views import View
 from ssl_core.methods.ressl import Config, ReSSL
 from ssl_core.networks.backbones import build_backbone
-from ssl_core.stages import shard
 from ssl_core.training.loop import Trainer
 from ssl_core.training.monitor import online_knn
-from tests.methods.harness import Tiny
+from tests.methods.harness import Tiny, state_bytes
 
 
 @pytest.fixture(scope="module")
-def manifest(root, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("shards") / "demo"
-    shard.run(root / "datasets" / "demo.yaml", folder, threads=1)
-    return Manifest.load(folder / "manifest.json")
+def manifest(demo):
+    return Manifest.load(demo)
 
 
 @pytest.fixture
@@ -54,29 +51,18 @@ class PowerCut(Exception):
     """The process is gone."""
 
 
-def final(trained: Trainer) -> dict[str, torch.Tensor]:
-    moments = {
-        f"{number}.{name}": value
-        for number, buffers in trained.optimizer.state_dict()["state"].items()
-        for name, value in buffers.items()
-        if isinstance(value, torch.Tensor)
-    }
-    return {**trained.method.state_dict(), **moments}
+def final(trained: Trainer) -> list[bytes]:
+    return [state_bytes(part.state_dict()) for part in (trained.method, trained.optimizer)]
 
 
 @pytest.mark.parametrize(
     ("method", "training"),
     [
-        ({}, {"backbone": mobilenet}),
-        ({"predictor": False, "batchnorm_splits": 2}, {"optimizer": "lars", "decay_exclusion": "norm_bias"}),
-        (
-            {"crops": "two", "final_teacher_momentum": 1.0},
-            {"optimizer": "adamw", "accumulation": 2, "learning_rate": 1e-3},
-        ),
+        ({"predictor": False, "batchnorm_splits": 2}, {"backbone": mobilenet, "accumulation": 2}),
         # `auto` is bfloat16 where it is native; emulated it takes minutes.
         ({"crops": "multi"}, {"nesterov": True, "gradient_clip": 1.0, "precision": "auto"}),
     ],
-    ids=["plain", "split, lars", "two crops, adamw, accumulated", "five crops, native precision"],
+    ids=["split, accumulated", "five crops, native precision"],
 )
 def test_training_resumed_in_and_between_epochs_equals_training_undisturbed(method, training, trainer):
     whole = trainer(method, **training)
@@ -100,9 +86,7 @@ def test_training_resumed_in_and_between_epochs_equals_training_undisturbed(meth
         second = trainer(method, **training)
         second.restore(torch.load(io.BytesIO(file.getvalue()), weights_only=True))
         second.run(save=lambda: None, log=lambda row: None)
-        found = final(second)
-        assert expected.keys() == found.keys()
-        assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
+        assert final(second) == expected
         assert second.history == whole.history
 
 

@@ -19,9 +19,7 @@ def refusal(project: Project, *arguments: str) -> str:
 
 
 def test_a_misspelt_hyper_parameter_ends_in_one_line(fresh: Project) -> None:
-    config = fresh.config
-    config["experiments"]["first"]["method"]["queue_sise"] = 3
-    fresh.configure(config)
+    fresh.change("experiments/first/method/queue_sise", 3)
     assert refusal(fresh) == "error: experiments.first.method.queue_sise: unknown key; did you mean 'queue_size'?"
 
 
@@ -53,11 +51,9 @@ def test_a_null_in_an_overlay_leaves_an_experiment_out(fresh: Project) -> None:
 
 
 def test_a_missing_file_of_weights_ends_in_one_line(fresh: Project) -> None:
-    config = fresh.config
-    first = config["experiments"]["first"]
-    config["experiments"]["taken"] = {**first, "weights": "gone.safetensors"}
-    del config["experiments"]["taken"]["method"]
-    fresh.configure(config)
+    first = fresh.config["experiments"]["first"]
+    del first["method"]
+    fresh.change("experiments/taken", {**first, "weights": "gone.safetensors"})
     message = f"error: experiments.taken.weights: there is no file 'gone.safetensors' (looked in {fresh.folder})"
     assert refusal(fresh) == message
 
@@ -82,9 +78,7 @@ def test_commands_have_the_settings_of_their_stage(finished: Project) -> None:
 
 
 def test_an_evaluation_uses_all_labelled_images_of_the_experiments_data_set(fresh: Project) -> None:
-    config = fresh.config
-    config["experiments"]["first"]["dataset"] = {"name": "tiny", "split": "unlabelled", "subset": {"images": 4}}
-    fresh.configure(config)
+    fresh.change("experiments/first/dataset", {"name": "tiny", "split": "unlabelled", "subset": {"images": 4}})
     run = fresh.snakemake("results/first/knn.json")
     assert run.returncode == 0, run.stderr
     (call,) = [call for call in fresh.calls() if call.startswith("evaluate first knn")]
@@ -133,9 +127,7 @@ def test_a_dry_run_imports_neither_torch_nor_mlflow(fresh: Project) -> None:
 
 
 def test_a_cost_needs_the_export_and_the_export_all_other_evaluations(fresh: Project) -> None:
-    config = fresh.config
-    config["evaluations"]["price"] = {"protocol": "cost"}
-    fresh.configure(config)
+    fresh.change("evaluations/price", {"protocol": "cost"})
     run = fresh.snakemake("results/first/price.json")
     assert run.returncode == 0, run.stderr
     (export,) = [call for call in fresh.calls() if call.startswith("export first")]
@@ -148,11 +140,10 @@ def test_a_cost_needs_the_export_and_the_export_all_other_evaluations(fresh: Pro
 
 
 def test_adopted_weights_have_pictures_but_no_curves(fresh: Project) -> None:
-    config = fresh.config
-    first = config["experiments"]["first"]
-    config["experiments"]["taken"] = {key: first[key] for key in ("dataset", "backbone")} | {"weights": "w.safetensors"}
-    config["evaluations"]["looks"] = {"protocol": "pictures"}
-    fresh.configure(config)
+    first = fresh.config["experiments"]["first"]
+    del first["method"]
+    fresh.change("experiments/taken", first | {"weights": "w.safetensors"})
+    fresh.change("evaluations/looks", {"protocol": "pictures"})
     (fresh.folder / "w.safetensors").write_text("weights")
     run = fresh.snakemake("-n", "all", "results/taken/looks/tsne.svg")
     assert run.returncode == 0, run.stderr
