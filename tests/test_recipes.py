@@ -244,6 +244,9 @@ def test_a_shipped_experiment_trains_two_steps(experiment, demo, weights):
     section = {key: own.get(key, value) for key, value in experiment["method"].items()}
     if "queue_size" in method.Config.model_fields:
         section["queue_size"] = 64
+    presets = load_method_module(section["name"]).PRESETS
+    if presets[section.get("preset", next(iter(presets)))].method.get("local_size"):
+        section["local_size"] = 32
     if "teacher" in section:
         section["teacher"] = {"weights": str(weights / "backbone.safetensors")}
     training = {**experiment.get("training", {}), "batch_size": 8, "precision": "fp32"}
