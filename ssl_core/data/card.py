@@ -77,6 +77,16 @@ Classes = Annotated[tuple[str, ...], BeforeValidator(class_list), Field(min_leng
 Channels = tuple[float, float, float]
 
 
+def none_or(value: Any) -> Any:
+    """Return None for the text `none`."""
+    return None if value == "none" else value
+
+
+def default_max_side(card: dict[str, Any]) -> int:
+    """Return the `max_side` of cards without one: far larger than any view."""
+    return max(2048, 4 * card["image_size"])
+
+
 class DerivedSplit(Section):
     """Images drawn at random from a split of the source, which keeps the others."""
 
@@ -302,6 +312,8 @@ class Card(Section):
     name: SplitName
     source: Source
     image_size: PositiveInt  # pixels; the default size of views
+    # pixels of the longer side of stored images; larger ones are reduced to it; None: stored as they are
+    max_side: Annotated[PositiveInt | None, BeforeValidator(none_or)] = Field(default_factory=default_max_side)
     classes: tuple[str, ...] | None = None  # in the order of the label ids; default: sorted names of the source
     mean: Channels | None = None  # of pixels in 0..1; default: measured on the first split
     std: Channels | None = None
@@ -328,6 +340,8 @@ class Card(Section):
 
     @model_validator(mode="after")
     def _agree(self) -> "Card":
+        if self.max_side is not None and self.max_side < self.image_size:
+            raise ValueError(f"max_side {self.max_side} is smaller than image_size: give {self.image_size} or more")
         if (self.mean is None) != (self.std is None):
             raise ValueError("mean and std go together: set both, or neither to have them measured")
         if self.std is not None and min(self.std) <= 0:

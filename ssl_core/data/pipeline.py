@@ -38,6 +38,7 @@ dali_trace.set_tracing(enabled=False)
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # from malloc.h
 RANDOM = ("crop", "flip", "colour", "blur", "sigma", "solarize")
+NARROW = 8  # a longer side of more than so many shorter sides
 INTERPOLATION = {"linear": types.INTERP_LINEAR, "cubic": types.INTERP_CUBIC}
 
 
@@ -146,7 +147,14 @@ def _view(image: DataNode, plan: Plan, group: str, view: View, index: int) -> Da
 def _crop(image: DataNode, view: View, seed: int) -> DataNode:
     interpolation = INTERPOLATION[view.interpolation]
     if view.crop == "center":
-        image = fn.resize(image, resize_shorter=view.resize or view.size, interp_type=interpolation)
+        start, end = _middle(image)
+        image = fn.resize(
+            image,
+            resize_shorter=view.resize or view.size,
+            interp_type=interpolation,
+            roi_start=start,
+            roi_end=end,
+        )
         return fn.crop(image, crop=(view.size, view.size))
     if view.region is not None:
         left, top, right, bottom = view.region
@@ -159,6 +167,17 @@ def _crop(image: DataNode, view: View, seed: int) -> DataNode:
         interp_type=interpolation,
         seed=seed,
     )
+
+
+def _middle(image: DataNode) -> tuple[DataNode, DataNode]:
+    """Return start and end of the region that a center crop enlarges: the middle of narrow images, all of others.
+
+    A strip of 6000 x 20 pixels as a whole would become one of 76,800 x 256.
+    """
+    sides = fn.slice(image.shape(dtype=types.FLOAT), 0, 2, axes=[0])  # height and width
+    shorter = fn.reductions.min(sides, axes=[0], keep_dims=True)
+    start = dmath.max(sides - NARROW * shorter, 0.0) / 2
+    return start, sides - start
 
 
 def _has_jitter(how: Augmentation) -> bool:

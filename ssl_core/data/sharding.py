@@ -65,6 +65,7 @@ class Packed(Strict):
     labels: dict[int, int]  # label -> images
     moments: tuple[tuple[float, ...], ...]  # sum of channel_moments over the measured images
     measured: int
+    reduced: int = 0  # images that `max_side` made smaller
     closed: str = ""  # digest of the left-out images of the split that the shard's indices skip
 
 
@@ -83,7 +84,8 @@ class Prepared(NamedTuple):
 
     record: Record
     extension: str
-    stored: bytes
+    content: bytes
+    is_reduced: bool
     moments: np.ndarray | None  # of the channels, if the image is measured
 
 
@@ -105,7 +107,7 @@ def write_shards(card: Card, output: Path, *, threads: int) -> Manifest:
     """
     output.mkdir(parents=True, exist_ok=True)
     with open_source(card, scratch=output) as opened:
-        state = State(output, _identity(opened))
+        state = State(output, _identity(card, opened))
         try:
             tasks = list(_tasks(opened, state))
             packed = _pack_all(card, opened, output, tasks, state, threads)
@@ -126,8 +128,9 @@ def summary(manifest: Manifest) -> str:
     """Return a line with the images of each split and the size in MB, and one with the pictures that are not read."""
     splits, unread = [], []
     for name, split in manifest.splits.items():
-        rejected = f" ({len(split.rejected)} rejected)" if split.rejected else ""
-        splits.append(f"{name} {split.images} images{rejected}")
+        notes = [f"{len(split.rejected)} rejected"] if split.rejected else []
+        notes += [f"{split.reduced} reduced to max_side"] if split.reduced else []
+        splits.append(f"{name} {split.images} images" + (f" ({', '.join(notes)})" if notes else ""))
         if split.unread:
             unread.append(f"{name} {list_counts(split.unread)}")
     size = sum(split.bytes for split in manifest.splits.values()) / 1e6
@@ -202,7 +205,7 @@ def pack(task: Task) -> Packed:
     bad: list[Bad] = []
     labels: Counter[int] = Counter()
     names: list[str] = []
-    moments, measured = np.zeros((2, 3)), 0
+    moments, measured, reduced = np.zeros((2, 3)), 0, 0
     with new_shard(path) as writer:
         for index, prepared in _prepare_all(split, task):
             _advance(1)
@@ -210,7 +213,8 @@ def pack(task: Task) -> Packed:
                 bad.append(_bad(split, index, prepared))
                 continue
             record = prepared.record
-            writer.add(index, prepared.extension, prepared.stored, record.label, record.labels)
+            writer.add(index, prepared.extension, prepared.content, record.label, record.labels)
+            reduced += prepared.is_reduced
             labels[record.label] += 1
             names.append(record.name)
             if prepared.moments is not None:
@@ -226,6 +230,7 @@ def pack(task: Task) -> Packed:
         labels=dict(sorted(labels.items())),
         moments=tuple(tuple(row) for row in moments.tolist()),
         measured=measured,
+        reduced=reduced,
     )
 
 
@@ -242,11 +247,11 @@ def _prepare_all(split: SourceSplit, task: Task) -> Iterator[tuple[int, Prepared
         if isinstance(record, Exception):
             return record
         try:
-            extension, stored, image = prepare(record.image)
+            extension, content, image, is_reduced = prepare(record.image, _job.card.max_side)
         except ValueError as error:
             return error
         is_measured = task.stride and index % task.stride == 0
-        return Prepared(record, extension, stored, channel_moments(image) if is_measured else None)
+        return Prepared(record, extension, content, is_reduced, channel_moments(image) if is_measured else None)
 
     indices = task.indices.tolist()
     if _job.threads == 1:
@@ -408,6 +413,7 @@ def _split(card: Card, name: str, parts: list[Packed], num_classes: int, unread:
         shards=shards,
         rejected=tuple(Rejected(name=bad.name, reason=bad.reason) for bad in rejected),
         unread=dict(unread),
+        reduced=sum(part.reduced for part in parts),
     )
 
 
@@ -423,8 +429,8 @@ def _channels(values: np.ndarray) -> Channels:
     return cast(Channels, tuple(np.round(values, 4).tolist()))
 
 
-def _identity(opened: OpenSource) -> str:
-    """Return a digest of everything that determines the shards: the format, the classes and the content."""
-    content = [FORMAT, SHUFFLE_SEED, IMAGES_PER_SHARD, MEASURED, opened.classes]
+def _identity(card: Card, opened: OpenSource) -> str:
+    """Return a digest of everything that determines the shards: format, size limit, classes and content."""
+    content = [FORMAT, SHUFFLE_SEED, IMAGES_PER_SHARD, MEASURED, card.max_side, opened.classes]
     content += [[name, split.size, split.identity] for name, split in opened.splits.items()]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()

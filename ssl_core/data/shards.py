@@ -61,6 +61,7 @@ class Split(Strict):
     shards: tuple[Shard, ...]
     rejected: tuple[Rejected, ...]
     unread: dict[str, int] = Field(default_factory=dict)  # pictures of other formats, by extension
+    reduced: int = 0  # images that `max_side` made smaller
 
     @model_validator(mode="after")
     def _add_up(self) -> "Split":
@@ -100,11 +101,12 @@ class Manifest(Strict):
         return manifest
 
     def content(self) -> dict[str, Any]:
-        """Return the content of the file: all fields and their sha256, without `unread` where it is empty."""
+        """Return the content of the file: all fields and their sha256, without `unread` and `reduced` if empty."""
         fields = self.model_dump(mode="json")
         for split in fields["splits"].values():
-            if not split["unread"]:
-                del split["unread"]
+            for key in ("unread", "reduced"):
+                if not split[key]:
+                    del split[key]
         return {**fields, "sha256": digest(canonical(fields))}
 
     @property
@@ -141,10 +143,11 @@ def verify(manifest: Manifest, split: str, *, deep: bool = False) -> None:
                 raise ValueError(f"{path} is missing: {again}")
         if tar.stat().st_size != shard.bytes:
             raise ValueError(f"{tar} has {tar.stat().st_size} bytes instead of {shard.bytes}: {again}")
-        lines = index.read_bytes().count(b"\n")
+        content = index.read_bytes()
+        lines = content.count(b"\n")
         if lines != shard.images + 1:
             raise ValueError(f"{index} has {lines} lines instead of {shard.images + 1}: {again}")
-        if shard.index_sha256 is not None and file_digest(index) != shard.index_sha256:
+        if shard.index_sha256 is not None and digest(content) != shard.index_sha256:
             raise ValueError(f"{index} is not the file that was written (its sha256 differs): {again}")
         if deep and file_digest(tar) != shard.sha256:
             raise ValueError(f"{tar} is not the file that was written (its sha256 differs): {again}")
@@ -248,14 +251,6 @@ def source_name(tar: Path, member: str) -> str | None:
         return json.loads(names[members.index(member)])
     except (OSError, ValueError, IndexError):
         return None
-
-
-def read_shard(path: Path) -> Iterator[tuple[int, str, bytes, int]]:
-    """Iterate over a shard as (index, extension, image, label)."""
-    with open(path, "rb") as tar:
-        for fields in read_index(path):
-            label, number = _read_meta(tar, fields)
-            yield number, fields[0], read_member(tar, fields, 0), label
 
 
 def read_labels(manifest: Manifest, split: str) -> list[int]:

@@ -270,7 +270,16 @@ def _cost(
     if steps is not None:
         images = steps * training.epochs * training.batch_size
         lines.append(f"the whole run: {_si(walked.step * images, 'FLOP')} for {_si(images)} images")
+    decoded = None
+    if subject.manifest is not None:
+        decoded = forecast.decoded_pixels(subject.manifest, subject.resolved.dataset.split)
+        lines.append(
+            f"stored images: {_si(decoded.mean(), 'pixels')} on average, {_si(decoded.max(), 'pixels')} at most; "
+            f"`max_side` in {subject.card.name}'s card reduces them"
+        )
     memory = estimate(method, subject.views, training, activations=walked.activations, num_images=num_images)
+    if decoded is not None:
+        memory["decoded images"] = 3.0 * forecast.largest_batch(decoded, forward_batch_size(training))
     parts = ", ".join(f"{part} {_si(number, 'B')}" for part, number in memory.items())
     lines.append(f"memory per process, roughly: {_si(sum(memory.values()), 'B')} ({parts})")
     too_large = shortage(memory, training, capacity(training))
@@ -278,7 +287,7 @@ def _cost(
         print(f"warning: {too_large}", file=sys.stderr)
         lines.append(f"does not fit: {too_large}")
     if steps is None:
-        lines.append(f"(computed for {num_images} images)")
+        lines.append(f"(computed for {num_images} images, without decoded images: their sizes are not known yet)")
     return lines
 
 

@@ -3,16 +3,19 @@
 import contextlib
 import io
 import math
-from collections.abc import Iterator
-from typing import Any, NamedTuple, cast
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any, BinaryIO, NamedTuple, cast
 
+import numpy as np
 import torch
+from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 from ssl_core.blocks.schedules import forward_batch_size
 from ssl_core.config import Experiment, Training
 from ssl_core.data.loader import Batch, Loader
-from ssl_core.data.shards import Manifest
+from ssl_core.data.shards import Manifest, read_index
 from ssl_core.data.views import Views
 from ssl_core.methods import base
 from ssl_core.methods.base import Method
@@ -24,6 +27,9 @@ from ssl_core.training.optimizers import build_optimizer
 STEPS, WARM_UP = 10, 2  # timed steps, and steps before them
 SECONDS = 8.0  # after this time, fewer steps are timed
 TIMED_FLOP = 5e11  # limit per processor core for all timed steps, about ten seconds
+SAMPLED = 1000  # about as many images of a split give the sizes of decoded images
+HEADER = 2**16  # bytes of a file that nearly always contain the size of the image
+BATCHES = 1000  # random batches, of which the largest counts
 
 
 class Walk(NamedTuple):
@@ -70,6 +76,32 @@ def walk(method: Method, views: Views, training: Training) -> Walk:
     ) as counter:
         activations = measure_activations(method, views, training, images)
     return Walk(backbone, counter.get_total_flops() / images, activations)
+
+
+def decoded_pixels(manifest: Manifest, split: str) -> np.ndarray:
+    """Return the numbers of pixels of some images of a split, evenly spread over its shards, from their headers."""
+    stride = math.ceil(manifest.split(split).images / SAMPLED)
+    pixels = []
+    for path in manifest.tars(split):
+        with open(path, "rb") as tar:
+            pixels += [_num_pixels(tar, fields) for fields in read_index(path)[::stride]]
+    return np.array(pixels)
+
+
+def _num_pixels(tar: BinaryIO, fields: Sequence[str]) -> int:
+    """Return the number of pixels of the image in a sample; `fields` is the sample's line of the index."""
+    offset, size = int(fields[1]), int(fields[2])
+    try:
+        image = Image.open(io.BytesIO(os.pread(tar.fileno(), HEADER, offset)))
+    except OSError:  # metadata of more than HEADER bytes come first
+        image = Image.open(io.BytesIO(os.pread(tar.fileno(), size, offset)))
+    return image.width * image.height
+
+
+def largest_batch(pixels: np.ndarray, batch: int) -> int:
+    """Return the pixels of the largest of many random batches: DALI decodes a whole batch before it crops."""
+    generator = np.random.default_rng(0)
+    return max(int(generator.choice(pixels, batch).sum()) for _ in range(BATCHES))
 
 
 def time_steps(

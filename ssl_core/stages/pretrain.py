@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
+from torch.distributed.elastic.rendezvous import RendezvousError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from ssl_core import provenance
@@ -27,7 +28,7 @@ from ssl_core.data.shards import Manifest, verify
 from ssl_core.data.views import POLICIES, View, Views
 from ssl_core.drawing.views import draw_first_views
 from ssl_core.experiments import sweeps
-from ssl_core.experiments.processes import end_with_parent
+from ssl_core.experiments.processes import end_with_parent, report_bus_error
 from ssl_core.files import write_json, write_text
 from ssl_core.methods.base import build, resolve, views_of
 from ssl_core.networks.backbones import save_backbone, write_tensors
@@ -41,14 +42,14 @@ from ssl_core.training.monitor import online_knn
 HEADLINES = ("loss/total", "embedding/rankme", "online/knn")  # beside the evaluations' numbers
 LOOPBACK = "127.0.0.1"  # where the ranks meet: the name of a host may not resolve
 START_SECONDS = 300  # until all ranks must have met
-PROBE_IMAGES = 5000  # the online kNN looks at no more
+PROBE_IMAGES = 5000  # of the online kNN at most
 MEASURED_IMAGES = 8  # of the pass whose memory is measured
 OUTPUTS = ("model.safetensors", "history.csv", "pretrain.json", "backbone.safetensors")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What a process needs to know; travels to every rank."""
+    """The arguments of the stage; sent to every rank."""
 
     experiment: str
     spec: dict[str, Any]
@@ -112,6 +113,11 @@ def run(
         elastic_launch(launch, _work_as_rank)(job, os.getpid())
     except SignalException as error:
         raise Stop(128 + error.sigval) from None
+    except RendezvousError as error:
+        raise ValueError(
+            f"the {processes} processes of training.gpus did not meet on {LOOPBACK} ({type(error).__name__}): "
+            "enable the loopback interface (`ip link set lo up`) and run again"
+        ) from error
     except ChildFailedError as error:
         killed = [failure for failure in error.failures.values() if failure.exitcode == -signal.SIGKILL]
         failure = next(iter([*killed, *error.failures.values()]))  # the others fail because one was killed
@@ -138,7 +144,7 @@ def _check_memory(resolved: Experiment, manifest: Manifest, threads: int) -> Non
         raise ValueError(message)
 
 
-@record  # leaves a failure's words where the launcher finds them
+@record  # writes the message of an error for the launcher
 def _work_as_rank(job: Job, launcher: int) -> None:
     end_with_parent(launcher)  # the launcher holds the lock of the experiment
     _work(job)
@@ -150,6 +156,7 @@ def _work(job: Job) -> None:
     training = resolved.training
     device = _start_process(training, job.threads)
     manifest = Manifest.load(job.manifest)
+    report_bus_error(lambda: verify(manifest, resolved.dataset.split))
     identity = Identity(spec=provenance.canonical(job.spec), code=job.code, data=_data_digest(job))
     views = views_of(resolved, manifest.image_size, avoid=manifest.avoid)
     with _loader(job, resolved, manifest, views, device) as loader:
@@ -170,7 +177,7 @@ def _work(job: Job) -> None:
 
 
 def _data_digest(job: Job) -> str:
-    """Digest what is learnt from: the data set, and the files of weights that the experiment names."""
+    """Digest the data set and the files of weights that the experiment names."""
     files = [Path(file) for file in sweeps.weight_files(job.spec).values()]
     for missing in (file for file in files if not file.is_file()):
         raise ValueError(f"{missing} does not exist")
@@ -196,7 +203,7 @@ def _lead(
     identity: Identity,
     tracking_run: str | None,
 ) -> None:
-    """Train, track, save and write: what the first process does and the others do not."""
+    """Train, track, save and write; the other ranks only train."""
     training = resolved.training
     if trainer.step:
         print(f"{job.experiment}: continuing at step {trainer.step} of {trainer.total_steps}", file=sys.stderr)
@@ -239,7 +246,7 @@ def _lead(
 
 
 def _version(identity: Identity) -> str:
-    """Name this very pre-training: its evaluations find it by this."""
+    """Return the digest that identifies this pre-training, also for its evaluations."""
     return provenance.digest(identity.spec + identity.code + identity.data)
 
 
@@ -263,7 +270,7 @@ def set_determinism(*, compiled: bool) -> None:
     """Let torch compute the same numbers each time, on this machine."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not deterministic
     if compiled:
-        torch.use_deterministic_algorithms(True, warn_only=True)  # tells the compiler too, and so imports it
+        torch.use_deterministic_algorithms(True, warn_only=True)  # for the compiler too, which it imports
     else:
         torch.set_deterministic_debug_mode("warn")
     # or every new tensor is first filled with NaN
@@ -286,7 +293,7 @@ def _loader(job: Job, resolved: Experiment, manifest: Manifest, views: Views, de
 
 
 def _probe(resolved: Experiment, manifest: Manifest, threads: int) -> Loader | None:
-    """Return the images that the online kNN looks at, or None where they have no labels."""
+    """Return the images of the online kNN, or None without labels."""
     split = manifest.split(resolved.dataset.split)
     if not split.labelled:
         return None
@@ -297,7 +304,7 @@ def _probe(resolved: Experiment, manifest: Manifest, threads: int) -> Loader | N
 
 
 def watched(dataset: Dataset, images: int) -> Dataset:
-    """Choose what the online kNN looks at: at most `PROBE_IMAGES`, of a subset its own, which its seed draws first."""
+    """Return the images of the online kNN: at most `PROBE_IMAGES` of the data set or of its subset."""
     subset = dataset.subset or Subset(images=images)
     if subset.images <= PROBE_IMAGES:
         return dataset
@@ -365,4 +372,4 @@ def _csv(history: list[dict[str, float]]) -> str:
 
 
 def _discard(state: dict[str, Any]) -> None:
-    """Ranks other than the first take part in gathering the state and leave the writing to it."""
+    """Do nothing: ranks other than the first only take part in gathering the state."""

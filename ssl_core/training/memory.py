@@ -18,7 +18,7 @@ from ssl_core.training.precision import autocast_type
 OPTIMIZER_STATES = {"sgd": 1, "lars": 1, "adamw": 2}  # numbers per trained parameter
 LIBRARIES = 0.9e9  # bytes of a process after importing torch and DALI, measured on a processor
 BUFFERED, INDEXED = 900, 450  # bytes per image in the shuffle buffer, and per image of an index
-PER_IMAGE = ("activations", "views")  # uses that grow with the images of a forward pass
+PER_IMAGE = ("activations", "views", "decoded images")  # uses that grow with the images of a forward pass
 CGROUP = Path("/sys/fs/cgroup/memory.max")  # a container's limit
 
 
@@ -83,7 +83,7 @@ def shortage(uses: Mapping[str, float], training: Training, available: float) ->
         f"training.batch_size {training.batch_size} needs about {needed / 1e9:.0f} GB per process for {images} images "
         f"at once, this machine has {available / 1e9:.0f} GB"
     )
-    per_image = sum(uses[use] for use in PER_IMAGE) / images
+    per_image = sum(uses.get(use, 0.0) for use in PER_IMAGE) / images
     fitting = (available - needed) / per_image + images
     sizes = [size for size in range(2, images) if images % size == 0 and size <= fitting]
     if not sizes:

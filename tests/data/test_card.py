@@ -109,6 +109,7 @@ def test_the_name_is_the_name_of_the_file(tmp_path: Path) -> None:
         ("mean: [0.5, 0.5, 0.5]\nstd: [0, 1, 1]", "above zero"),
         ("classes: [a, a]", "twice"),
         ("avoid: [flp]", "'flip'"),
+        ("max_side: 8", "max_side 8 is smaller than image_size: give 64 or more"),
     ],
 )
 def test_contradictions_are_refused(tmp_path: Path, more: str, reason: str) -> None:

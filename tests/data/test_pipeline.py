@@ -26,16 +26,18 @@ from ssl_core.data.views import POLICIES, Augmentation, View, Views
 from .conftest import encode
 
 SEED = 3
+DEVICE = "cpu"  # tests/gpu sets it
 
 
-def render(manifest: Manifest, views: Views, seed: int = SEED) -> dict[str, list[Tensor]]:
+def render(manifest: Manifest, views: Views, seed: int = SEED, device: str | None = None) -> dict[str, list[Tensor]]:
     """Return each view of all images, in the images' order, as 0..255."""
     options: dict[str, Any] = {"batch_size": manifest.split("train").images, "shuffle": False}
+    options["device"] = device or DEVICE
     black = {"mean": (0.0, 0.0, 0.0), "std": (1 / 255,) * 3}
     with Loader(manifest, Dataset(name="tiny"), views, seed=seed, **options, **black) as loader:
         batch = loader.next()
     order = batch.indices.argsort()
-    return {group: [view[order] for view in of_group] for group, of_group in batch.views.items()}
+    return {group: [view[order].cpu() for view in of_group] for group, of_group in batch.views.items()}
 
 
 def augment(manifest: Manifest, size: int = 32, **augmentation: Any) -> Tensor:
@@ -194,6 +196,40 @@ def test_a_center_crop_is_torchvisions(
         assert difference(found[number], transform(image)) < 1.0, sides[number]
 
 
+def center_cropped(image: np.ndarray, interpolation: Any) -> list[np.ndarray]:
+    """Return the center crop of an image, the same without a region, and the sides of the region."""
+    view = View(size=32, crop="center", resize=36, interpolation=interpolation)
+    graph: Any = pipeline_def
+
+    @graph(batch_size=1, num_threads=1, device_id=None, prefetch_queue_depth=1)
+    def both() -> Any:
+        picture: Any = fn.external_source(source=lambda: [image], layout="HWC")
+        whole: Any = fn.resize(picture, resize_shorter=36, interp_type=pipeline.INTERPOLATION[interpolation])
+        start, end = pipeline._middle(picture)
+        return pipeline._crop(picture, view, 0), fn.crop(whole, crop=(32, 32)), end - start
+
+    return [np.array(output.at(0)) for output in both().run()]
+
+
+@pytest.mark.parametrize("interpolation", ["linear", "cubic"])
+@pytest.mark.parametrize(("width", "height"), [(64, 48), (333, 127), (7, 9), (10, 80), (999, 125)])
+def test_images_that_are_not_narrow_are_cropped_as_without_a_region(
+    width: int, height: int, interpolation: Any
+) -> None:
+    with_region, without, sides = center_cropped(np.asarray(_smooth(width, height)), interpolation)
+    np.testing.assert_array_equal(with_region, without)
+    assert sides.tolist() == [height, width]
+
+
+@pytest.mark.parametrize(("width", "height"), [(6000, 20), (9, 3001)])
+def test_only_the_middle_of_a_strip_is_enlarged(width: int, height: int) -> None:
+    strip = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    strip[:, :, 0] = np.linspace(0, 255, max(width, height)).reshape((1, -1) if width > height else (-1, 1))
+    with_region, without, sides = center_cropped(strip, "linear")
+    assert sorted(sides.tolist()) == [min(width, height), 8 * min(width, height)]
+    assert np.abs(with_region.astype(int) - without).mean() < 3  # they begin at other fractions of a pixel
+
+
 def test_random_crops_have_torchvisions_areas_and_ratios(tmp_path: Path, make_shards: Callable[..., Manifest]) -> None:
     count, side = 1000, 128
     ramp = np.arange(side, dtype=np.uint8) * 2
@@ -336,15 +372,17 @@ def test_randaugments_operations_are_fixmatchs(pictures: list[Image.Image]) -> N
 
     @pipeline_def(enable_conditionals=True)
     def every_operation(sign: int) -> tuple[Any, ...]:
-        image = fn.external_source(source=lambda: batch, batch=True, layout="HWC")
+        image: Any = fn.external_source(source=lambda: batch, batch=True, layout="HWC")
+        image = image.gpu() if DEVICE == "cuda" else image
         negative: Any = fn.random.coin_flip(probability=float(sign < 0), seed=1)
         strength = pipeline.signed_bin(magnitude, negative)
         return tuple(apply_operation(operation, image, strength) for operation in pool)
 
+    device_id = 0 if DEVICE == "cuda" else None
     for sign in (1, -1):
-        graph = every_operation(sign, batch_size=len(chosen), num_threads=1, device_id=None)  # pyright: ignore[reportCallIssue]
+        graph = every_operation(sign, batch_size=len(chosen), num_threads=1, device_id=device_id)  # pyright: ignore[reportCallIssue]
         graph.build()
-        found = [torch.from_numpy(np.array(output.as_tensor())).permute(0, 3, 1, 2) for output in graph.run()]
+        found = [torch.from_dlpack(output.as_tensor()).cpu().permute(0, 3, 1, 2) for output in graph.run()]
         references = [_clsa_references(image, magnitude, sign) for image in chosen]
         mirrored = [_clsa_references(image, magnitude, -sign) for image in chosen]
         for index, operation in enumerate(pool):

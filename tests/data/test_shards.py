@@ -7,6 +7,7 @@ import os
 import shutil
 import struct
 import tarfile
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,11 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
+from webdataset.compat import WebDataset
 
 from ssl_core.data import sharding
-from ssl_core.data.shards import Manifest, read_shard, source_name, tar_header, verify
+from ssl_core.data.image_files import has_plain_structure
+from ssl_core.data.shards import Manifest, source_name, tar_header, verify
 from ssl_core.stages import shard
 
 from .conftest import encode
@@ -57,14 +60,27 @@ def card(folder: Path, **more: object) -> Path:
     return path
 
 
-def sharded(folder: Path, output: str = "shards", threads: int = 1, **more: object) -> Manifest:
+def sharded(folder: Path, output: str = "shards", threads: int = 1, **more: Any) -> Manifest:
     shards = folder.parent / output
     shard.run(card(folder, **more), shards, threads=threads)
     return Manifest.load(shards / "manifest.json")
 
 
 def samples(manifest: Manifest) -> list[tuple[int, str, bytes, int]]:
-    return [sample for tar in manifest.tars("train") for sample in read_shard(tar)]
+    return read(*manifest.tars("train"))
+
+
+def read(*tars: Path) -> list[tuple[int, str, bytes, int]]:
+    """Return index, extension, image and label of each sample, as the library reads them."""
+    with warnings.catch_warnings(action="ignore", category=ResourceWarning):  # the library leaves tars open
+        dataset = list(WebDataset([str(tar) for tar in tars], shardshuffle=False))
+    entries = []
+    for sample in dataset:
+        extension = "jpg" if "jpg" in sample else "png"
+        label, number = struct.unpack("<qq", sample["meta.i64"])
+        assert sample["__key__"] == f"{number:08d}"
+        entries.append((number, extension, sample[extension], label))
+    return entries
 
 
 def names(source: Path) -> list[str]:
@@ -108,7 +124,7 @@ def test_the_name_of_each_image_in_the_source_is_recorded(photos: Path) -> None:
     manifest = sharded(photos, on_error="skip")
     originals = {(photos / name).read_bytes(): name for name in names(photos)}
     for tar in manifest.tars("train"):
-        for number, extension, stored, _ in read_shard(tar):
+        for number, extension, stored, _ in read(tar):
             assert source_name(tar, f"{number:08d}.{extension}") == originals[stored]
     assert source_name(manifest.tars("train")[0], "99999999.jpg") is None
 
@@ -233,6 +249,12 @@ def with_byte_before(marker: int) -> bytes:
     return jpeg.replace(bytes((0xFF, marker)), bytes((0, 0xFF, marker)), 1)
 
 
+def with_frame(width: int, height: int) -> bytes:
+    """Return a JPEG that announces another size than it has."""
+    jpeg = encode(picture(1), "JPEG")
+    return jpeg.replace(struct.pack(">HH", 12, 20), struct.pack(">HH", height, width), 1)
+
+
 def with_exif_twice(first: int, second: int) -> bytes:
     jpeg = encode(smooth(), "JPEG", exif=exif(first))
     start = jpeg.index(b"\xff\xdb")
@@ -319,11 +341,13 @@ REFUSED: dict[str, tuple[str, Callable[[], bytes]]] = {
     "postscript.jpg": ("no image of a format", lambda: b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"),
     "float.tif": ("no known range", lambda: encode(Image.fromarray(np.ones((4, 4), np.float32)), "TIFF")),
     "strip.png": ("side of more than 1000000", lambda: encode(Image.new("1", (1_000_001, 1)), "PNG")),
+    "large.jpg": ("truncated", lambda: encode(large(2600, 2600), "JPEG")[:-2000]),  # decoded at a smaller size
+    "bomb.jpg": ("pixels: shrink it", lambda: with_frame(20_000, 20_000)),
     "huge.png": ("pixels: shrink it", lambda: encode(Image.new("1", (10_000, 9_000)), "PNG")),
 }  # fmt: skip
 
 
-def sharded_flat(folder: Path, files: dict[str, bytes], **more: object) -> Manifest:
+def sharded_flat(folder: Path, files: dict[str, bytes], **more: Any) -> Manifest:
     """Write unlabelled files and shard them."""
     source = folder / "odd"
     source.mkdir(exist_ok=True)
@@ -389,6 +413,58 @@ def test_sixteen_bit_gray_is_scaled_and_not_clipped(tmp_path: Path) -> None:
     np.testing.assert_allclose(manifest.std, np.std(values // 257) / 255, atol=1e-4)
 
 
+def large(width: int, height: int) -> Image.Image:
+    """Return a picture without fine structure: red grows to the right, green to the bottom."""
+    across, down = np.meshgrid(np.linspace(0, 255, width), np.linspace(0, 255, height))
+    return Image.fromarray(np.stack([across, down, np.full_like(down, 99)], axis=-1).astype(np.uint8))
+
+
+LARGE: dict[str, tuple[tuple[int, int], Callable[[], bytes]]] = {  # with the size as it is stored for max_side 64
+    "photo.jpg": ((64, 48), lambda: encode(large(400, 300), "JPEG")),
+    "turned.jpg": ((48, 64), lambda: encode(large(400, 300), "JPEG", exif=exif(6), xmp=XMP)),
+    "cmyk.jpg": ((64, 43), lambda: encode(large(90, 60).convert("CMYK"), "JPEG")),
+    "gray.png": ((64, 32), lambda: encode(large(80, 40).convert("L"), "PNG")),
+    "palette.gif": ((64, 64), lambda: encode(large(80, 80).quantize(), "GIF")),
+    "panorama.jpg": ((160, 16), lambda: encode(large(400, 40), "JPEG")),  # its shorter side is bounded
+    "strip.png": ((300, 6), lambda: encode(large(300, 6), "PNG")),
+    "small.jpg": ((64, 10), lambda: encode(large(64, 10), "JPEG")),
+}
+UNTOUCHED = {"strip.png", "small.jpg"}
+
+
+def test_images_above_max_side_are_reduced_and_the_others_are_kept(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = {name: make() for name, (_, make) in LARGE.items()}
+    manifest = sharded_flat(tmp_path, files, max_side=64)
+    assert manifest.split("train").reduced == len(LARGE) - len(UNTOUCHED)
+    assert "train 8 images (6 reduced to max_side)" in capsys.readouterr().out
+    seen = decoded_by_dali(manifest)
+    for (number, extension, stored, _), name in zip(sorted(samples(manifest)), sorted(files)):
+        size, upright = LARGE[name][0], ImageOps.exif_transpose(Image.open(io.BytesIO(files[name])))
+        assert has_plain_structure(stored), name
+        assert (extension == "jpg") == name.endswith("jpg"), name
+        assert (stored == files[name]) == (name in UNTOUCHED), name
+        assert seen[number].shape == (size[1], size[0], 3), name
+        expected = upright.convert("RGB").resize(size, Image.Resampling.LANCZOS)
+        assert np.abs(seen[number].astype(int) - np.asarray(expected)).mean() < 3, name
+
+
+def test_max_side_is_far_above_views_by_default_and_another_value_shards_again(photos: Path) -> None:
+    (photos / "a" / "big.jpg").write_bytes(encode(large(2600, 30), "JPEG"))
+    (photos / "b" / "bigger.jpg").write_bytes(encode(large(2600, 700), "JPEG"))
+    default = sharded(photos)
+    assert default.split("train").reduced == 1
+    assert max(Image.open(io.BytesIO(image)).width for _, _, image, _ in samples(default)) == 2600
+    assert sharded(photos, max_side=2048).split("train").reduced == 1
+    for absent in (None, "none"):
+        manifest = sharded(photos, max_side=absent)
+        assert "reduced" not in (manifest.folder / "manifest.json").read_text()
+        originals = {path.read_bytes() for path in photos.rglob("*.jpg")}
+        assert {image for _, _, image, _ in samples(manifest)} == originals
+    assert sharded(photos, max_side=17).split("train").reduced == IMAGES + 2
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_an_unusable_image_is_named_with_its_reason(tmp_path: Path, name: str) -> None:
     reason, make = REFUSED[name]
@@ -432,7 +508,7 @@ def test_indices_follow_when_an_image_that_was_left_out_can_be_read_again(photos
     path.write_bytes(good)
     os.utime(path, ns=times)
     if on_error == "skip":  # the shard without the image is lost and made anew, which now holds it
-        (lacking,) = (tar for tar in folder.glob("*.tar") if len(list(read_shard(tar))) not in (5, IMAGES % 5))
+        (lacking,) = (tar for tar in folder.glob("*.tar") if len(read(tar)) not in (5, IMAGES % 5))
         lacking.unlink()
     sharded(photos, "again", on_error=on_error)
     assert content(folder) == whole

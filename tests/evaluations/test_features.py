@@ -13,6 +13,7 @@ from ssl_core.evaluations.parts.features import (
     extract,
     gather_subjects,
     make_loader,
+    pixel_side,
     read_split,
 )
 from ssl_core.networks.backbones import build_backbone, load_backbone
@@ -70,6 +71,11 @@ def test_pixels_of_large_images_are_averaged_down():
     image = torch.arange(64.0).repeat_interleave(64).reshape(1, 1, 64, 64).expand(1, 3, 64, 64)
     pixels = Pixels()(image).reshape(3, 32, 32)
     assert pixels[0, :2, 0].tolist() == [0.5, 2.5]
+
+
+def test_raw_pixels_of_large_training_sets_are_averaged_further():
+    assert [pixel_side(images) for images in (50_000, 349_525, 349_526, 1_281_167, 10**9)] == [32, 32, 16, 16, 8]
+    assert Pixels(16)(torch.zeros(2, 3, 64, 64)).shape == (2, 3 * 16 * 16)
 
 
 def test_the_untrained_baseline_is_what_pre_training_started_from(backbone_path):

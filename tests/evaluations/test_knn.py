@@ -8,6 +8,7 @@ from ssl_core.evaluations.base import Subjects
 from ssl_core.evaluations.knn import (
     BEST_K,
     Config,
+    _largest,
     _score_best,
     _score_weighted,
     into_space,
@@ -76,6 +77,13 @@ def test_best_nn_agrees_with_brute_force_and_states_that_k_is_chosen_on_test(row
     assert metrics["pretrained"]["best_nn_top1"] == max(table.values())
     assert "top1" not in metrics["pretrained"]
     assert settings["how"] == "highest top1 on the test split"
+
+
+@pytest.mark.parametrize(("columns", "k"), [(40, 20), (5003, 1), (5003, 7), (5003, 300), (16384, 200)])
+def test_the_largest_similarities_are_those_of_topk(columns, k):
+    similarity = torch.randn(9, columns, generator=torch.Generator().manual_seed(0))
+    for found, expected in zip(_largest(similarity, k), similarity.topk(k, dim=1), strict=True):
+        assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("euclidean", [True, False])

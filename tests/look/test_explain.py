@@ -13,6 +13,7 @@ from PIL import Image
 
 from ssl_core import cli
 from ssl_core.config import Backbone, Training
+from ssl_core.data.shards import Manifest, Split, new_shard
 from ssl_core.experiments import overlays
 from ssl_core.look import doctor, explain, forecast
 from ssl_core.methods.base import resolve
@@ -125,6 +126,40 @@ def test_it_counts_images_steps_and_batches(explained: str) -> None:
     assert "tiny's card switches off flip" in explained
 
 
+def test_it_counts_the_decoded_images_of_a_batch(explained: str) -> None:
+    assert "stored images: 256 pixels on average, 256 pixels at most" in explained
+    assert "decoded images 6.14 kB" in explained.replace("\n#      ", "")  # 3 bytes x 256 pixels x 8 images
+
+
+def test_sizes_of_decoded_images_are_read_from_their_headers(tmp_path: Path) -> None:
+    with new_shard(tmp_path / "train-000000.tar") as writer:
+        for number, side in enumerate((20, 50)):
+            file = io.BytesIO()
+            Image.new("RGB", (side, 10)).save(file, "JPEG", icc_profile=bytes(100_000))  # a long header
+            writer.add(number, "jpg", file.getvalue(), 0)
+        shard = writer.close()
+    split = Split(images=2, labelled=True, bytes=shard.bytes, class_counts=None, shards=(shard,), rejected=())
+    (tmp_path / "manifest.json").write_text(
+        Manifest(
+            dataset="tiny",
+            image_size=8,
+            mean=(0.5, 0.5, 0.5),
+            std=(0.5, 0.5, 0.5),
+            classes=None,
+            avoid=(),
+            splits={"train": split},
+        ).model_dump_json()
+    )
+    manifest = Manifest.load(tmp_path / "manifest.json")
+    assert forecast.decoded_pixels(manifest, "train").tolist() == [200, 500]
+
+
+def test_decoded_images_of_a_batch_vary_with_its_images() -> None:
+    assert forecast.largest_batch(np.array([100]), 8) == 800
+    photographs = np.array([10**7] + [10**5] * 99)
+    assert 2e7 < forecast.largest_batch(photographs, 32) < 9e7  # some of 32 are the large one, never all
+
+
 def test_ten_steps_are_timed_if_there_are_shards(run_command: RunCommand) -> None:
     output = run_command("explain", "first", "--threads", "1")
     assert "for 4 steps, without evaluations" in output
@@ -195,3 +230,12 @@ def test_the_doctor_reports_what_works_and_what_fails(
     monkeypatch.setattr("sys.executable", "/bin/false")  # DALI is tried in a process of its own
     assert not doctor.examine()
     assert any(line.startswith("fails    DALI") for line in capsys.readouterr().out.splitlines())
+
+
+@pytest.mark.parametrize("address", ["http://me:secret@127.0.0.1:9", "postgresql://me:secret@host/mlflow"])
+def test_the_doctor_prints_no_password(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SSL_TRACKING", "")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+    (finding,) = doctor._database()
+    assert finding.message.startswith(f"{address.partition(':')[0]}://***@")
+    assert "secret" not in finding.message

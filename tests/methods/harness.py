@@ -30,6 +30,7 @@ SIZES = (PIXELS, 16, 32, 64, 96)
 EPOCHS = 2
 START = Progress(0, 100)
 CPU = torch.device("cpu")
+DEVICE = "cpu"  # of `trainer`; tests/gpu sets it
 ROOT = Path(__file__).parents[2]
 
 
@@ -155,7 +156,7 @@ def trainer(method: type[Method], config: MethodConfig, **training: Any) -> Trai
         **{"epochs": EPOCHS, "batch_size": BATCH, "warmup_epochs": 0.5, "precision": "fp32", **training}
     )
     loader = Noise(smallest_views(method, config), BATCH // settings.accumulation)
-    result = Trainer(make(method, config), loader, settings, device=CPU)  # pyright: ignore[reportArgumentType]
+    result = Trainer(make(method, config), loader, settings, device=torch.device(DEVICE))  # pyright: ignore[reportArgumentType]
     result.log_steps = 1
     return result
 

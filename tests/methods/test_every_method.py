@@ -249,7 +249,8 @@ FINAL = "final_teacher_momentum"
 def test_the_teacher_follows_the_student_once_per_step(name: str, end: float | None, weights: Path) -> None:
     fixed = name not in with_setting(FINAL)  # the momentum always rises to 1
     model: Any
-    model, config = build(name, weights, teacher_momentum=0.5, **({} if fixed else {FINAL: end}))
+    changes: dict[str, Any] = {} if fixed else {FINAL: end}
+    model, config = build(name, weights, teacher_momentum=0.5, **changes)
     teacher, student = model.teacher[0].layer.weight, model.backbone.layer.weight
     assert torch.equal(teacher, student)
     expected = teacher.clone()

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from torch.distributed.elastic.rendezvous import RendezvousTimeoutError
 
 from ssl_core.config import Backbone, Dataset, Subset
 from ssl_core.data.loader import draw_subset
@@ -134,6 +135,21 @@ def test_the_model_holds_teacher_and_queue_too(finished):
         )
 
 
+def test_processes_that_do_not_meet_on_the_loopback_address_give_one_line(demo, tmp_path, monkeypatch):
+    def launch(config, _work):
+        assert (config.rdzv_endpoint, config.local_addr) == ("127.0.0.1:0", "127.0.0.1")
+        assert config.rdzv_configs["join_timeout"] == pretrain.START_SECONDS
+
+        def start(*_):
+            raise RendezvousTimeoutError
+
+        return start
+
+    monkeypatch.setattr(pretrain, "elastic_launch", launch)
+    with pytest.raises(ValueError, match=r"2 processes of training.gpus did not meet on 127\.0\.0\.1"):
+        run(demo, tmp_path, spec(training={"gpus": 2}))
+
+
 def test_two_processes_train_from_the_same_recipe(demo, tmp_path):
     results = run(demo, tmp_path, spec(training={"gpus": 2, "epochs": 2}))
     assert read_json(results / "pretrain.json")["steps"] == 6
@@ -142,6 +158,7 @@ def test_two_processes_train_from_the_same_recipe(demo, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
+        ({"training": {"batch_size": 1}}, "batch_size gives one image per forward pass, .* use at least two images"),
         ({"training": {"batch_size": 256}}, "a batch of 256 images .* is larger than demo/train with 96"),
         ({"training": {"warmup_epochs": 9}}, "warmup_epochs 9 must be below training.epochs 4"),
         ({"method": {"queue_size": 97}}, "queue_size 97 is larger than the data set .96 images."),

@@ -17,6 +17,8 @@ from ssl_core.training.loop import Trainer
 from ssl_core.training.monitor import online_knn
 from tests.methods.harness import Tiny, state_bytes
 
+DEVICE = "cpu"  # tests/gpu sets it
+
 
 @pytest.fixture(scope="module")
 def manifest(demo):
@@ -34,11 +36,11 @@ def build(open_loaders, manifest, method=None, backbone=Tiny, **training):
     config = Config(**{"queue_size": 40, "projector_hidden": 32, "embedding_dim": 16, "warmup": 0.5, **(method or {})})
     dataset = Dataset(name="demo", subset=Subset(images=100, seed=1))
     views = ReSSL.views(config, 16)
-    loader = Loader(manifest, dataset, views, batch_size=16 // settings.accumulation, seed=5)
+    loader = Loader(manifest, dataset, views, batch_size=16 // settings.accumulation, seed=5, device=DEVICE)
     open_loaders.enter_context(loader)
     torch.manual_seed(0)
     model = ReSSL(config, backbone(), num_images=100, batch_size=16, seed=5)  # pyright: ignore[reportArgumentType]
-    result = Trainer(model, loader, settings, device=torch.device("cpu"))
+    result = Trainer(model, loader, settings, device=torch.device(DEVICE))
     result.log_steps = 1
     return result
 

@@ -113,6 +113,30 @@ def test_a_failed_stage_fails_the_run(fresh: Project) -> None:
     assert "error: no" in run.stderr
 
 
+FAILING = """case "$1 $2" in
+'pretrain first') mkdir -p logs/pretrain; echo 'error: no GPU' | tee logs/pretrain/first.log >&2; exit 2 ;;
+'evaluate second') kill -9 $$ ;;
+esac
+"""
+
+
+def test_the_last_lines_of_a_failed_run_name_each_failed_job(fresh: Project) -> None:
+    stub = fresh.folder / "bin" / "ssl-core"
+    stub.write_text(f"#!/bin/sh\n{FAILING}{stub.read_text()}")
+    run = fresh.snakemake(
+        "--keep-going", "results/first/knn.json", "results/second/knn.json", "results/first/views.png"
+    )
+    assert run.returncode == 1
+    assert (fresh.folder / "results/first/views.png").exists()
+    killed = "it ended without an error message, most likely killed: for want of memory, by a scheduler or by hand"
+    headline, *lines = run.stderr.rstrip().splitlines()[-3:]
+    assert headline == "Failed jobs (2):"
+    assert sorted(lines) == [
+        f"  evaluate results/second/knn.json: {killed} (log: logs/evaluate/second/knn.log)",
+        "  pretrain results/first/backbone.safetensors: error: no GPU (log: logs/pretrain/first.log)",
+    ]
+
+
 def test_a_dry_run_imports_neither_torch_nor_mlflow(fresh: Project) -> None:
     probe = (
         "import sys\n"

@@ -17,6 +17,6 @@ rule evaluate:
         spec=lambda wildcards: canonical(evaluate_spec(wildcards)),
         code=lambda wildcards: evaluation_code(evaluate_spec(wildcards)),
     shell:
-        "ssl-core evaluate {wildcards.experiment} {wildcards.evaluation} --spec {params.spec:q} --code {params.code}"
-        " --backbone {input.backbone} --model {input.model} --manifest {input.manifest} --output {output.json}"
-        " --threads {threads} --log {log}"
+        "ssl-core evaluate {wildcards.experiment:q} {wildcards.evaluation:q} --spec {params.spec:q} --code {params.code}"
+        " --backbone {input.backbone:q} --model {input.model:q} --manifest {input.manifest:q} --output {output.json:q}"
+        " --threads {threads} --log {log:q}"
