@@ -29,6 +29,7 @@ from torchvision.transforms import v2
 
 from ssl_core.config import Dataset
 from ssl_core.data.loader import Loader
+from ssl_core.data.pipeline import blur_window
 from ssl_core.data.shards import Manifest
 from ssl_core.data.views import POLICIES, View, Views
 
@@ -173,7 +174,7 @@ def torchvision_transform(view: View) -> v2.Compose:
         jitter = v2.ColorJitter(how.brightness, how.contrast, how.saturation, how.hue)
         operators += [v2.RandomApply([jitter], p=how.jitter), v2.RandomGrayscale(how.grayscale)]
     if how.blur:
-        window = max(3, view.size // 10 // 2 * 2 + 1)
+        window = blur_window(view.size, how.blur_sigma[1])
         operators.append(v2.RandomApply([v2.GaussianBlur(window, sigma=how.blur_sigma)], p=how.blur))
     if how.solarize:
         operators.append(v2.RandomSolarize(128, p=how.solarize))

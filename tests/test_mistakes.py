@@ -62,7 +62,7 @@ def configuration(folder: Path, content: str | dict[str, Any]) -> Path:
 EXPERIMENTS: list[tuple[dict[str, Any], str]] = [
     ({"training": {"batch_size": 128}}, "is larger than the data set (96 images): give 96 or less"),
     ({"method": {"queue_size": 97}}, "is larger than the data set (96 images), so that images would be"),
-    ({"method": {"teacher_temperature": 0.3}}, "must be below student_temperature"),
+    ({"method": {"teacher_temperature": 0.3}}, "must not be above student_temperature"),
     ({"training": {"batch_size": 31, "accumulation": 2}}, "must be a multiple of gpus x accumulation"),
     ({"training": {"warmup_epochs": 9}}, "the learning rate would never come down"),
     ({"training": {"learning_rate": "1e-3"}}, "YAML wants a point in it: 1.0e-3"),

@@ -15,6 +15,7 @@ the operations.
 # pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false, reportAssignmentType=false, reportOptionalMemberAccess=false
 
 import ctypes
+import math
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -229,8 +230,8 @@ def draw_colours(how: Augmentation, seed: int, iteration: int, batch_size: int) 
 
 def _blur(image: DataNode, how: Augmentation, size: int, seeds: dict[str, int], gpu: bool) -> DataNode:
     """Blur as torchvision does; `fn.filter` needs a third of the time of `fn.gaussian_blur`."""
-    window = blur_window(size)
-    kernels = _drawn(1 if window == 3 else 2, 2, draw_kernels, how, window, seeds["sigma"])
+    window = blur_window(size, how.blur_sigma[1])
+    kernels = _drawn(2, 2, draw_kernels, how, window, seeds["sigma"])
     kernels = [kernel.gpu() if gpu else kernel for kernel in kernels]
     if how.blur == 1:
         return _filter(image, kernels)
@@ -247,20 +248,23 @@ def _filter(image: DataNode, kernels: list[DataNode]) -> DataNode:
     return image
 
 
-def blur_window(size: int) -> int:
-    """Return the side of the blur's window for views of `size` px: an odd number near a tenth of it, at least 3."""
-    return max(3, size // 10 | 1)
+def blur_window(size: int, sigma: float) -> int:
+    """Return the side of the blur's window: an odd number near a tenth of `size`, and three `sigma` on each side.
+
+    A tenth is SimCLR's window. Three sigma match PIL's blur of small images, which has no window
+    (docs/sources.md#blur). No side is longer than the reflected border allows.
+    """
+    return min(max(size // 10 | 1, 2 * math.ceil(3 * sigma) + 1), 2 * size - 1)
 
 
 def draw_kernels(how: Augmentation, window: int, seed: int, iteration: int, batch_size: int) -> list[np.ndarray]:
-    """Draw one sigma per image; return the Gaussians as rows and columns, or their products if the window is 3."""
+    """Draw one sigma per image; return the Gaussians as rows and columns."""
     smallest, largest = how.blur_sigma
     sigma = smallest + (largest - smallest) * _generator(seed, iteration).random((batch_size, 1))
     offsets = np.arange(window) - window // 2
     weights = np.exp(-0.5 * (offsets / sigma) ** 2)
     weights = (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
-    row, column = weights[:, None, :], weights[:, :, None]
-    return [row * column] if window == 3 else [row, column]
+    return [weights[:, None, :], weights[:, :, None]]
 
 
 def _generator(seed: int, iteration: int) -> np.random.Generator:

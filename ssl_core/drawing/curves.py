@@ -15,6 +15,7 @@ from ssl_core.drawing.style import COLOURS, FAINT, panels, styled
 TITLES = {
     "embedding/spread": "spread of the embedding",
     "embedding/rankme": "RankMe of the embedding",
+    "embedding/effective_rank": "RankMe of the embedding",  # in histories of earlier versions
     "online/knn": "online kNN, % right",
 }
 LINES = ("-", "--", ":", "-.")  # of losses

@@ -227,7 +227,10 @@ def _check_reported(config: Config) -> None:
     for name, entry in (config.get("reported") or {}).items():
         if name not in names:
             raise ValueError(f"reported.{name}: there is no experiment '{name}'{nearest(name, names)}")
-        for evaluation in entry["results"]:
+        for key, claim in entry["results"].items():
+            place = f"reported.{name}.results.{key}"
+            evaluation, metric = sweeps.split_claim(key, evaluations)
+            if metric is None and not 0 <= claim <= 100:
+                raise ValueError(f"{place}: {claim:g} is no percentage: give a number from 0 to 100")
             if evaluation not in evaluations:
-                place = f"reported.{name}.results.{evaluation}"
                 raise ValueError(f"{place}: there is no such evaluation{nearest(evaluation, evaluations)}")

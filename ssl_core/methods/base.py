@@ -11,10 +11,11 @@ The training loop calls, for every optimizer step:
 
 import importlib
 import inspect
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,21 +24,29 @@ from ssl_core.blocks import distributed
 from ssl_core.config import Experiment, Strict, Training, nearest, parse
 from ssl_core.data.batch import Batch, BatchSource
 from ssl_core.data.views import Views, adjust
-from ssl_core.networks.backbones import Network
+from ssl_core.networks.backbones import Network, build_backbone, check_image_size
 from ssl_core.networks.batchnorm import split_batchnorm
+from ssl_core.networks.families import can_drop_paths, is_transformer
 
 Memory = dict[str, Tensor]  # tensors of one forward pass, without gradient; the keys are the method's own
 
 
 class MethodConfig(Strict):
-    """Hyper-parameters of a method: `name` selects the method, `preset` the published values to start from."""
+    """Hyper-parameters of a method: `name` selects the method, `preset` the values to start from."""
+
+    def ineffective(self) -> Mapping[str, str]:
+        """Return the keys without effect beside the other settings, with the reason; users must not set them."""
+        return {}
 
 
 class Preset(NamedTuple):
-    """A published setting, as differences from the defaults of the method's `Config` and of `Training`."""
+    """A setting with its source, as differences from the defaults of the method's `Config` and of `Training`."""
 
     method: Mapping[str, Any]
     training: Mapping[str, Any]
+    source: str  # who published it, or that it was chosen here, with an anchor of docs/sources.md
+    networks: Literal["convolutional", "transformer"] | None = None  # the kind it was made for; None: any
+    drop_path: float = 0.0  # default of `backbone.drop_path`, for networks that have it
 
 
 class Progress(NamedTuple):
@@ -161,5 +170,55 @@ def resolve(spec: Mapping[str, Any]) -> Experiment:
         raise ValueError(f"method.preset: there is no preset '{preset_name}'{suggestion}")
     preset = module.PRESETS[preset_name]
     method = parse(module.Config, {**preset.method, **section}, "method")
+    for key, reason in method.ineffective().items():
+        if key in section:
+            raise ValueError(f"method.{key} has no effect here: {reason}")
     training = parse(Training, {**preset.training, **(spec.get("training") or {})}, "training")
-    return parse(Experiment, {**spec, "method": method, "training": training}, "experiment")
+    completed = {**spec, "method": method, "training": training}
+    backbone = spec.get("backbone")
+    if preset.drop_path and isinstance(backbone, Mapping) and can_drop_paths(str(backbone.get("name"))):
+        completed["backbone"] = {"drop_path": preset.drop_path, **backbone}
+    return parse(Experiment, completed, "experiment")
+
+
+def preset_of(method: MethodConfig) -> tuple[str, Preset]:
+    """Return the name and the values of the preset that the settings of a method start from."""
+    settings: Any = method
+    presets: dict[str, Preset] = load_method_module(settings.name).PRESETS
+    name: str = getattr(settings, "preset", next(iter(presets)))
+    return name, presets[name]
+
+
+def build(experiment: Experiment, image_size: int, views: Views, *, num_images: int) -> Method:
+    """Build backbone and method from the run's seed; print a warning for a preset made for other networks.
+
+    Raises `ValueError` for views that the backbone cannot take.
+    """
+    training = experiment.training
+    # The backbone comes first after the seed, so that the evaluations' untrained baseline is this very network.
+    torch.manual_seed(training.seed)
+    backbone = build_backbone(experiment.backbone, image_size)
+    for view in views.values():
+        check_image_size(backbone, experiment.backbone, view.size)
+    warning = preset_warning(experiment, backbone)
+    if warning is not None and distributed.rank() == 0:
+        print(warning, file=sys.stderr)
+    return method_class(experiment.method.name)(
+        experiment.method, backbone, num_images=num_images, batch_size=training.batch_size, seed=training.seed
+    )
+
+
+def preset_warning(experiment: Experiment, backbone: Network) -> str | None:
+    """Return a warning if the preset was made for another kind of network, else None."""
+    name, preset = preset_of(experiment.method)
+    kind = "transformer" if is_transformer(backbone) else "convolutional"
+    if preset.networks in (None, kind):
+        return None
+    presets = load_method_module(experiment.method.name).PRESETS
+    others = [other for other, values in presets.items() if values.networks == kind]
+    advice = f"use preset {' or '.join(others)}, or set" if others else "set"
+    return (
+        f"warning: preset {name} of {experiment.method.name} was made for {preset.networks} networks, "
+        f"{experiment.backbone.name} is {'a transformer' if kind == 'transformer' else 'convolutional'}: {advice} "
+        "optimizer, learning rate and head yourself"
+    )

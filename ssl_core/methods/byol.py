@@ -60,11 +60,16 @@ PRESETS = {
             "optimizer": "sgd", "learning_rate": 0.05, "learning_rate_scaling": "none", "weight_decay": 1e-4,
             "batch_size": 512, "epochs": 400, "warmup_epochs": 0, "schedule_unit": "epoch",
         },
+        source="SSQL's code, also Cao & Wu's baseline (docs/sources.md#byol)",
     ),
-    "imagenet": Preset(method=_PAPER, training=_LARS),
+    "imagenet": Preset(
+        method=_PAPER, training=_LARS,
+        source="BYOL, paper, 1,000 epochs (docs/sources.md#byol)",
+    ),
     "imagenet_300": Preset(
         method={**_PAPER, "teacher_momentum": 0.99},
         training={**_LARS, "learning_rate": 0.3, "weight_decay": 1e-6, "epochs": 300},
+        source="BYOL, paper, 300 epochs (docs/sources.md#byol)",
     ),
 }  # fmt: skip
 

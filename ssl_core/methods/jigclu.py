@@ -43,8 +43,16 @@ _TRAINING = {
 }  # fmt: skip
 PRESETS = {
     # Cao & Wu report 400 epochs on CIFAR and no other setting; their other methods use no blur there.
-    "small": Preset(method={"augmentation": "contrastive_no_blur"}, training={**_TRAINING, "epochs": 400}),
-    "official": Preset(method={}, training={**_TRAINING, "epochs": 200}),
+    "small": Preset(
+        method={"augmentation": "contrastive_no_blur"},
+        training={**_TRAINING, "epochs": 400},
+        source="chosen here: JigClu's code without blur, Cao & Wu's 400 epochs (docs/sources.md#jigclu)",
+    ),
+    "official": Preset(
+        method={},
+        training={**_TRAINING, "epochs": 200},
+        source="JigClu, paper and README (docs/sources.md#jigclu)",
+    ),
 }
 
 

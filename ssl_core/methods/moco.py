@@ -70,9 +70,13 @@ _SGD = {
 _LARS = {**SSLIGHT_TRAINING, "learning_rate": 0.48}
 
 PRESETS = {
-    "small": Preset(method={}, training={**_SGD, "learning_rate": 0.3, "batch_size": 256, "epochs": 400}),
+    "small": Preset(
+        method={}, training={**_SGD, "learning_rate": 0.3, "batch_size": 256, "epochs": 400},
+        source="SSQL's baseline on CIFAR, also Cao & Wu's (docs/sources.md#moco)",
+    ),
     "moco_v2": Preset(
-        method=_OFFICIAL, training={**_SGD, "learning_rate": 0.03, "batch_size": 256, "epochs": 200}
+        method=_OFFICIAL, training={**_SGD, "learning_rate": 0.03, "batch_size": 256, "epochs": 200},
+        source="MoCo v2, paper and code, ImageNet (docs/sources.md#moco)",
     ),
     "notebook": Preset(  # the authors' CIFAR-10 notebook: kNN 82.6 % after 200 epochs, 85.3 % with `symmetric: sum`
         method={
@@ -80,15 +84,23 @@ PRESETS = {
             "embedding_dim": 128, "batchnorm_splits": 8, "area": (0.08, 1.0),
         },
         training={**_SGD, "learning_rate": 0.06, "weight_decay": 5e-4, "batch_size": 512, "epochs": 200},
+        source="MoCo's CIFAR-10 notebook (docs/sources.md#moco)",
     ),
-    "sslight_baseline": Preset(method={**_SSLIGHT, **SIX_LOCALS}, training=_LARS),  # MoCo v2* in the paper
-    "sslight": Preset(method={**_SSLIGHT, **SSLIGHT}, training=_LARS),
+    "sslight_baseline": Preset(
+        method={**_SSLIGHT, **SIX_LOCALS}, training=_LARS,
+        source="SSLight's code without its view sampling (docs/sources.md#moco-multicrop)", networks="convolutional",
+    ),  # MoCo v2* in the paper
+    "sslight": Preset(
+        method={**_SSLIGHT, **SSLIGHT}, training=_LARS,
+        source="SSLight's code (docs/sources.md#moco-multicrop)", networks="convolutional",
+    ),
     "shi": Preset(
         method={
             **_OFFICIAL, "temperature": 0.1, "projector_hidden": "2d", "query_augmentation": "aug_plus",
             "key_augmentation": "aug_plus",
         },
         training={**_SGD, "learning_rate": 0.06, "batch_size": 512, "epochs": 800},
+        source="Shi et al., improved, 800 epochs (docs/sources.md#shi)",
     ),
 }  # fmt: skip
 

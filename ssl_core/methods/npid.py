@@ -68,6 +68,7 @@ PRESETS = {
             "optimizer": "sgd", "learning_rate": 0.03, "learning_rate_scaling": "none", "weight_decay": 5e-4,
             "batch_size": 128, "epochs": 200, "warmup_epochs": 0, "schedule": "step", "milestones": (80, 120, 160),
         },
+        source="NPID's code, CIFAR (docs/sources.md#npid)",
     ),
     "imagenet": Preset(  # the authors' later release, with a softmax over sampled negatives instead of NCE
         method={"temperature": 0.07, "negatives": 65536, "augmentation": {"policy": "npid", "flip": 0.5}},
@@ -75,6 +76,7 @@ PRESETS = {
             "optimizer": "sgd", "learning_rate": 0.03, "learning_rate_scaling": "none", "weight_decay": 1e-4,
             "batch_size": 256, "epochs": 200, "warmup_epochs": 0, "schedule": "step", "milestones": (120, 160),
         },
+        source="NPID's later code, ImageNet (docs/sources.md#npid)",
     ),
     "paper": Preset(
         method={**CAO_WU, "update": "gradient", "sqrtkl_temperature": None},
@@ -82,6 +84,7 @@ PRESETS = {
             "optimizer": "sgd", "learning_rate": 0.1, "learning_rate_scaling": "none", "weight_decay": 1e-4,
             "batch_size": 512, "epochs": 400, "warmup_epochs": 0, "schedule_unit": "epoch",
         },
+        source="Cao & Wu's paper, completed by their code (docs/sources.md#cao-wu)",
     ),
     "code": Preset(
         method={**CAO_WU, "embedding_dim": 2048, "negatives": 10_000, "cutmix": 0.5, "batchnorm_splits": 4},
@@ -89,6 +92,7 @@ PRESETS = {
             "optimizer": "sgd", "learning_rate": 1.0, "learning_rate_scaling": "none", "weight_decay": 1e-4,
             "batch_size": 512, "epochs": 200, "warmup_epochs": 0, "schedule_unit": "epoch",
         },
+        source="Cao & Wu's code (docs/sources.md#cao-wu)",
     ),
 }  # fmt: skip
 

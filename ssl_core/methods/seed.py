@@ -54,8 +54,16 @@ _TRAINING = {
     "warmup_epochs": 5,
 }  # fmt: skip
 PRESETS = {
-    "paper": Preset(method={}, training=_TRAINING),
-    "code": Preset(method={"teacher_temperature": 1e-4}, training=_TRAINING),  # an almost one-hot target
+    "paper": Preset(
+        method={},
+        training=_TRAINING,
+        source="SEED, paper (docs/sources.md#seed)",
+    ),
+    "code": Preset(
+        method={"teacher_temperature": 1e-4},
+        training=_TRAINING,
+        source="SEED's code (docs/sources.md#seed)",
+    ),  # an almost one-hot target
 }
 
 

@@ -44,6 +44,7 @@ PRESETS = {
             "optimizer": "lars", "learning_rate": 1.0, "weight_decay": 1e-4, "batch_size": 512, "epochs": 1000,
             "warmup_epochs": 10, "decay_exclusion": "norm_bias",
         },
+        source="SimCLR's code, command for CIFAR-10 (docs/sources.md#simclr)",
     ),
     "imagenet": Preset(
         method={"temperature": 0.1, "augmentation": "simclr"},
@@ -51,6 +52,7 @@ PRESETS = {
             "optimizer": "lars", "learning_rate": 0.3, "weight_decay": 1e-6, "batch_size": 4096, "epochs": 1000,
             "warmup_epochs": 10, "decay_exclusion": "norm_bias",
         },
+        source="SimCLR, paper and code, ImageNet (docs/sources.md#simclr)",
     ),
     "cao_wu": Preset(  # SSQL's code on four GPUs, used by Cao & Wu: negatives and statistics of 128 images
         method={
@@ -61,6 +63,7 @@ PRESETS = {
             "optimizer": "sgd", "learning_rate": 0.5, "learning_rate_scaling": "none", "weight_decay": 1e-4,
             "batch_size": 512, "epochs": 400, "warmup_epochs": 0, "schedule_unit": "epoch",
         },
+        source="SSQL's code, also Cao & Wu's baseline (docs/sources.md#simclr)",
     ),
 }  # fmt: skip
 

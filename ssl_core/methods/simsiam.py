@@ -37,11 +37,13 @@ _SGD = {"optimizer": "sgd", "batch_size": 512, "warmup_epochs": 0, "schedule_uni
 
 PRESETS = {
     "cifar": Preset(  # 91.8 % linear accuracy (appendix D)
-        method={}, training={**_SGD, "learning_rate": 0.03, "weight_decay": 5e-4, "epochs": 800}
+        method={}, training={**_SGD, "learning_rate": 0.03, "weight_decay": 5e-4, "epochs": 800},
+        source="SimSiam, paper, appendix D (docs/sources.md#simsiam)",
     ),
     "imagenet": Preset(
         method={"projector_layers": 3, "augmentation": "contrastive"},
         training={**_SGD, "learning_rate": 0.05, "weight_decay": 1e-4, "epochs": 100},
+        source="SimSiam, paper and code, ImageNet (docs/sources.md#simsiam)",
     ),
     "cao_wu": Preset(  # SSQL's code, used by Cao & Wu: absolute learning rate, BatchNorm per GPU of four
         method={
@@ -50,6 +52,7 @@ PRESETS = {
         training={
             **_SGD, "learning_rate": 0.05, "learning_rate_scaling": "none", "weight_decay": 5e-4, "epochs": 400,
         },
+        source="SSQL's code, also Cao & Wu's baseline (docs/sources.md#simsiam)",
     ),
 }  # fmt: skip
 

@@ -257,6 +257,16 @@ def family_of(network: nn.Module) -> Family:
     return next(family for family in FAMILIES if family.includes(network))
 
 
+def is_transformer(network: nn.Module) -> bool:
+    """Return whether a network has layers of attention."""
+    return any("Attention" in type(layer).__name__ for layer in network.modules())
+
+
+def can_drop_paths(name: str) -> bool:
+    """Return whether a network may have `drop_path`: ours and those of timm."""
+    return name in TRANSFORMERS or name.startswith("timm/")
+
+
 def fit_stem(network: nn.Module, config: Backbone) -> None:
     """Fit the first layers in place to small images; raises ValueError if the family has no such stem."""
     if config.stem == "imagenet":

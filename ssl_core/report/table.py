@@ -52,7 +52,7 @@ def as_csv(rows: Sequence[Row], reported: Reported) -> str:
 
 
 def _columns(rows: Sequence[Row], all_rows: Sequence[Row], group: str, has_seeds: bool) -> list[Column]:
-    """Return a group's columns: all metrics of the backbone, headline first, then the baselines, then reported."""
+    """Return a group's columns: all metrics of the backbone, headline first, then the baselines, then reported ones."""
     main = headlines(rows, group)[0]
     metrics = _metrics(rows, group)
     metrics.sort(key=lambda metric: (metric != main, metric))
@@ -62,8 +62,9 @@ def _columns(rows: Sequence[Row], all_rows: Sequence[Row], group: str, has_seeds
         columns.append(Column(group, source, metric, ""))
         if has_seeds:
             columns.append(Column(group, source, metric, "sd"))
-    if any(row.claim(group) is not None for row in all_rows):
-        columns.append(Column(group, "reported", main, ""))
+    for metric in metrics:
+        if any(row.claim(group, metric) is not None for row in all_rows):
+            columns.append(Column(group, "reported", metric, ""))
     return columns
 
 
@@ -78,7 +79,7 @@ def _metrics(rows: Sequence[Row], group: str) -> list[str]:
 
 def _number(row: Row, column: Column) -> float | None:
     if column.source == "reported":
-        return row.claim(column.group)
+        return row.claim(column.group, column.metric)
     summary = row.summary(column.group, column.source, column.metric)
     if summary is None:
         return None

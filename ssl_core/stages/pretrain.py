@@ -1,5 +1,6 @@
 """The stage `pretrain`: from a manifest and an experiment's settings to weights, history and a summary."""
 
+import contextlib
 import csv
 import io
 import json
@@ -8,7 +9,6 @@ import resource
 import signal
 import sys
 import time
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,18 +30,20 @@ from ssl_core.drawing.views import draw_first_views
 from ssl_core.experiments import sweeps
 from ssl_core.experiments.processes import end_with_parent, report_bus_error
 from ssl_core.files import write_json, write_text
-from ssl_core.methods.base import method_class, resolve, views_of
-from ssl_core.networks.backbones import build_backbone, check_image_size, save_backbone, write_tensors
+from ssl_core.methods.base import build, resolve, views_of
+from ssl_core.networks.backbones import save_backbone, write_tensors
 from ssl_core.networks.batchnorm import synchronise_batchnorm
 from ssl_core.tracking import run as tracking
 from ssl_core.training.checkpoint import Identity, load_checkpoint, remove_checkpoint, save_checkpoint
 from ssl_core.training.loop import Stop, Trainer
+from ssl_core.training.memory import capacity, estimate, measure_activations, shortage
 from ssl_core.training.monitor import online_knn
 
 HEADLINES = ("loss/total", "embedding/rankme", "online/knn")  # beside the evaluations' numbers
 LOOPBACK = "127.0.0.1"  # where the ranks meet: the name of a host may not resolve
 START_SECONDS = 300  # until all ranks must have met
 PROBE_IMAGES = 5000  # of the online kNN at most
+MEASURED_IMAGES = 8  # of the pass whose memory is measured
 OUTPUTS = ("model.safetensors", "history.csv", "pretrain.json", "backbone.safetensors")
 
 
@@ -90,6 +92,7 @@ def run(
     learning_rate(0, training=resolved.training, steps_per_epoch=1)
     data = Manifest.load(manifest)
     verify(data, resolved.dataset.split)
+    _check_memory(resolved, data, threads)
     processes = resolved.training.gpus
     if processes == 1:
         return _work(job)
@@ -124,6 +127,23 @@ def run(
         raise ValueError(f"process {failure.local_rank} of {processes} failed: {reason}") from None
 
 
+def _check_memory(resolved: Experiment, manifest: Manifest, threads: int) -> None:
+    """Raise `ValueError` at once for a batch that cannot fit, rather than after the data were read."""
+    training = resolved.training
+    torch.set_num_threads(threads)
+    views = views_of(resolved, manifest.image_size, avoid=manifest.avoid)
+    subset = resolved.dataset.subset
+    num_images = subset.images if subset else manifest.split(resolved.dataset.split).images
+    with contextlib.redirect_stderr(io.StringIO()):  # the training prints the same warnings
+        method = build(resolved, manifest.image_size, views, num_images=num_images)
+    images = min(MEASURED_IMAGES, forward_batch_size(training))
+    activations = measure_activations(method, views, training, images)
+    uses = estimate(method, views, training, activations=activations, num_images=num_images)
+    message = shortage(uses, training, capacity(training))
+    if message is not None:
+        raise ValueError(message)
+
+
 @record  # writes the message of an error for the launcher
 def _work_as_rank(job: Job, launcher: int) -> None:
     end_with_parent(launcher)  # the launcher holds the lock of the experiment
@@ -138,20 +158,9 @@ def _work(job: Job) -> None:
     manifest = Manifest.load(job.manifest)
     report_bus_error(lambda: verify(manifest, resolved.dataset.split))
     identity = Identity(spec=provenance.canonical(job.spec), code=job.code, data=_data_digest(job))
-    # The backbone is built first after seeding, so that the untrained baseline of evaluations is the same network.
-    torch.manual_seed(training.seed)
-    backbone = build_backbone(resolved.backbone, manifest.image_size)
     views = views_of(resolved, manifest.image_size, avoid=manifest.avoid)
-    for view in views.values():
-        check_image_size(backbone, resolved.backbone, view.size)
     with _loader(job, resolved, manifest, views, device) as loader:
-        method = method_class(resolved.method.name)(
-            resolved.method,
-            backbone,
-            num_images=loader.num_images,
-            batch_size=training.batch_size,
-            seed=training.seed,
-        )
+        method = build(resolved, manifest.image_size, views, num_images=loader.num_images)
         if distributed.is_distributed() and training.sync_batchnorm:
             synchronise_batchnorm(method, cuda=device.type == "cuda")
         torch.manual_seed(training.seed + distributed.rank())
@@ -203,7 +212,7 @@ def _lead(
         tracking.start(
             "pretrain", job.experiment, digest=_version(identity), parameters=settings, run_id=tracking_run
         ) as tracked,
-        _probe(resolved, manifest, job.threads) or nullcontext() as probe,
+        _probe(resolved, manifest, job.threads) or contextlib.nullcontext() as probe,
     ):
         tracked.dataset(manifest.dataset, identity.data, num_images=trainer.loader.num_images, source=job.manifest)
         picture = job.checkpoint.with_suffix(".views.png")

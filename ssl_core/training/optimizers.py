@@ -25,6 +25,11 @@ def build_optimizer(
     """
     groups = parameter_groups(module, training, constant, undecayed)
     rate, momentum, nesterov = effective_learning_rate(training), training.momentum, training.nesterov
+    if training.final_weight_decay is not None and not training.weight_decay * training.final_weight_decay:
+        raise ValueError(
+            f"training.weight_decay {training.weight_decay:g} goes to final_weight_decay "
+            f"{training.final_weight_decay:g}: both must be above 0, else the parameters without decay are unknown"
+        )
     if nesterov and training.optimizer != "sgd":
         raise ValueError(f"training.nesterov exists for sgd only, not for {training.optimizer}: leave it out")
     if training.optimizer == "lars":
@@ -39,6 +44,13 @@ def set_learning_rate(optimizer: Optimizer, rate: float) -> None:
     for group in optimizer.param_groups:
         if not group["constant"]:
             group["lr"] = rate
+
+
+def set_weight_decay(optimizer: Optimizer, decay: float) -> None:
+    """Set the weight decay of all groups that have one."""
+    for group in optimizer.param_groups:
+        if group["weight_decay"]:
+            group["weight_decay"] = decay
 
 
 def parameter_groups(

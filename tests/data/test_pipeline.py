@@ -135,26 +135,37 @@ def test_jitter_values_stay_pixel_values(tiny: Manifest) -> None:
     assert found.max() <= 255.001
 
 
-@pytest.mark.parametrize(("size", "window", "tolerance"), [(32, 3, 0.3), (64, 7, 0.3), (96, 9, 0.3), (224, 23, 0.3)])
+@pytest.mark.parametrize(("size", "window", "tolerance"), [(32, 13, 0.3), (64, 13, 0.3), (96, 13, 0.3), (224, 23, 0.3)])
 def test_blur_has_torchvisions_kernel(
     tmp_path: Path, make_shards: Callable[..., Manifest], size: int, window: int, tolerance: float
 ) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (2, size, size, 3), dtype=np.uint8)
     sharp = [Image.fromarray(image) for image in noise]
     manifest = make_shards(tmp_path, [encode(image) for image in sharp], [0, 0])
-    found = augment(manifest, size, blur=1, blur_sigma=(1.7, 1.7))
+    found = augment(manifest, size, blur=1, blur_sigma=(1.7, 1.7))  # three sigma: 13 pixels
     expected = [tv.gaussian_blur(image, [window, window], [1.7, 1.7]) for image in stacked(sharp)]
     assert difference(found, expected) < tolerance
 
 
-def test_blur_windows_are_a_tenth_of_the_side() -> None:
-    assert [blur_window(size) for size in (16, 32, 64, 96, 128, 224)] == [3, 3, 7, 9, 13, 23]
+def test_blur_windows_are_a_tenth_of_the_side_and_hold_three_sigma() -> None:
+    assert [blur_window(size, 2.0) for size in (16, 32, 64, 96, 128, 224)] == [13, 13, 13, 13, 13, 23]
+    assert blur_window(32, 0.5) == 5
+    assert blur_window(4, 2.0) == 7  # the reflected border of 4 pixels
+
+
+def test_blur_spreads_a_point_as_far_as_its_sigma_at_32_pixels() -> None:
+    """PIL's blur of radius r has the standard deviation r, which ReSSL's and MoCo's code use at 32 px too."""
+    for sigma in (1.0, 1.5, 2.0):
+        how = Augmentation(blur=1, blur_sigma=(sigma, sigma))
+        row, _ = draw_kernels(how, blur_window(32, 2.0), 5, 0, 1)
+        offsets = np.arange(row.size) - row.size // 2
+        assert np.sqrt((row.ravel() * offsets**2).sum()) == pytest.approx(sigma, rel=0.04)
 
 
 def test_blur_draws_its_sigma_evenly() -> None:
-    (kernels,) = draw_kernels(Augmentation(blur=1), 3, 5, 0, 20_000)
+    kernels, _ = draw_kernels(Augmentation(blur=1), 3, 5, 0, 20_000)
     assert kernels.sum(axis=(1, 2)) == pytest.approx(1, abs=1e-5)
-    ratio = kernels[:, 1, 1] / kernels[:, 1, 0]  # exp(1 / (2 sigma^2))
+    ratio = kernels[:, 0, 1] / kernels[:, 0, 0]  # exp(1 / (2 sigma^2))
     sigma = (2 * np.log(ratio[np.isfinite(ratio)])) ** -0.5
     assert np.quantile(sigma, [0.25, 0.5, 0.75, 1]) == pytest.approx([0.575, 1.05, 1.525, 2.0], abs=0.04)
 

@@ -139,7 +139,7 @@ TRAINED = ": 'weights' names a network that is trained already"
         ),
         ("reported/small", {"results": {"knn": 1}}, ": the key 'source' is missing"),
         ("reported/small", {"source": "x", "knn": 1}, ".knn: unknown key"),
-        ("reported/small", {"source": "x", "results": {"knn": 101}}, ".results.knn: 101 is greater than"),
+        ("reported/small", {"source": "x", "results": {"knn": 101}}, ".results.knn: 101 is no percentage"),
         ("reported/small", {"source": "x", "results": {"knn": "a"}}, ".results.knn: expected a number"),
     ],
 )

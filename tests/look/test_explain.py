@@ -15,9 +15,10 @@ from ssl_core import cli
 from ssl_core.config import Backbone, Training
 from ssl_core.data.shards import Manifest, Split, new_shard
 from ssl_core.experiments import overlays
-from ssl_core.look import doctor, forecast
+from ssl_core.look import doctor, explain, forecast
 from ssl_core.methods.base import resolve
 from ssl_core.networks.backbones import build_backbone
+from ssl_core.training.memory import count, estimate
 
 RunCommand = Callable[..., str]
 
@@ -90,14 +91,24 @@ def test_the_settings_are_yaml_that_resolves_to_the_same_experiment(explained: s
         ("queue_size: 16", "config.yaml"),
         ("epochs: 3", "mine.yaml"),
         ("solarize: 0.0", "mine.yaml (simclr)"),
-        ("student_temperature: 0.1", "paper default (preset small)"),
-        ("learning_rate: 0.06", "paper default (preset small)"),
+        ("student_temperature: 0.1", "preset small"),
+        ("learning_rate: 0.06", "preset small"),
         ("gradient_clip: null", "default"),
     ],
 )
 def test_each_value_has_its_origin(line: str, origin: str, explained: str) -> None:
     (row,) = [row for row in explained.splitlines() if row.strip().startswith(line + " ")]
     assert row.endswith(f"  # {origin}")
+
+
+def test_the_presets_source_is_printed(explained: str) -> None:
+    assert "# preset small: Zheng et al., journal version, small images (docs/sources.md#ressl)" in explained
+
+
+def test_a_batch_that_cannot_fit_names_the_settings(run_command: RunCommand, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(explain, "capacity", lambda training: 0.902e9)  # little more than the libraries
+    output = run_command("explain", "first", "--no-time").replace("\n#      ", "")
+    assert "does not fit: training.batch_size 8 needs about 1 GB per process for 8 images at once" in output
 
 
 def test_a_point_of_a_sweep_names_the_sweep_as_origin(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,14 +206,15 @@ def test_a_step_costs_its_forward_and_backward_passes(project: Path, monkeypatch
 
     monkeypatch.chdir(project)
     subject = find_subject(overlays.load_configuration([]).experiment("first"))
-    method = forecast.build(subject.resolved, 16, subject.views, num_images=20, batch_size=8)
+    method = forecast.build(subject.resolved, 16, subject.views, num_images=20)
     walked = forecast.walk(method, subject.views, subject.resolved.training)
     # A student's pass forward and, about twice that, backward, and a teacher's; heads come on top.
     assert 3.7 < walked.step / walked.backbone < 4.5
-    memory = forecast.memory(method, subject.views, subject.resolved.training, walked, 20)
-    assert memory["gradients and optimizer"] == 2 * 4 * forecast.count(method, trained=True)
-    adamw = forecast.memory(method, subject.views, Training(optimizer="adamw", batch_size=16), walked, 20)
-    assert adamw["gradients and optimizer"] == 3 * 4 * forecast.count(method, trained=True)
+    uses = {"activations": walked.activations, "num_images": 20}
+    memory = estimate(method, subject.views, subject.resolved.training, **uses)
+    assert memory["gradients and optimizer"] == 2 * 4 * count(method, trained=True)
+    adamw = estimate(method, subject.views, Training(optimizer="adamw", batch_size=16), **uses)
+    assert adamw["gradients and optimizer"] == 3 * 4 * count(method, trained=True)
     assert adamw["activations"] == 2 * memory["activations"]
 
 

@@ -1,14 +1,22 @@
 """DINO: the loss, its centre and temperatures, the head, the teacher, and the loss over many crops."""
 
+from types import SimpleNamespace
+from typing import cast
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from timm.layers.drop import DropPath
 
 from ssl_core.blocks.multicrop import balance
 from ssl_core.config import parse
-from ssl_core.methods.base import Progress
+from ssl_core.data.loader import Loader
+from ssl_core.methods.base import Progress, resolve
+from ssl_core.methods.base import build as build_method
 from ssl_core.methods.dino import DINO, Config, Head
+from ssl_core.training.loop import Trainer
+from ssl_core.training.memory import random_batch
 from tests.methods.harness import (
     START,
     batch,
@@ -176,3 +184,75 @@ def test_learned_lengths_and_a_frozen_layer_resume_and_run_in_two_processes(tmp_
     variant = config(freeze=0.1, norm_last_layer=False, **LOCALS)
     resume_is_exact(DINO, variant, optimizer="adamw", accumulation=2, learning_rate=1e-3)
     two_processes_equal_one(DINO, variant, folder=tmp_path)
+
+
+# SSLight's vision transformers
+
+VIT = {
+    "dataset": {"name": "imagenet"},
+    "backbone": {"name": "vit_tiny_32"},
+    "method": {"name": "dino", "preset": "sslight_vit"},
+    "training": {
+        "batch_size": 4,
+        "epochs": 2,
+        "warmup_epochs": 1,
+        "learning_rate_scaling": "none",
+        "precision": "fp32",
+    },
+}
+
+
+def test_the_preset_for_transformers_has_the_papers_values():
+    resolved = resolve({**VIT, "training": {}})
+    training, method = resolved.training, resolved.method
+    assert (training.optimizer, training.learning_rate, training.minimum_learning_rate) == ("adamw", 5e-4, 1e-5)
+    assert (training.weight_decay, training.final_weight_decay, training.gradient_clip) == (0.04, 0.4, None)
+    assert (training.batch_size, training.epochs, training.warmup_epochs) == (1024, 200, 10)
+    assert (method.num_outputs, method.head_batchnorm, method.norm_last_layer) == (65536, False, True)
+    assert (method.teacher_momentum, method.temperature_warmup * training.epochs) == (0.996, 30)
+    assert (method.area, method.num_locals, method.alpha, resolved.backbone.drop_path) == ((0.3, 1.0), 10, 0.4, 0.1)
+    views = DINO.views(method, 224)
+    assert (views["local"].size, views["local"].count, views["local"].area) == (128, 10, (0.05, 0.3))
+    baseline = resolve({**VIT, "method": {"name": "dino", "preset": "sslight_vit_baseline"}}).method
+    assert (baseline.area, baseline.local_area, baseline.alpha) == ((0.25, 1.0), (0.05, 0.25), 1 / 11)
+    assert DINO.views(baseline, 224)["local"].size == 96
+
+
+def test_the_preset_for_transformers_trains_two_steps_at_224_pixels(capsys):
+    resolved = resolve({**VIT, "method": {**VIT["method"], "num_outputs": 64}})
+    views = DINO.views(resolved.method, 224)
+    method = build_method(resolved, 224, views, num_images=8)
+    assert capsys.readouterr().err == ""
+    loader = cast(Loader, SimpleNamespace(steps_per_epoch=1, num_images=4, next=lambda: random_batch(views, 4)))
+    trainer = Trainer(method, loader, resolved.training, device=torch.device("cpu"))
+    before = method.backbone.state_dict()["blocks.0.attn.qkv.weight"].clone()
+    decays = []
+    for _ in range(trainer.total_steps):
+        trainer._one_step()
+        trainer.step += 1
+        decays.append([group["weight_decay"] for group in trainer.optimizer.param_groups])
+    assert decays == [[0.04, 0.0], [pytest.approx(0.22), 0.0]]  # the start and the middle of the cosine to 0.4
+    assert not torch.equal(method.backbone.state_dict()["blocks.0.attn.qkv.weight"], before)
+
+
+def test_the_teacher_drops_no_path():
+    resolved = resolve({**VIT, "method": {**VIT["method"], "num_outputs": 64}})
+    method = build_method(resolved, 64, {}, num_images=8)
+    student = [layer.drop_prob for layer in method.backbone.modules() if isinstance(layer, DropPath)]
+    teacher = [layer.drop_prob for layer in method.get_submodule("teacher").modules() if isinstance(layer, DropPath)]
+    assert student[-1] == pytest.approx(0.1)
+    assert teacher == [0.0] * len(student)
+
+
+@pytest.mark.parametrize(
+    ("backbone", "preset", "advice"),
+    [
+        ("vit_tiny_32", "sslight", "use preset sslight_vit_baseline or sslight_vit"),
+        ("resnet18", "sslight_vit", "use preset small or official or sslight_baseline or sslight"),
+    ],
+)
+def test_a_preset_on_the_other_kind_of_network_warns(backbone, preset, advice, capsys):
+    method = {"name": "dino", "preset": preset, "num_outputs": 64}
+    resolved = resolve({**VIT, "backbone": {"name": backbone}, "method": method})
+    build_method(resolved, 64, {}, num_images=8)
+    assert advice in capsys.readouterr().err

@@ -9,7 +9,7 @@ from torch import nn
 
 from ssl_core.config import parse
 from ssl_core.data.loader import Batch
-from ssl_core.methods.base import Progress
+from ssl_core.methods.base import Progress, resolve
 from ssl_core.methods.ressl import Config, ReSSL, relation_loss
 from tests.methods import harness
 from tests.methods.harness import START
@@ -115,6 +115,16 @@ def test_five_crops_have_the_papers_sizes_and_areas():
     assert views["teacher"].seen_by == ("teacher",)
 
 
+@pytest.mark.parametrize("crops", ["one", "two", "multi"])
+def test_strong_has_the_codes_areas_and_jitter(crops):
+    views = ReSSL.views(Config(crops=crops, strong=True), 224)
+    for name, view in views.items():
+        if name != "teacher":
+            colours = view.augmentation
+            assert view.area[0] == 0.08
+            assert (colours.brightness, colours.contrast, colours.saturation, colours.hue) == (0.8, 0.8, 0.8, 0.2)
+
+
 def test_strong_appends_randaugment_to_every_student_view_only():
     views = ReSSL.views(Config(crops="multi", strong=True), 224)
     assert {name: view.augmentation.randaugment for name, view in views.items()} == {
@@ -124,5 +134,26 @@ def test_strong_appends_randaugment_to_every_student_view_only():
 
 
 def test_a_flatter_teacher_is_refused():
-    with pytest.raises(ValueError, match=r"method: teacher_temperature 0\.2 must be below student_temperature 0\.1"):
+    with pytest.raises(
+        ValueError, match=r"method: teacher_temperature 0\.2 must not be above student_temperature 0\.1"
+    ):
         parse(Config, {"teacher_temperature": 0.2}, "method")
+
+
+def test_an_equally_flat_teacher_warns(capsys):
+    build(teacher_temperature=0.1, student_temperature=0.1)
+    assert "the target is no sharper than the prediction" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("section", "key"),
+    [
+        ({"crops": "multi", "student_area": [0.1, 1.0]}, "student_area"),
+        ({"multi_smallest": [0.1, 0.1, 0.1, 0.1, 0.1]}, "multi_smallest"),
+        ({"strong": True, "student_area": [0.1, 1.0]}, "student_area"),
+    ],
+)
+def test_areas_of_other_crops_are_refused(section, key):
+    spec = {"dataset": {"name": "demo"}, "backbone": {"name": "resnet18"}, "method": {"name": "ressl", **section}}
+    with pytest.raises(ValueError, match=rf"method\.{key} has no effect here"):
+        resolve(spec)

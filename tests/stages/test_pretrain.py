@@ -59,6 +59,13 @@ def test_a_rerun_gives_the_same_bytes(finished, demo, tmp_path):
         assert (again / name).read_bytes() == (finished / name).read_bytes(), name
 
 
+def test_a_batch_that_cannot_fit_is_refused_before_the_data_are_read(demo, tmp_path, monkeypatch):
+    monkeypatch.setattr(pretrain, "capacity", lambda training: 0.9e9)
+    monkeypatch.setattr(pretrain, "Loader", None)
+    with pytest.raises(ValueError, match="batch_size 32 needs about 1 GB per process for 32 images at once"):
+        run(demo, tmp_path)
+
+
 def test_files_of_weights_are_part_of_the_data_digest(demo, tmp_path):
     def digest(**method):
         job = pretrain.Job(
