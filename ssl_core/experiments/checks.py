@@ -46,6 +46,7 @@ def check(config: Config, schema: Mapping[str, Any], cards: Iterable[str]) -> No
     _check_evaluation_names(config.get("evaluations") or {})
     for name, experiment in names.items():
         _check_batch_size(experiment.get("training") or {}, f"experiments.{name}.training")
+        _check_warmup(experiment.get("training") or {}, f"experiments.{name}.training")
         _check_backbone(experiment, f"experiments.{name}", schema)
     _check_datasets(config, list(cards))
     _check_reported(config)
@@ -162,6 +163,14 @@ def _check_batch_size(training: Config, place: str) -> None:
         raise ValueError(
             f"{place}.batch_size: {training['batch_size']} is less than two images per forward pass (gpus x "
             f"accumulation is {parts}), which BatchNorm needs; use {2 * parts} or more"
+        )
+
+
+def _check_warmup(training: Config, place: str) -> None:
+    epochs, warmup = training.get("epochs"), training.get("warmup_epochs")
+    if epochs is not None and warmup is not None and warmup >= epochs:
+        raise ValueError(
+            f"{place}.warmup_epochs: {warmup:g} must be below epochs ({epochs}): the learning rate would never come down"
         )
 
 

@@ -158,6 +158,8 @@ def views_of(experiment: Experiment, image_size: int, *, avoid: Sequence[str] = 
 def resolve(spec: Mapping[str, Any]) -> Experiment:
     """Complete an experiment: defaults of the classes, then the method's preset, then the user's settings.
 
+    A default warm-up that is as long as the training becomes a tenth of it.
+
     Raises `ValueError` with the path of the key for an unknown or missing key and for a value out of range.
     """
     section = dict(spec.get("method") or {})
@@ -173,7 +175,10 @@ def resolve(spec: Mapping[str, Any]) -> Experiment:
     for key, reason in method.ineffective().items():
         if key in section:
             raise ValueError(f"method.{key} has no effect here: {reason}")
-    training = parse(Training, {**preset.training, **(spec.get("training") or {})}, "training")
+    chosen = spec.get("training") or {}
+    training = parse(Training, {**preset.training, **chosen}, "training")
+    if "warmup_epochs" not in chosen and training.warmup_epochs >= training.epochs:  # a trial of a few epochs
+        training = training.model_copy(update={"warmup_epochs": training.epochs / 10})
     completed = {**spec, "method": method, "training": training}
     backbone = spec.get("backbone")
     if preset.drop_path and isinstance(backbone, Mapping) and can_drop_paths(str(backbone.get("name"))):
