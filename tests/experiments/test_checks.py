@@ -81,6 +81,7 @@ TRAINED = ": 'weights' names a network that is trained already"
             1,
             ": 1 is less than two images per forward pass (gpus x accumulation is 1), which",
         ),
+        ("experiments/small/training", {"epochs": 3, "warmup_epochs": 3}, ".warmup_epochs: 3 must be below epochs (3)"),
         ("experiments/small/method", {}, ": the key 'name' is missing"),
         ("experiments/small/training/epochs", 0, ": 0 is less than"),
         ("experiments/a b", VALID["experiments"]["small"], ": use letters, digits, '.', '_' or '-'"),

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from ssl_core.config import Training
+from ssl_core.methods import base
 from tests.methods.harness import resolved
 
 # Method -> keys below `method` or `training` -> their values for each preset.
@@ -108,3 +109,11 @@ def test_presets_have_the_values_of_their_sources(method: str, preset: str, keys
 def test_settings_override_a_preset() -> None:
     method = resolved("ressl", preset="imagenet", queue_size=1024).method
     assert (method.teacher_temperature, method.queue_size) == (0.03, 1024)
+
+
+def test_a_trial_of_a_few_epochs_warms_up_for_a_tenth_of_them():
+    section = {"dataset": {"name": "demo"}, "backbone": {"name": "resnet18"}, "method": {"name": "simclr"}}
+    warmup = {
+        epochs: base.resolve({**section, "training": {"epochs": epochs}}).training.warmup_epochs for epochs in (5, 11)
+    }
+    assert warmup == {5: 0.5, 11: 10}
