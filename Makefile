@@ -20,11 +20,11 @@ export MLFLOW_DISABLE_TELEMETRY := true
 .SUFFIXES:
 
 all: $(INSTALLED)
-	snakemake --rerun-incomplete --cores $(CORES) $(ARGS)
+	snakemake --cores $(CORES) $(ARGS)
 
 # Always runs Snakemake, which decides which files are out of date.
 results/% shards/%: $(INSTALLED) FORCE
-	snakemake --rerun-incomplete --cores $(CORES) $@ $(ARGS)
+	snakemake --cores $(CORES) $@ $(ARGS)
 
 FORCE:
 Makefile pyproject.toml requirements.lock: ;
@@ -38,12 +38,14 @@ ifneq ($(MOVED),)
 .PHONY: $(INSTALLED)
 endif
 
-# The stamp is written last, so that an interrupted installation continues.
+# The stamp is removed first and written last. Without it .venv is made anew, since an interrupted installation may have
+# left half a package that pip and uv take for a whole one; downloads are cached.
 $(INSTALLED): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; (3, 11) <= v <= (3, 13) or sys.exit("error: Python 3.11 to 3.13 is needed, $(PYTHON) is %d.%d; say make PYTHON=python3.12" % v)'
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "error: $(PYTHON) cannot make environments: apt install python3-venv (Debian, Ubuntu), or say make PYTHON=python3.12" >&2; exit 1; }
 	@[ -z "$(MOVED)" ] || { echo ".venv belongs to another folder (this one was copied or moved): installing anew"; rm -rf .venv; }
-	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
+	[ -e $@ ] && $(BIN)/python -m pip --version >/dev/null 2>&1 || { rm -rf .venv && $(PYTHON) -m venv .venv; }
+	rm -f $@
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
 	VIRTUAL_ENV="$$(pwd -P)/.venv" $(BIN)/python -m uv pip sync --require-hashes requirements.lock
 	VIRTUAL_ENV="$$(pwd -P)/.venv" $(BIN)/python -m uv pip install --no-deps --no-build-isolation --editable .

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import machine  # pyright: ignore[reportMissingImports]
 import numpy as np
 import psutil
 import torch
@@ -29,7 +30,6 @@ from ssl_core.config import Dataset, Training
 from ssl_core.evaluations import knn, logistic
 from ssl_core.evaluations.parts.features import Features
 from ssl_core.evaluations.parts.probe import Probe
-from ssl_core.files import write_text
 
 CLASSES, DIM, K, TEMPERATURE = 10, 512, 200, 0.1
 RATE = 0.01
@@ -71,20 +71,19 @@ def main() -> None:
         *case, side, threads = json.loads(arguments.case)
         print(json.dumps(measure(Case(*case), side, threads)))
         return
-    results = []
+    about, results = machine.describe(), []
     repeats = 1 if arguments.quick else arguments.repeats
     print(f"{'':10} {'train x test':>16} {'':13} {'CPU s':>8} {'wall s':>8} {'MB':>7} {'top1':>6} {'ratio':>6}")
     for case in QUICK if arguments.quick else FULL:
         turns = [{side: run(case, side, arguments.threads) for side in case.sides} for _ in range(repeats)]
         for side in case.sides:
             row = summary(turns, side)
-            results.append({**case._asdict(), "sides": None, "side": side, "threads": arguments.threads, **row})
+            sizes = {"task": case.task, "train": case.train, "test": case.test, "amount": case.amount}
+            results.append({**sizes, "side": side, "threads": arguments.threads, **row})
             size = f"{case.train} x {case.test}"
             numbers = f"{row['cpu_seconds']:>8.2f} {row['seconds']:>8.2f} {row['megabytes']:>7.0f} {row['top1']:>6.2f}"
             print(f"{case.task:10} {size:>16} {side:13} {numbers} {row['ratio']:>6.2f}")
-    if arguments.output:
-        rows = [{name: value for name, value in row.items() if name != "sides"} for row in results]
-        write_text(arguments.output, json.dumps(rows, indent=2) + "\n")
+    machine.write(arguments.output, about, {"rows": results})
 
 
 def summary(turns: list[dict[str, dict[str, float]]], side: str) -> dict[str, float]:

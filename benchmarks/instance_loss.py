@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import machine  # pyright: ignore[reportMissingImports]
 import psutil
 import torch
 import torch.nn.functional as F
@@ -23,7 +24,6 @@ from memory import peak_bytes  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
 from ssl_core.blocks.instance_softmax import instance_softmax
-from ssl_core.files import write_text
 
 TEMPERATURE, WEIGHT = 0.2, 20.0
 LOSSES = {"cross-entropy": None, "+ SqrtKL": TEMPERATURE, "+ SqrtKL at 1": 1.0}  # temperature of SqrtKL
@@ -44,6 +44,7 @@ def main() -> None:
     if arguments.case:
         print(json.dumps(measure(**json.loads(arguments.case))))
         return
+    about = machine.describe()
     print(f"batch {arguments.batch}, dim {arguments.dim}, {arguments.threads} thread(s), forward and backward")
     print(f"{'N':>9} {'loss':<14} {'streamed ms':>13} {'MB':>6} {'naive ms':>13} {'MB':>6} {'time':>6}")
     results = []
@@ -61,8 +62,7 @@ def main() -> None:
             row = {**case, **summary(turns)}
             results.append(row)
             print(f"{images:>9} {loss:<14} {_line(row['streamed'])} {_line(row['naive'])} {_ratio(row):>6}", flush=True)
-    if arguments.output:
-        write_text(arguments.output, json.dumps(results, indent=2) + "\n")
+    machine.write(arguments.output, about, {"rows": results})
 
 
 def summary(turns: list[dict[str, dict[str, float]]]) -> dict[str, Any]:

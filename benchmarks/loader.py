@@ -9,7 +9,6 @@ Samples/s are wall-clock with all threads and nothing else running; the share is
 
 import argparse
 import io
-import json
 import resource
 import statistics
 import tempfile
@@ -19,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import machine  # pyright: ignore[reportMissingImports]
 import numpy as np
 import torch
 from images import MEAN, STD, read_images, write_shards  # pyright: ignore[reportMissingImports]
@@ -29,9 +29,9 @@ from torchvision.transforms import v2
 
 from ssl_core.config import Dataset
 from ssl_core.data.loader import Loader
+from ssl_core.data.pipeline import blur_window
 from ssl_core.data.shards import Manifest
 from ssl_core.data.views import POLICIES, View, Views
-from ssl_core.files import write_text
 
 
 class Size(NamedTuple):
@@ -65,6 +65,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    about = machine.describe()
     results: dict[str, Any] = {"views": []}
     print(f"CPU us a sample, median of {arguments.repeats} alternating repeats; ratios: peer / DALI; samples a second")
     heading = f"{'px':>5}  {'views':<14}{'DALI':>8}{'torchvision':>13}{'lightly':>10}"
@@ -85,8 +86,7 @@ def main() -> None:
         f"ResNet-18, small stem, 32 px, batch 64: {step['step']:.0f} CPU us a sample, loader {step['loader']:.0f} = "
         f"{step['share_percent']:.2f} % (goal 2 %); waiting for data {step['wait_percent']:.2f} % of the wall-clock"
     )
-    if arguments.output:
-        write_text(arguments.output, json.dumps(results, indent=2) + "\n")
+    machine.write(arguments.output, about, results)
 
 
 def make_views(size: Size, kind: str) -> Views:
@@ -143,8 +143,9 @@ def line(row: dict[str, Any]) -> str:
     )
 
 
-def make_loader(manifest: Manifest, views: Views, batch_size: int, threads: int = 1) -> Loader:
-    return Loader(manifest, Dataset(name="benchmark"), views, batch_size=batch_size, seed=0, threads=threads)
+def make_loader(manifest: Manifest, views: Views, batch_size: int, threads: int = 1, device: str = "cpu") -> Loader:
+    dataset = Dataset(name="benchmark")
+    return Loader(manifest, dataset, views, batch_size=batch_size, seed=0, threads=threads, device=device)
 
 
 def throughput(manifest: Manifest, views: Views, size: Size, arguments: argparse.Namespace) -> float:
@@ -173,7 +174,7 @@ def torchvision_transform(view: View) -> v2.Compose:
         jitter = v2.ColorJitter(how.brightness, how.contrast, how.saturation, how.hue)
         operators += [v2.RandomApply([jitter], p=how.jitter), v2.RandomGrayscale(how.grayscale)]
     if how.blur:
-        window = max(3, view.size // 10 // 2 * 2 + 1)
+        window = blur_window(view.size, how.blur_sigma[1])
         operators.append(v2.RandomApply([v2.GaussianBlur(window, sigma=how.blur_sigma)], p=how.blur))
     if how.solarize:
         operators.append(v2.RandomSolarize(128, p=how.solarize))

@@ -21,7 +21,12 @@ class Training:
     """Runs a number of training steps when called; `waited` counts the seconds of waiting for data."""
 
     def __init__(
-        self, method: dict[str, Any], backbone: dict[str, Any], folder: Path, training: dict[str, Any]
+        self,
+        method: dict[str, Any],
+        backbone: dict[str, Any],
+        folder: Path,
+        training: dict[str, Any],
+        device: str = "cpu",
     ) -> None:
         set_determinism(compiled=False)
         manifest = Manifest.load(folder / "shards" / "manifest.json")
@@ -37,13 +42,13 @@ class Training:
         views = views_of(resolved, manifest.image_size)
         loader = Loader(
             manifest, resolved.dataset, views, batch_size=forward_batch_size(resolved.training), seed=0,
-            threads=torch.get_num_threads(),
+            device=device, threads=torch.get_num_threads(),
         )  # fmt: skip
         module = method_class(resolved.method.name)(
             resolved.method, build_backbone(resolved.backbone, manifest.image_size), num_images=loader.num_images,
             batch_size=resolved.training.batch_size, seed=0,
         )  # fmt: skip
-        self.trainer = Trainer(module, loader, resolved.training, device=torch.device("cpu"))
+        self.trainer = Trainer(module, loader, resolved.training, device=torch.device(device))
         self.trainer.method.train()
 
     def __call__(self, steps: int) -> None:

@@ -8,6 +8,8 @@ processes that run alone, since measuring slows the steps and processes at the s
     python benchmarks/step.py --output step.json               # defaults of each side: ours in bf16 if possible
     python benchmarks/step.py --precision bf16                 # both sides in bf16
     python benchmarks/step.py --methods all                    # also methods without a peer here
+    python benchmarks/step.py --isa AVX2 AVX512_CORE           # limited to these instructions, without bfloat16
+    python benchmarks/step.py --neighbours 0 1 4               # beside this number of busy processes
 """
 
 import argparse
@@ -18,14 +20,15 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
+import machine  # pyright: ignore[reportMissingImports]
 import psutil
 import torch
 from images import read_images, write_shards  # pyright: ignore[reportMissingImports]
-
-from ssl_core.files import write_text
 
 SIDES = ("ours", "lightly")
 NETWORKS = {  # name and side in px -> backbone, archive
@@ -75,6 +78,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=6, help="timed a turn")
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--pairs", type=int, default=30, help="of a step on new and one on fixed images, for the floor")
+    parser.add_argument("--images", type=int, default=IMAGES, help="of the data set")
+    parser.add_argument("--isa", nargs="+", choices=machine.INSTRUCTIONS, help="instruction sets; else the widest")
+    parser.add_argument("--neighbours", type=int, nargs="+", default=[0], help="busy processes beside the timed steps")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)  # one side, controlled through stdin
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
@@ -84,24 +90,52 @@ def main() -> None:
         return
     if "all" in arguments.methods:
         arguments.methods = list(METHODS)
+    about = machine.describe()
+    conditions = [(limit, count) for limit in instruction_sets(arguments) for count in arguments.neighbours]
     print(f"batch {arguments.batch}, {arguments.threads} threads, precision {arguments.precision}")
     print("images/s: median (min-max) over turns; of floor and wait: ours; MB: peak of ours, of lightly's, their ratio")
-    print(f"{'method':<8}{'network':<17}{'ours':>16}{'lightly':>16}{'ratio':>7}{'of floor':>10}{'wait':>7}{'MB':>21}")
+    heading = f"{'instructions + neighbours':<27}{'method':<8}{'network':<17}{'ours':>16}{'lightly':>16}{'ratio':>7}"
+    print(f"{heading}{'of floor':>10}{'wait':>7}{'MB':>21}")
     rows = []
     for network in arguments.networks:
         with tempfile.TemporaryDirectory(prefix="ssl-core-benchmark-") as folder:
             size, archive = int(network.split()[1]), NETWORKS[network][1]
-            images = read_images(arguments.data / archive, IMAGES, size)
+            images = read_images(arguments.data / archive, arguments.images, size)
             write_shards(Path(folder) / "shards", images, size)
             write_files(Path(folder) / "files" / "all", images)
             for method in arguments.methods:
-                rows.append(compare(method, network, folder, arguments))
-                print(line(rows[-1]), flush=True)
-    if arguments.output:
-        settings = {
-            name: getattr(arguments, name) for name in ("batch", "threads", "precision", "steps", "turns", "pairs")
-        }
-        write_text(arguments.output, json.dumps({**settings, "rows": rows}, indent=2) + "\n")
+                for limit, count in conditions:
+                    rows.append(compare(method, network, folder, arguments, limit, count))
+                    print(line(rows[-1]), flush=True)
+    settings = {name: getattr(arguments, name) for name in ("batch", "threads", "precision", "steps", "turns", "pairs")}
+    machine.write(arguments.output, about, {**settings, "rows": rows})
+
+
+def instruction_sets(arguments: argparse.Namespace) -> list[str | None]:
+    """Return the sets to measure; those that the processor lacks, or that lack the precision, are left out."""
+    if arguments.isa is None:
+        return [None]
+    usable: list[str | None] = []
+    for name in arguments.isa:
+        if not machine.supports(name):
+            print(f"{name}: left out, the processor does not have it", file=sys.stderr)
+        elif arguments.precision == "bf16" and name != "AVX512_CORE_BF16":
+            print(f"{name}: left out, it has no bfloat16", file=sys.stderr)
+        else:
+            usable.append(name)
+    return usable
+
+
+@contextmanager
+def busy_processes(count: int) -> Iterator[None]:
+    """Keep `count` processes busy, as other work on the machine would."""
+    processes = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
 
 
 def write_files(folder: Path, images: list[bytes]) -> None:
@@ -111,38 +145,50 @@ def write_files(folder: Path, images: list[bytes]) -> None:
         (folder / f"{number:08d}.jpg").write_bytes(image)
 
 
-def compare(method: str, network: str, folder: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Let the sides take turns; return their images/s, memory and our share of waiting for data."""
+def compare(
+    method: str, network: str, folder: str, arguments: argparse.Namespace, limit: str | None, neighbours: int
+) -> dict[str, Any]:
+    """Let the sides take turns; return their images/s, memory and our share of waiting for data.
+
+    Beside busy processes only the turns are measured.
+    """
     command = [sys.executable, __file__, "--methods", method, "--networks", network, "--folder", folder]
     for name in ("batch", "threads", "precision", "steps", "pairs"):
         command += [f"--{name}", str(getattr(arguments, name))]
+    environment = machine.environment(limit)
 
     def begin(side: str) -> subprocess.Popen[str]:
-        process = subprocess.Popen([*command, "--side", side], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            [*command, "--side", side], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
         ask(process, "start")
         return process
 
-    memory: dict[str, float] = {}
+    row: dict[str, Any] = {"method": method, "network": network, "neighbours": neighbours, "memory_mb": {}}
     compared = [side for side in SIDES if side != "lightly" or method in PEERS]
-    for side in compared:
-        alone = begin(side)
-        memory[side] = ask(alone, "memory")["memory_mb"]
-        alone.communicate()
+    if not neighbours:
+        for side in compared:
+            alone = begin(side)
+            row["memory_mb"][side] = ask(alone, "memory")["memory_mb"]
+            alone.communicate()
     sides = {side: begin(side) for side in compared}  # started one after the other; idle afterwards
-    answers: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
-    for _ in range(arguments.turns):
-        for side in sides:
-            answers[side].append(ask(sides[side], "time"))
-    of_floor = ask(sides["ours"], "floor")["of_floor"]
+    row["instructions"] = ask(sides["ours"], "instructions")["instructions"]
+    answers: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
+    with busy_processes(neighbours):
+        for _ in range(arguments.turns):
+            for side in sides:
+                answers[side].append(ask(sides[side], "time"))
+    if not neighbours:
+        row["of_floor"] = ask(sides["ours"], "floor")["of_floor"]
     for process in sides.values():
         process.communicate()
     speed = {side: [answer["images_per_second"] for answer in answers[side]] for side in sides}
-    row: dict[str, Any] = {"method": method, "network": network, "images_per_second": speed, "memory_mb": memory}
+    row["images_per_second"] = speed
     row["wait_share"] = statistics.median(answer["wait_share"] for answer in answers["ours"])
-    row["of_floor"] = of_floor
     if "lightly" in sides:
         row["ratio"] = median_ratio(speed["ours"], speed["lightly"])
-        row["memory_ratio"] = memory["ours"] / memory["lightly"]
+        if row["memory_mb"]:
+            row["memory_ratio"] = row["memory_mb"]["ours"] / row["memory_mb"]["lightly"]
     return row
 
 
@@ -150,8 +196,8 @@ def median_ratio(own: list[float], others: list[float]) -> float:
     return statistics.median(one / other for one, other in zip(own, others, strict=True))
 
 
-def ask(process: subprocess.Popen[str], request: str) -> dict[str, float]:
-    """Send a request (`start`, `time`, `memory` or `floor`) to a side and return its answer."""
+def ask(process: subprocess.Popen[str], request: str) -> dict[str, Any]:
+    """Send a request (`start`, `instructions`, `time`, `memory` or `floor`) to a side and return its answer."""
     assert process.stdin is not None
     assert process.stdout is not None
     process.stdin.write(f"{request}\n")
@@ -168,13 +214,15 @@ def line(row: dict[str, Any]) -> str:
         f"{statistics.median(speed[side]):.0f} ({min(speed[side]):.0f}-{max(speed[side]):.0f})".rjust(16)
         if side in speed
         else "–".rjust(16)
-        for side in ("ours", "lightly")
+        for side in SIDES
     )
     ratio, memory_ratio = (f"{row[name]:.2f}" if name in row else "–" for name in ("ratio", "memory_ratio"))
-    peer = f"{memory['lightly']:.0f}" if "lightly" in memory else "–"
+    megabytes = "".join(f"{memory[side]:.0f}".rjust(7) if side in memory else "–".rjust(7) for side in SIDES)
+    of_floor = f"{row['of_floor']:.3f}" if "of_floor" in row else "–"
+    condition = f"{row['instructions']} + {row['neighbours']}"
     return (
-        f"{row['method']:<8}{row['network']:<17}{both}{ratio:>7}{row['of_floor']:>10.3f}"
-        f"{100 * row['wait_share']:>6.1f}%{memory['ours']:>7.0f}{peer:>7}{memory_ratio:>7}"
+        f"{condition:<27}{row['method']:<8}{row['network']:<17}{both}{ratio:>7}{of_floor:>10}"
+        f"{100 * row['wait_share']:>6.1f}%{megabytes}{memory_ratio:>7}"
     )
 
 
@@ -199,6 +247,9 @@ def serve(arguments: argparse.Namespace) -> None:
             training["precision"] = arguments.precision
         run = ours.Training(METHODS[method], NETWORKS[network][0], arguments.folder, training)
     for request in map(str.strip, sys.stdin):
+        if request == "instructions":
+            print(json.dumps({"instructions": machine.instructions()}), flush=True)
+            continue
         run(WARM_STEPS)
         if request == "start":
             answer = {}

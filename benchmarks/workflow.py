@@ -9,16 +9,16 @@ Snakefile.
 
 import argparse
 import copy
-import json
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ssl_core.files import write_text
+import machine  # pyright: ignore[reportMissingImports]
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests" / "workflow"))
@@ -30,17 +30,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--experiments", type=int, default=20, help="of the run that measures the cost of a job")
+    parser.add_argument("--large", type=int, nargs=2, default=(500, 10), help="experiments and evaluations; 0 0: none")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
+    about = machine.describe()
     with tempfile.TemporaryDirectory(prefix="ssl-core-benchmark-") as folder:
-        seconds = measure(Path(folder), arguments.repeats, arguments.experiments)
+        seconds = measure(Path(folder), arguments.repeats, arguments.experiments, arguments.large)
     for name, value in seconds.items():
         print(f"{name:<32}{value:>8.2f} s")
-    if arguments.output:
-        write_text(arguments.output, json.dumps(seconds, indent=2) + "\n")
+    machine.write(arguments.output, about, {"seconds": seconds})
 
 
-def measure(folder: Path, repeats: int, count: int) -> dict[str, float]:
+def measure(folder: Path, repeats: int, count: int, large: Sequence[int]) -> dict[str, float]:
     """Return seconds by name."""
     (folder / "bare").mkdir()
     (folder / "bare" / "Snakefile").write_text("rule all:\n    input: []\n")
@@ -58,6 +59,14 @@ def measure(folder: Path, repeats: int, count: int) -> dict[str, float]:
     more = timed(lambda: finish(project))
     seconds["a run of 9 jobs"], seconds[f"a run of {3 * count + 1} jobs"] = first, more
     seconds["each job"] = (more - seconds["nothing to do"]) / (3 * count + 1)
+    experiments, evaluations = large
+    if experiments:
+        base = CONFIG["experiments"]["first"]
+        config["experiments"] = {f"large{number}": copy.deepcopy(base) for number in range(experiments)}
+        config["evaluations"] = {f"knn{k}": {"protocol": "knn", "k": k} for k in range(1, evaluations + 1)}
+        del config["sweeps"]
+        project.configure(config)
+        seconds[f"dry run of {experiments} x {evaluations}"] = timed(lambda: finish(project, "-n"))
     return seconds
 
 

@@ -7,7 +7,6 @@ one line on stderr and exit code 2; its traceback is in the log.
 import argparse
 import importlib
 import json
-import os
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
@@ -19,6 +18,7 @@ from typing import Any, BinaryIO, TextIO
 from ssl_core import late_compiler, mistakes
 from ssl_core.experiments import processes
 from ssl_core.files import use_utf8
+from ssl_core.provenance import num_cores
 
 CARD = "a data set's name, whose card is in datasets/ or in the package, or the file of a card"
 
@@ -29,9 +29,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     late_compiler.postpone()
     parser = _parser()
     options = parser.parse_args(arguments)
-    if options.version:
-        print(f"ssl-core {metadata.version('ssl-core')}")
-        return 0
     if options.name is None:
         parser.print_help()
         return 0
@@ -88,7 +85,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Begin with init; look with explain, views, doctor and compare. Snakemake calls the stages "
         "(snakemake --cores all). Options of a command: ssl-core COMMAND --help.",
     )
-    parser.add_argument("--version", action="store_true", help="show the version and exit")
+    parser.add_argument("--version", action="version", version=f"ssl-core {metadata.version('ssl-core')}")
     commands = parser.add_subparsers(dest="name", metavar="COMMAND")
     _add_stages(commands)
     _add_looks(commands)
@@ -99,85 +96,46 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_stages(commands: Any) -> None:
     """Add the commands that rules call."""
-    shard = commands.add_parser("shard", help="write a data set as shards")
+
+    def add(name: str, description: str, *names: str, **paths: str) -> argparse.ArgumentParser:
+        """Add a stage with the positional arguments `names` and with required options for `paths`."""
+        stage = commands.add_parser(name, help=description)
+        stage.set_defaults(command=_stage)
+        for positional in names:
+            stage.add_argument(positional)
+        for option, metavar in paths.items():
+            stage.add_argument(f"--{option}", type=Path, required=True, metavar=metavar)
+        return stage
+
+    shard = add("shard", "write a data set as shards", output="FOLDER")
     shard.add_argument("card", type=_card, help=CARD)
-    shard.add_argument("--output", type=Path, required=True)
-
-    pretrain = commands.add_parser("pretrain", help="pre-train a backbone")
-    pretrain.add_argument("experiment")
-    pretrain.add_argument("--manifest", type=Path, required=True)
-    pretrain.add_argument("--output", type=Path, required=True)
-    pretrain.add_argument("--checkpoint", type=Path, required=True)
-
-    sample_views = commands.add_parser("sample-views", help="draw the views of an experiment")
-    sample_views.add_argument("experiment")
-    sample_views.add_argument("--spec", type=_json, required=True, help="the settings of the experiment, as JSON")
-    sample_views.add_argument("--manifest", type=Path, required=True)
-    sample_views.add_argument("--output", type=Path, required=True, metavar="PNG")
-
-    adopt = commands.add_parser("adopt", help="make a backbone of weights that were trained elsewhere")
-    adopt.add_argument("experiment")
-    adopt.add_argument("--manifest", type=Path, required=True)
-    adopt.add_argument("--output", type=Path, required=True)
-
-    evaluate = commands.add_parser("evaluate", help="measure a backbone by one protocol")
-    evaluate.add_argument("experiment")
-    evaluate.add_argument("evaluation")
-    evaluate.add_argument("--backbone", type=Path, required=True)
+    pretrain = add("pretrain", "train a backbone", "experiment", manifest="JSON", output="FOLDER", checkpoint="FILE")
+    views = add("sample-views", "draw the views of an experiment", "experiment", manifest="JSON", output="PNG")
+    adopt = add("adopt", "make a backbone of weights trained elsewhere", "experiment", manifest="JSON", output="FILE")
+    measured = ("experiment", "evaluation")
+    files = {"backbone": "FILE", "output": "JSON"}
+    evaluate = add("evaluate", "measure a backbone by one protocol", *measured, **files, manifest="JSON")
     evaluate.add_argument("--model", type=Path, nargs="?", help="the whole pre-trained model, if the protocol needs it")
-    evaluate.add_argument("--manifest", type=Path, required=True)
-    evaluate.add_argument("--output", type=Path, required=True)
-
-    detect = commands.add_parser("detect", help="train and measure detectors with a backbone")
-    detect.add_argument("experiment")
-    detect.add_argument("evaluation")
-    detect.add_argument("--backbone", type=Path, required=True)
-    detect.add_argument("--manifest", type=Path, required=True)
-    detect.add_argument("--output", type=Path, required=True)
-    detect.add_argument("--picture", type=Path, required=True, metavar="PNG")
-    detect.add_argument("--checkpoint", type=Path, required=True)
-
-    export = commands.add_parser("export", help="write a backbone for other programs, with a model card")
-    export.add_argument("experiment")
-    export.add_argument("--spec", type=_json, required=True, help="the settings of the experiment, as JSON")
-    export.add_argument("--backbone", type=Path, required=True)
+    options = {"manifest": "JSON", "picture": "PNG", "checkpoint": "FILE"}
+    detect = add("detect", "train and measure detectors with a backbone", *measured, **files, **options)
+    export = add("export", "write a backbone with a model card", "experiment", backbone="FILE", output="FOLDER")
     export.add_argument("--card", type=_card, required=True, help=CARD)
     export.add_argument("--results", type=Path, nargs="*", default=[], metavar="JSON")
-    export.add_argument("--output", type=Path, required=True)
-
-    cost = commands.add_parser("cost", help="measure the cost of a backbone")
-    cost.add_argument("experiment")
-    cost.add_argument("evaluation")
-    cost.add_argument("--backbone", type=Path, required=True)
-    cost.add_argument("--onnx", type=Path, required=True)
+    cost = add("cost", "measure the cost of a backbone", *measured, **files, onnx="FILE")
     cost.add_argument("--pretrain", type=Path, help="the summary of the pre-training, if there was one")
-    cost.add_argument("--output", type=Path, required=True)
-
-    curves = commands.add_parser("curves", help="draw the history of a pre-training")
-    curves.add_argument("experiment")
-    curves.add_argument("--history", type=Path, required=True, metavar="CSV")
-    curves.add_argument("--output", type=Path, required=True, metavar="PNG")
-
-    draw = commands.add_parser("draw", help="draw the pictures of an evaluation")
-    draw.add_argument("experiment")
-    draw.add_argument("evaluation")
-    draw.add_argument("--data", type=Path, required=True, metavar="NPZ", help="the arrays that the evaluation wrote")
-    draw.add_argument("--output", type=Path, required=True, metavar="FOLDER")
-
-    table = commands.add_parser("table", help="gather results into one table")
+    add("curves", "draw the history of a pre-training", "experiment", history="CSV", output="PNG")
+    add("draw", "draw the pictures of an evaluation from its arrays", *measured, data="NPZ", output="FOLDER")
+    table = add("table", "gather results into one table", output="CSV")
     table.add_argument("results", type=Path, nargs="*", metavar="JSON")
-    table.add_argument("--output", type=Path, required=True)
     table.add_argument("--grid", type=_json, help="the values that each experiment of a sweep sets, as JSON")
     table.add_argument("--seeds", type=_json, help="the experiments that differ only in their seed, as JSON")
     table.add_argument("--reported", type=_json, help="published numbers to show beside the results, as JSON")
-
+    for stage in (pretrain, views, adopt, evaluate, detect, export, cost):
+        stage.add_argument("--spec", type=_json, required=True, help="settings of experiment or evaluation, as JSON")
     for stage in (pretrain, adopt, evaluate, detect, cost):
-        stage.add_argument("--spec", type=_json, required=True, help="the settings of the stage, as JSON")
         stage.add_argument("--code", required=True, help="digest of the code that the stage runs")
     for stage in (shard, pretrain, evaluate, detect, export):
         stage.add_argument("--threads", type=int, default=1)
-    for stage in (shard, sample_views, pretrain, adopt, evaluate, detect, export, cost, curves, draw, table):
-        stage.set_defaults(command=_stage)
 
 
 def _add_looks(commands: Any) -> None:
@@ -207,7 +165,7 @@ def _add_looks(commands: Any) -> None:
 
     for look in (explain, views):
         look.add_argument("experiment", help="its name in config.yaml; also one that a sweep or seeds make")
-        look.add_argument("--threads", type=int, default=_cores(), help="processor threads (default: all cores)")
+        look.add_argument("--threads", type=int, default=num_cores(), help="processor threads (default: all cores)")
     for look in (compare, explain, views):
         look.add_argument(
             "--configfile", type=Path, nargs="+", default=[], metavar="YAML", help="files laid over config.yaml"
@@ -225,7 +183,7 @@ def _stage(options: argparse.Namespace) -> None:
     processes.end_with_workflow()
     stage = importlib.import_module(f"ssl_core.stages.{options.name.replace('-', '_')}")
     arguments = dict(vars(options))
-    for name in ("command", "name", "log", "version"):
+    for name in ("command", "name", "log"):
         del arguments[name]
     stage.run(**arguments)
 
@@ -293,11 +251,6 @@ def _card(text: str) -> Path:
     from ssl_core.experiments import bundled
 
     return Path(text) if text.endswith(".yaml") else bundled.card_path(text)
-
-
-def _cores() -> int:
-    """Count the processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _json(text: str) -> Any:

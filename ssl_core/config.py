@@ -6,7 +6,7 @@ The hyper-parameters of a method are in `ssl_core/methods/<name>.py`, those of a
 
 import difflib
 from collections.abc import Iterable
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 from pydantic import (
     BaseModel,
@@ -47,6 +47,8 @@ class Backbone(Strict):
     name: str
     stem: Literal["imagenet", "small", "tiny"] = "imagenet"
     hidden_layer: bool = True  # Linear + h-swish after MobileNetV3's pooling (docs/sources.md#backbones)
+    # Largest probability of skipping a residual path in pre-training, reached in the last block; teachers skip none.
+    drop_path: float = Field(default=0.0, ge=0, lt=1)
 
 
 class Training(Strict):
@@ -63,6 +65,7 @@ class Training(Strict):
     momentum: NonNegativeFloat = 0.9
     nesterov: bool = False
     weight_decay: NonNegativeFloat = 5e-4
+    final_weight_decay: NonNegativeFloat | None = None  # at the end of a cosine over all steps; None: constant
     decay_exclusion: Literal["none", "norm_bias", "norm_bias_depthwise", "named"] = "none"
     schedule: Literal["cosine", "step", "constant"] = "cosine"
     schedule_unit: Literal["step", "epoch"] = "step"  # how often the cosine changes (docs/sources.md#schedules)
@@ -76,6 +79,7 @@ class Training(Strict):
     sync_batchnorm: bool = True  # no effect in a single process
     checkpoint_minutes: PositiveFloat = 2.0
     monitor_epochs: PositiveInt = 5  # epochs between two online kNN measurements
+    stop_on_collapse: bool = True  # false: a collapsed embedding causes a warning and training goes on
 
 
 class Experiment(Strict):
@@ -94,6 +98,9 @@ class Normalisation(Strict):
 
     mean: tuple[float, float, float]
     std: tuple[PositiveFloat, PositiveFloat, PositiveFloat]
+
+
+IMAGENET = Normalisation(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 
 
 class Adopted(Strict):
@@ -116,7 +123,8 @@ class Reported(Strict):
     hours: str | None = None
     hardware: str | None = None
     note: str | None = None
-    results: dict[str, Annotated[float, Field(ge=0, le=100)]]  # evaluation -> its main metric in percent
+    # Evaluation -> its main metric in percent, or evaluation.metric -> any number of its JSON.
+    results: dict[str, float]
 
 
 # Words of other projects that are not similar to the key here.

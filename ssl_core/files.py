@@ -45,23 +45,23 @@ def atomic(path: Path) -> Iterator[Path]:
     with room_for(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(path)
-        yield from _atomic(path)
-
-
-def _atomic(path: Path) -> Iterator[Path]:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
-            os.fsync(folder)
+            yield temporary
+            _sync(temporary)
+            os.replace(temporary, path)
+            _sync(path.parent)
         finally:
-            os.close(folder)
+            temporary.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file or folder is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
     finally:
-        temporary.unlink(missing_ok=True)
+        os.close(descriptor)
 
 
 def _remove_leftovers(path: Path) -> None:

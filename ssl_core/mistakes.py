@@ -1,22 +1,15 @@
 """One-line error messages with a remedy, for mistakes of the user and limits of the machine. Torch-free."""
 
 import errno
+import re
 from collections.abc import Iterator
 
 from pydantic import ValidationError
 
 # Parts of the messages of torch (CPU and CUDA), DALI, CUDA and Python when memory is exhausted.
-OUT_OF_MEMORY = (
-    "out of memory",
-    "can't allocate memory",
-    "not enough memory",
-    "bad_alloc",
-    "cudaErrorMemoryAllocation",
-    "CUDA_ERROR_OUT_OF_MEMORY",
-    "CUDNN_STATUS_ALLOC_FAILED",
-    "Failed to allocate",
-    "Can't allocate",
-    "CUDA allocation failed",
+OUT_OF_MEMORY = re.compile(
+    "out of memory|not enough memory|bad_alloc|cudaErrorMemoryAllocation|CUDA_ERROR_OUT_OF_MEMORY|"
+    "CUDNN_STATUS_ALLOC_FAILED|Failed to allocate|can't allocate memory|Can't allocate|CUDA allocation failed"
 )
 LESS_MEMORY = (
     "out of memory: lower batch_size (training.accumulation keeps the effective batch), use a smaller image_size or "
@@ -42,7 +35,7 @@ def explain(error: BaseException) -> str | None:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether torch, CUDA or DALI ran out of memory."""
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)
+    return isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(str(error)) is not None
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

@@ -7,6 +7,7 @@ import platform
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -33,19 +34,26 @@ def file_digest(path: Path) -> str:
 
 def versions() -> dict[str, str]:
     """Give the versions of Python and of the packages that decide numbers."""
-    installed = {name: _version(name) for name in DISTRIBUTIONS}
+    installed = {name: installed_version(name) for name in DISTRIBUTIONS}
     return {"python": platform.python_version()} | {name: version for name, version in installed.items() if version}
 
 
 @cache
 def hardware() -> str:
     """Describe the processor, the cores this process may use and the graphics cards, in one line."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    cards = _graphics_cards()
-    return ", ".join([f"{cores} x {_processor()}", *(f"{cards.count(card)} x {card}" for card in sorted(set(cards)))])
+    parts = [f"{num_cores()} x {_processor()}"]
+    for card, count in sorted(Counter(_graphics_cards()).items()):
+        parts.append(f"{count} x {card}")
+    return ", ".join(parts)
 
 
-def _version(distribution: str) -> str | None:
+def num_cores() -> int:
+    """Count the processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def installed_version(distribution: str) -> str | None:
+    """Return the version of a distribution, None if it is not installed."""
     try:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:

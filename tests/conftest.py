@@ -17,6 +17,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 from ssl_core import late_compiler  # noqa: E402
+from ssl_core.stages import shard  # noqa: E402
 
 late_compiler.postpone()  # as the command line does, before a test imports torchvision
 torch.set_num_threads(1)
@@ -41,12 +42,23 @@ def shared_data() -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The manifest of the demonstration's data set, sharded."""
+    folder = tmp_path_factory.mktemp("shards") / "demo"
+    shard.run(ROOT / "datasets" / "demo.yaml", folder, threads=1)
+    return folder / "manifest.json"
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--long", action="store_true", help="also run the tests marked `long`")
+    parser.addoption("--device", choices=("cuda", "cpu"), default="cuda", help="of tests/gpu")
+    parser.addoption("--quick", action="store_true", help="of each kind of test in tests/gpu, only the fastest")
 
 
 # Started first and in this order, so that no process is left with a slow file when the others have finished.
-SLOWEST = ("workflow", "tracking", "training", "stages", "evaluations", "faults")
+SLOWEST = ("workflow", "tracking", "methods", "faults", "stages", "training", "evaluations")
+SLOWEST += ("test_recipes.py", "test_docs.py", "experiments", "data", "look")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

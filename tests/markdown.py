@@ -72,11 +72,11 @@ def _split(line: str) -> list[list[str]]:
         if word == "&&":
             found.append([])
         elif found[-1] or not ASSIGNMENT.match(word):
-            found[-1] += _braces(word)
+            found[-1] += braces(word)
     return [words[: words.index(">")] if ">" in words else words for words in found if words]
 
 
-def _braces(word: str) -> list[str]:
+def braces(word: str) -> list[str]:
     """Expand {a,b} as a shell does."""
     parts = [part[1:-1].split(",") if part.startswith("{") else [part] for part in re.split(r"({[^}]*,[^}]*})", word)]
     return ["".join(choice) for choice in product(*parts)]

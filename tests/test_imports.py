@@ -152,8 +152,18 @@ def test_a_method_needs_neither_the_loop_nor_the_loader(method: str):
     assert reachable(method) & (loader | targets("ssl_core.training")) == set()
 
 
-def test_a_dry_run_imports_no_torch():
-    modules = ["ssl_core.config", *sorted(targets("ssl_core.experiments."))]
-    program = f"import sys, {', '.join(modules)}\nprint(*{{'torch', 'mlflow', 'nvidia'}} & set(sys.modules))"
+LIGHT = """
+from ssl_core import provenance
+from ssl_core.experiments import code
+
+provenance.versions(), provenance.hardware(), code.stage_code("shard")
+code.pretraining_code({"method": {"name": "ressl"}})
+print(*{"torch", "mlflow", "nvidia.dali"} & set(sys.modules))
+"""
+
+
+def test_a_dry_run_and_sharding_import_no_torch():
+    modules = ["ssl_core.config", "ssl_core.data.views", "ssl_core.stages.shard", *targets("ssl_core.experiments.")]
+    program = f"import sys, {', '.join(modules)}\n{LIGHT}"
     answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert answer.stdout.split() == []

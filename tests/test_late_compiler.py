@@ -12,7 +12,7 @@ from ssl_core import cli
 
 with suppress(SystemExit):
     cli.main(["--help"])
-assert "torch" not in sys.modules, "the command line imports torch"
+assert not {"torch", "mlflow"} & set(sys.modules), "the command line imports torch or MLflow"
 
 import torch
 import ssl_core.stages.evaluate, ssl_core.stages.pretrain

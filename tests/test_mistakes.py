@@ -4,7 +4,9 @@ import errno
 import io
 import os
 import shutil
+import socket
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,10 +16,11 @@ import torch
 import yaml
 from PIL import Image
 
-from ssl_core import cli
+from ssl_core import cli, progress
+from ssl_core.experiments.overlays import check_config_files
 from ssl_core.stages import pretrain
 
-ErrorOf = Callable[[list[str]], str]
+Refuse = Callable[..., str]
 
 GOOD: dict[str, Any] = {
     "dataset": {"name": "demo", "subset": {"images": 96}},
@@ -27,30 +30,39 @@ GOOD: dict[str, Any] = {
 }
 
 
-@pytest.fixture
-def error_of(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], root: Path) -> ErrorOf:
-    """Return a function that runs a command, checks for exit code 2 and returns the error line."""
-    monkeypatch.chdir(root)
-
-    def run(arguments: list[str]) -> str:
-        assert cli.main(arguments) == 2
-        *_, last = capsys.readouterr().err.splitlines()
-        assert last.startswith("error: ")
-        return last.removeprefix("error: ")
-
-    return run
-
-
 @pytest.fixture(scope="session")
 def documented(root: Path) -> str:
     """The text of docs/errors.md."""
     return (root / "docs" / "errors.md").read_text(encoding="utf-8")
 
 
+@pytest.fixture
+def refuse(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], root: Path, documented: str) -> Refuse:
+    """Return a function that runs a command and expects exit code 2 and an error line with words of docs/errors.md."""
+    monkeypatch.chdir(root)
+
+    def run(words: str, *arguments: str | Path, quoted: str | None = None) -> str:
+        assert cli.main([*map(str, arguments)]) == 2
+        *_, last = capsys.readouterr().err.splitlines()
+        assert last.startswith("error: ")
+        assert words in last
+        assert (quoted or words) in documented
+        return last
+
+    return run
+
+
+def configuration(folder: Path, content: str | dict[str, Any]) -> Path:
+    """Write an overlay: its text, or the settings of an experiment `mine`."""
+    path = folder / "mine.yaml"
+    path.write_text(content if isinstance(content, str) else yaml.safe_dump({"experiments": {"mine": content}}))
+    return path
+
+
 EXPERIMENTS: list[tuple[dict[str, Any], str]] = [
     ({"training": {"batch_size": 128}}, "is larger than the data set (96 images): give 96 or less"),
     ({"method": {"queue_size": 97}}, "is larger than the data set (96 images), so that images would be"),
-    ({"method": {"teacher_temperature": 0.3}}, "must be below student_temperature"),
+    ({"method": {"teacher_temperature": 0.3}}, "must not be above student_temperature"),
     ({"training": {"batch_size": 31, "accumulation": 2}}, "must be a multiple of gpus x accumulation"),
     ({"training": {"warmup_epochs": 9}}, "the learning rate would never come down"),
     ({"training": {"learning_rate": "1e-3"}}, "YAML wants a point in it: 1.0e-3"),
@@ -71,16 +83,9 @@ EXPERIMENTS: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("changes", "words"), EXPERIMENTS, ids=[words for _, words in EXPERIMENTS])
-def test_a_wrong_experiment(
-    changes: dict[str, Any], words: str, error_of: ErrorOf, documented: str, tmp_path: Path
-) -> None:
-    section: dict[str, Any] = dict(GOOD)
-    for key, change in changes.items():
-        section[key] = {**GOOD.get(key, {}), **change} if isinstance(change, dict) else change
-    path = tmp_path / "mine.yaml"
-    path.write_text(yaml.safe_dump({"experiments": {"mine": section}}))
-    assert words in error_of(["explain", "mine", "--no-time", "--configfile", str(path)])
-    assert words in documented
+def test_a_wrong_experiment(changes: dict[str, Any], words: str, refuse: Refuse, tmp_path: Path) -> None:
+    section = GOOD | {key: {**GOOD.get(key, {}), **change} for key, change in changes.items()}
+    refuse(words, "explain", "mine", "--no-time", "--configfile", configuration(tmp_path, section))
 
 
 FILES = [
@@ -93,56 +98,40 @@ FILES = [
 
 
 @pytest.mark.parametrize(("text", "words"), FILES, ids=[words for _, words in FILES])
-def test_a_wrong_file(text: str, words: str, error_of: ErrorOf, documented: str, tmp_path: Path) -> None:
-    path = tmp_path / "mine.yaml"
-    path.write_text(text)
-    assert words in error_of(["explain", "ressl_r18", "--no-time", "--configfile", str(path)])
-    assert words in documented
+def test_a_wrong_file(text: str, words: str, refuse: Refuse, tmp_path: Path) -> None:
+    refuse(words, "explain", "ressl_r18", "--no-time", "--configfile", configuration(tmp_path, text))
 
 
-def test_missing_weights(error_of: ErrorOf, documented: str, tmp_path: Path) -> None:
+def test_missing_weights(refuse: Refuse, tmp_path: Path) -> None:
     section = {"dataset": {"name": "demo"}, "backbone": {"name": "resnet18"}, "weights": "no/such.safetensors"}
-    path = tmp_path / "mine.yaml"
-    path.write_text(yaml.safe_dump({"experiments": {"mine": section}}))
-    assert "mine.weights: there is no file 'no/such.safetensors'" in error_of(
-        ["explain", "mine", "--configfile", str(path)]
-    )
-    assert "weights: there is no file" in documented
+    words = "mine.weights: there is no file 'no/such.safetensors'"
+    path = configuration(tmp_path, section)
+    refuse(words, "explain", "mine", "--configfile", path, quoted="weights: there is no file")
 
 
-def test_a_missing_file_and_a_folder(error_of: ErrorOf, documented: str, tmp_path: Path) -> None:
+def test_a_missing_file_and_a_folder(refuse: Refuse, tmp_path: Path) -> None:
     for path, words in ((tmp_path / "none.yaml", "does not exist"), (tmp_path, "is a folder: name a YAML file in it")):
-        assert words in error_of(["explain", "ressl_r18", "--configfile", str(path)])
-        assert words in documented
+        refuse(words, "explain", "ressl_r18", "--configfile", path)
 
 
-def test_a_folder_without_a_project(
-    error_of: ErrorOf, documented: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_folder_without_a_project(refuse: Refuse, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     words = "config.yaml does not exist: run in the project's folder (`ssl-core init DIR` makes one)"
-    assert words in error_of(["explain", "ressl_r18"])
-    assert words in documented
+    refuse(words, "explain", "ressl_r18")
 
 
-def test_a_target_after_configfile(error_of: ErrorOf, documented: str, root: Path) -> None:
-    from ssl_core.experiments.overlays import check_config_files
-
-    with pytest.raises(ValueError, match="write targets before --configfile") as error:
+def test_a_target_after_configfile(documented: str) -> None:
+    with pytest.raises(ValueError, match="follows --configfile, but is a target: write targets before --configfile"):
         check_config_files(["config.yaml", "results/ressl_r18/knn.json"])
-    assert "follows --configfile, but is a target" in str(error.value)
     assert "follows --configfile, but is a target" in documented
 
 
-def test_views_before_sharding(
-    error_of: ErrorOf, documented: str, root: Path, tmp_path: Path, monkeypatch: Any
-) -> None:
+def test_views_before_sharding(refuse: Refuse, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("config.yaml", "datasets", "workflow"):
         (tmp_path / name).symlink_to(root / name)
     monkeypatch.chdir(tmp_path)
-    words = "is not sharded yet: run `snakemake --cores all shards/demo/manifest.json` first"
-    assert words in error_of(["views", "ressl_r18"])
-    assert "is not sharded yet: run `snakemake --cores all" in documented
+    words = "is not sharded yet: run `snakemake --cores all"
+    refuse(f"{words} shards/demo/manifest.json` first", "views", "ressl_r18", quoted=words)
 
 
 def picture(path: Path) -> None:
@@ -182,34 +171,29 @@ SOURCES: list[tuple[str, Callable[[Path], Any], dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("make", "source", "words"), [case[1:] for case in SOURCES], ids=[case[0] for case in SOURCES])
 def test_a_wrong_data_set(
-    make: Callable[[Path], Any], source: dict[str, Any], words: str, error_of: ErrorOf, documented: str, tmp_path: Path
+    make: Callable[[Path], Any], source: dict[str, Any], words: str, refuse: Refuse, tmp_path: Path
 ) -> None:
     images = tmp_path / "images"
     images.mkdir()
     make(images)
     section = {"type": "image_folder", "path": str(images), "splits": {"train": {"folder": "train"}}, **source}
-    assert words in error_of(["shard", str(write_card(tmp_path, section)), "--output", str(tmp_path / "shards")])
-    assert words.replace("NO_SUCH_DATA", "").strip() in documented
+    quoted = words.replace("NO_SUCH_DATA", "").strip()
+    refuse(words, "shard", write_card(tmp_path, section), "--output", tmp_path / "shards", quoted=quoted)
 
 
-def test_a_missing_card(error_of: ErrorOf, documented: str, tmp_path: Path) -> None:
-    assert "does not exist. Data sets in datasets: " in error_of(
-        ["shard", "datasets/nine.yaml", "--output", str(tmp_path)]
-    )
-    assert "does not exist. Data sets in datasets: " in documented
+def test_a_missing_card(refuse: Refuse, tmp_path: Path) -> None:
+    refuse("does not exist. Data sets in datasets: ", "shard", "datasets/nine.yaml", "--output", tmp_path)
 
 
-def test_an_output_in_use(error_of: ErrorOf, documented: str, tmp_path: Path) -> None:
+def test_an_output_in_use(refuse: Refuse, tmp_path: Path) -> None:
     picture(tmp_path / "images" / "cat" / "1.png")
     card = write_card(tmp_path, {"type": "image_folder", "path": str(tmp_path / "images"), "splits": {"train": {}}})
     (tmp_path / "file").write_text("")
     words = "Not a directory: choose another path or move the file that blocks it"
-    assert words in error_of(["shard", str(card), "--output", str(tmp_path / "file" / "mine")])
-    assert words in documented
+    refuse(words, "shard", card, "--output", tmp_path / "file" / "mine")
     (tmp_path / "theirs.tar").write_bytes(b"")
     words = "has tars that sharding did not write: choose another folder or empty it"
-    assert words in error_of(["shard", str(card), "--output", str(tmp_path)])
-    assert words in documented
+    refuse(words, "shard", card, "--output", tmp_path)
 
 
 def too_large() -> None:
@@ -254,20 +238,12 @@ MACHINE: list[tuple[Callable[[], None], str]] = [
 
 @pytest.mark.parametrize(("fail", "words"), MACHINE)
 def test_limits_of_the_machine(
-    fail: Callable[[], None],
-    words: str,
-    error_of: ErrorOf,
-    documented: str,
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
+    fail: Callable[[], None], words: str, refuse: Refuse, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(pretrain, "run", lambda *names, **options: fail())
     log = tmp_path / "x.log"
     options = ["--spec", "{}", "--code", "c", "--manifest", "m", "--output", "o", "--checkpoint", "k"]
-    line = error_of(["pretrain", "x", *options, "--log", str(log)])
-    assert words in line
-    assert line.endswith(f" (log: {log})")
-    assert words in documented
+    assert refuse(words, "pretrain", "x", *options, "--log", log).endswith(f" (log: {log})")
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="no make")
@@ -285,9 +261,6 @@ def test_a_python_without_venv(root: Path, tmp_path: Path, documented: str) -> N
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="no make")
 def test_a_port_in_use(root: Path, documented: str) -> None:
-    import socket
-    import sys
-
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -300,8 +273,6 @@ def test_a_port_in_use(root: Path, documented: str) -> None:
 
 
 def test_progress_in_a_log_is_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    from ssl_core import progress
-
     stream = io.StringIO()
     monkeypatch.setattr("sys.stderr", stream)
     with progress.progress_bar(30, "shards/demo", unit="images") as bar:

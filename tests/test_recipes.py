@@ -2,11 +2,11 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from fractions import Fraction
 from functools import cache
-from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -18,10 +18,10 @@ from ssl_core.data.loader import Loader
 from ssl_core.data.shards import Manifest
 from ssl_core.evaluations import base
 from ssl_core.experiments import checks, overlays, sweeps
-from ssl_core.methods.base import method_class, resolve, views_of
+from ssl_core.methods.base import load_method_module, method_class, method_names, resolve, views_of
 from ssl_core.networks.backbones import build_backbone, save_backbone, write_tensors
-from ssl_core.stages import shard
 from ssl_core.training.loop import Trainer
+from tests.markdown import braces
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -78,6 +78,96 @@ def test_a_recipe_reports_numbers_for_every_experiment(published):
             assert resolve(experiments[run]).training.epochs == reported["epochs"], run
 
 
+# The papers' own rows, in tests/papers/<paper>.yaml: a list of tables. `all` has the settings of each row, `rows` is a
+# CSV whose columns are further settings, by their path, or results. A table with `across` is wide: its last columns are
+# values of that setting, with numbers of one `result`. Empty cells state nothing.
+PAPERS = sorted((ROOT / "tests" / "papers").glob("*.yaml"))
+SECTIONS = ("dataset.", "backbone.", "method.", "training.", "views.")
+
+
+class PaperRow(NamedTuple):
+    settings: Mapping[str, Any]
+    results: Mapping[str, float]
+
+
+def cell(text: str) -> Any:
+    """Parse a cell of a table: YAML, with semicolons inside lists, and fractions."""
+    if re.fullmatch(r"\d+/\d+", text):
+        return float(Fraction(text))
+    return yaml.safe_load(text.replace(";", ","))
+
+
+@cache
+def paper_rows(path: Path) -> list[PaperRow]:
+    rows = []
+    for table in yaml.safe_load(path.read_text()):
+        lines = [[part.strip() for part in line.split(",")] for line in table["rows"].splitlines()]
+        for values in lines[1:]:
+            named = {name: cell(text) for name, text in zip(lines[0], values, strict=True) if text}
+            settings = {name: value for name, value in named.items() if name.startswith(SECTIONS)}
+            settings = {**table["all"], **settings}
+            numbers = {name: value for name, value in named.items() if name not in settings}
+            if "across" not in table:
+                rows.append(PaperRow(settings, numbers))
+                continue
+            for name, number in numbers.items():
+                rows.append(PaperRow({**settings, table["across"]: cell(name)}, {table["result"]: number}))
+    return rows
+
+
+def flat(section: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the settings of nested sections by their path."""
+    yield name.removeprefix("."), section
+    if isinstance(section, Mapping):
+        for key, value in section.items():
+            yield from flat(value, f"{name}.{key}")
+
+
+def settings_of(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the resolved settings and views of an experiment by their path."""
+    resolved = resolve(spec)
+    card = load_card(ROOT / "datasets" / f"{resolved.dataset.name}.yaml")
+    views = views_of(resolved, card.image_size, avoid=card.avoid)
+    settings = dict(flat(resolved.model_dump(mode="json", serialize_as_any=True)))
+    return settings | dict(flat({"views": {group: view.model_dump(mode="json") for group, view in views.items()}}))
+
+
+@cache
+def published_experiments(paper: str) -> dict[str, tuple[Mapping[str, Any], Mapping[str, float]]]:
+    """Return resolved settings and reported numbers of each experiment of a paper's recipes."""
+    experiments = {}
+    for path in [path for path in PUBLISHED if path.stem.startswith(paper) and not path.stem.endswith("_short")]:
+        configuration = laid_over(path)
+        for name, spec in sweeps.experiments(configuration).items():
+            reported = configuration["reported"].get(name, {}).get("results", {})
+            experiments[f"{path.stem}:{name}"] = (settings_of(spec), reported)
+    return experiments
+
+
+def is_row_of(settings: Mapping[str, Any], row: PaperRow) -> bool:
+    return all(settings.get(name) == expected for name, expected in row.settings.items())
+
+
+@pytest.mark.parametrize("path", PAPERS, ids=lambda path: path.stem)
+def test_each_reported_number_is_the_papers_for_these_settings(path):
+    rows = paper_rows(path)
+    for label, (settings, reported) in published_experiments(path.stem).items():
+        matching = [row for row in rows if is_row_of(settings, row)]
+        for name, number in reported.items():
+            printed = {row.results[name] for row in matching if name in row.results}
+            assert number in printed, f"{label}: {name} {number}, the paper's rows of these settings have {printed}"
+
+
+@pytest.mark.parametrize("path", PAPERS, ids=lambda path: path.stem)
+def test_each_number_of_a_papers_tables_has_its_experiment(path):
+    experiments = published_experiments(path.stem)
+    for row in paper_rows(path):
+        matching = {label: reported for label, (settings, reported) in experiments.items() if is_row_of(settings, row)}
+        assert matching, f"no experiment has the settings of {row}"
+        for name in row.results:
+            assert any(name in reported for reported in matching.values()), f"{name} of {row}: {list(matching)}"
+
+
 def test_the_commands_in_a_recipes_first_lines_name_targets_that_there_are(recipe):
     configuration, text = laid_over(recipe), recipe.read_text().replace("\\\n#", "")
     commands = re.findall(r"^#   .*?snakemake (.*)$", text, re.M)
@@ -88,19 +178,8 @@ def test_the_commands_in_a_recipes_first_lines_name_targets_that_there_are(recip
         checks.check_targets(configuration, [target for words in targets for target in braces(words)])
 
 
-def braces(word: str) -> list[str]:
-    """Expand {a,b} as a shell does."""
-    parts = [part[1:-1].split(",") if part.startswith("{") else [part] for part in re.split(r"({[^}]*})", word)]
-    return ["".join(choice) for choice in product(*parts)]
-
-
 def test_the_list_of_recipes_is_complete(recipe):
     assert f"`{recipe.name}`" in (ROOT / "recipes" / "README.md").read_text()
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "datasets").glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_card_is_valid(path):
-    assert load_card(path).name == path.stem
 
 
 # Two steps of every combination of a method and its switches
@@ -142,10 +221,8 @@ def training_parameters() -> list[Any]:
 
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("shards") / "demo"
-    shard.run(ROOT / "datasets" / "demo.yaml", folder, threads=1)
-    return Manifest.load(folder / "manifest.json")
+def demo(demo):
+    return Manifest.load(demo)
 
 
 @pytest.fixture(scope="module")
@@ -167,6 +244,9 @@ def test_a_shipped_experiment_trains_two_steps(experiment, demo, weights):
     section = {key: own.get(key, value) for key, value in experiment["method"].items()}
     if "queue_size" in method.Config.model_fields:
         section["queue_size"] = 64
+    presets = load_method_module(section["name"]).PRESETS
+    if presets[section.get("preset", next(iter(presets)))].method.get("local_size"):
+        section["local_size"] = 32
     if "teacher" in section:
         section["teacher"] = {"weights": str(weights / "backbone.safetensors")}
     training = {**experiment.get("training", {}), "batch_size": 8, "precision": "fp32"}
@@ -187,3 +267,43 @@ def test_a_shipped_experiment_trains_two_steps(experiment, demo, weights):
         trainer.run(save=lambda: None, log=lambda row: None)
     assert [row["step"] for row in trainer.history] == [1, 2]
     assert not torch.equal(next(model.backbone.parameters()), before)
+
+
+def linked(source: str, prefix: str) -> str:
+    return re.sub(r"docs/sources\.md#([\w-]+)", rf"[sources]({prefix}sources.md#\1)", source)
+
+
+@pytest.mark.parametrize("method", method_names())
+def test_each_preset_has_a_source_that_the_pages_print(method):
+    presets = load_method_module(method).PRESETS
+    anchors = (ROOT / "docs" / "sources.md").read_text()
+    page = (ROOT / "docs" / "methods" / f"{method}.md").read_text()
+    for name, preset in presets.items():
+        (anchor,) = re.findall(r"docs/sources\.md#([\w-]+)", preset.source)
+        assert f'id="{anchor}"' in anchors or re.search(rf"^### {anchor}$", anchors, re.M | re.I), anchor
+        assert f"| `{name}` | {linked(preset.source, '../')} |" in page
+    first = next(iter(presets))
+    assert f"`{first}`: {linked(presets[first].source, 'docs/')} |" in (ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("section", "name", "numbers"),
+    [  # rows that recipes once had wrong: Table 5's blur with the baseline's colours, the NeurIPS rows with LARS
+        (
+            {"backbone": {"name": "mobilenet_v3_large"}, "training": {"batch_size": 1024, "learning_rate": 0.06},
+            "method": {"name": "moco", "preset": "moco_v2", "temperature": 0.05,
+            "query_augmentation": {"policy": "contrastive", "blur": 1.0},
+            "key_augmentation": {"policy": "contrastive", "blur": 1.0}}},
+            "shi", {"linear_moco": 35.2},
+        ),
+        (
+            {"backbone": {"name": "resnet50"},
+            "method": {"name": "ressl", "preset": "imagenet", "predictor": False, "warmup": 0.0}},
+            "ressl", {"linear_ressl_imagenet": 69.9},
+        ),
+    ],
+)  # fmt: skip
+def test_the_tables_find_rows_with_other_settings(section, name, numbers):
+    settings = settings_of({"dataset": {"name": "imagenet"}, **section})
+    rows = [row for row in paper_rows(ROOT / "tests" / "papers" / f"{name}.yaml") if is_row_of(settings, row)]
+    assert not any(row.results.items() >= numbers.items() for row in rows)

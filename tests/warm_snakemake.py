@@ -1,6 +1,7 @@
 """Snakemake from a server that has imported it and forks a process per command, which saves two seconds per command."""
 
 import atexit
+import faulthandler
 import importlib
 import json
 import os
@@ -14,6 +15,7 @@ from typing import Any
 # What a run imports. The package is not among it, since each project may have a copy of its own.
 IMPORTED = ("snakemake.cli", "snakemake.assets", "snakemake.report.html_reporter", "snakemake.storage", "docutils.core")
 IMPORTED += ("docutils.parsers.rst.directives", "jinja2", "jsonschema", "numpy", "pydantic", "requests", "tabulate")
+STALLED_SECONDS = 200  # after them a run prints the stacks of its threads
 
 
 def run_snakemake(folder: Path, *arguments: str, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
@@ -24,7 +26,11 @@ def run_snakemake(folder: Path, *arguments: str, environment: dict[str, str]) ->
     with TemporaryDirectory() as scratch:
         command = {"arguments": arguments, "folder": str(folder), "environment": environment, "scratch": scratch}
         print(json.dumps(command), file=server.stdin, flush=True)
-        status = int(server.stdout.readline())
+        try:
+            status = int(server.stdout.readline())
+        except BaseException:  # the time limit of the test
+            print(Path(scratch, "stderr").read_text(encoding="utf-8"))
+            raise
         out, err = (Path(scratch, name).read_text(encoding="utf-8") for name in ("stdout", "stderr"))
     return subprocess.CompletedProcess(arguments, status, out, err)
 
@@ -61,6 +67,7 @@ def _become(command: dict[str, Any]) -> None:
     os.dup2(nothing, 0)
     for number, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(Path(command["scratch"], name), os.O_WRONLY | os.O_CREAT), number)
+    faulthandler.dump_traceback_later(STALLED_SECONDS)
     from snakemake.cli import main
 
     main(command["arguments"])

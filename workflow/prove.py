@@ -1,4 +1,4 @@
-"""Prove that edited code gives the same bytes as before, and record it, so that nobody's results run again.
+"""Prove that edited code gives the same bytes as before, and record it, so that no results are computed again.
 
 `make prove BASE=<revision>` compares the working tree with a git revision. For each method, each protocol and the
 sharding whose code digest differs, a few steps are run with both on the demonstration, on one thread. Where all bytes
@@ -9,6 +9,7 @@ import argparse
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -37,7 +38,7 @@ class Tree:
         work.mkdir(parents=True)
 
     def stage(self, *arguments: str) -> None:
-        """Run one stage on one thread; raise `RuntimeError` with its last words if it fails."""
+        """Run one stage on one thread; raise `RuntimeError` with the end of its output if it fails."""
         environment = {**os.environ, "PYTHONPATH": str(self.folder), "OMP_NUM_THREADS": "1", "SSL_TRACKING": "off"}
         command = [sys.executable, "-P", "-c", STAGE, *arguments]
         run = subprocess.run(command, cwd=self.work, env=environment, capture_output=True, text=True)
@@ -49,8 +50,8 @@ class Tree:
         program = (
             "import json, sys; from pathlib import Path; from ssl_core.experiments import code, definitions;"
             f"definitions.PACKAGE = Path({str(self.folder)!r}, 'ssl_core'); spec = json.loads(sys.argv[1]);"
-            f"found = code.meanings(*code.{roots}, spec=spec);"
-            "print(json.dumps({digest: '.'.join(filter(None, key)) for digest, key in found.items()}))"
+            f"meanings = code.meanings(*code.{roots}, spec=spec);"
+            "print(json.dumps({digest: '.'.join(filter(None, key)) for digest, key in meanings.items()}))"
         )
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}  # the tool is this tree's, for both
         answer = subprocess.run(
@@ -66,9 +67,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("base", help="git revision that the working tree is compared with")
     parser.add_argument("--only", nargs="*", help="names of jobs, for example 'pretrain moco'")
-    parser.add_argument("--write", action="store_true", help="add what was proven to ssl_core/experiments/proven.json")
+    parser.add_argument("--write", action="store_true", help="add the proofs to ssl_core/experiments/proven.json")
     chosen = parser.parse_args()
     revision = git("rev-parse", chosen.base)
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # removes the checkout too
     with tempfile.TemporaryDirectory(prefix="ssl-core-prove-") as folder:
         base = Path(folder, "base")
         git("worktree", "add", "--detach", str(base), revision)
@@ -151,14 +153,14 @@ def prepare(*trees: Tree) -> None:
 
 def run(tree: Tree, name: str, spec: dict[str, Any]) -> dict[str, str]:
     """Run a job and digest what it wrote, without digests, versions and times."""
-    kind, _, what = name.partition(" ")
+    kind, _, subject = name.partition(" ")
     if kind == "shard":
         return {path.name: sha256(path.read_bytes()) for path in sorted(tree.work.glob("shards/*/*"))}
     if kind == "pretrain":
-        return pretrain(tree, what, spec)
-    output = f"start/{what}.json"
+        return pretrain(tree, subject, spec)
+    output = f"start/{subject}.json"
     files = ["--backbone", "start/backbone.safetensors", "--model", "start/model.safetensors", "--output", output]
-    tree.stage("evaluate", "start", what, *settings(spec), *files)
+    tree.stage("evaluate", "start", subject, *settings(spec), *files)
     result = json.loads((tree.work / output).read_text())
     numbers = {key: result[key] for key in ("metrics", "baselines", "num_train", "num_test")}
     return {"numbers": sha256(json.dumps(numbers, sort_keys=True).encode())}

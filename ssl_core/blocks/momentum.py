@@ -18,6 +18,9 @@ class MomentumTeacher(nn.Sequential):
         super().__init__(*copy.deepcopy(nn.Sequential(*student)))
         self.momentum, self.final_momentum = momentum, final_momentum
         self.requires_grad_(False)
+        for module in self.modules():
+            if type(module).__name__ == "DropPath":  # timm's; the teacher drops no path (docs/sources.md#dino)
+                setattr(module, "drop_prob", 0.0)  # noqa: B010
 
     @torch.no_grad()
     def update(self, *student: nn.Module, fraction: float) -> None:

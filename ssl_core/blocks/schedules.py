@@ -59,6 +59,13 @@ def learning_rate(step: int, *, training: Training, steps_per_epoch: int) -> flo
     return cosine(peak, lowest, done)
 
 
+def weight_decay(fraction: float, *, training: Training) -> float:
+    """Return the weight decay at `fraction` of the run, on a cosine without warm-up to `final_weight_decay` (DINO)."""
+    if training.final_weight_decay is None:
+        return training.weight_decay
+    return cosine(training.weight_decay, training.final_weight_decay, fraction)
+
+
 def cosine(start: float, end: float, fraction: float) -> float:
     """Return the value at `fraction` of half a cosine from `start` to `end`, exact at both ends."""
     weight = 0.5 * (1 + math.cos(math.pi * min(fraction, 1.0)))

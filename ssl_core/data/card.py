@@ -9,7 +9,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    NonNegativeInt,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from ssl_core.config import Strict, nearest
 from ssl_core.files import YamlLoader
@@ -69,6 +77,16 @@ Classes = Annotated[tuple[str, ...], BeforeValidator(class_list), Field(min_leng
 Channels = tuple[float, float, float]
 
 
+def none_or(value: Any) -> Any:
+    """Return None for the text `none`."""
+    return None if value == "none" else value
+
+
+def default_max_side(card: dict[str, Any]) -> int:
+    """Return the `max_side` of cards without one: far larger than any view."""
+    return max(2048, 4 * card["image_size"])
+
+
 class DerivedSplit(Section):
     """Images drawn at random from a split of the source, which keeps the others."""
 
@@ -109,12 +127,20 @@ class SourceSection(Section):
 
 
 class Annotations(Section):
-    """A text file inside the source with the class of one image per line (as in Tiny-ImageNet's val)."""
+    """A text file inside the source with one line per image, as in Tiny-ImageNet's val or a table of Kaggle."""
 
     file: str
-    separator: str = "\t"
-    image_column: NonNegativeInt = 0  # the image's path inside the split's folder
-    class_column: NonNegativeInt = 1
+    separator: str = Field("\t", min_length=1, max_length=1)
+    # Numbers of columns from 0, or names of the first line; the image is the path inside the split's folder, the
+    # extension may be missing:
+    image_column: NonNegativeInt | str = 0
+    class_column: NonNegativeInt | str = 1
+
+    @model_validator(mode="after")
+    def _numbers_or_names(self) -> "Annotations":
+        if isinstance(self.image_column, str) != isinstance(self.class_column, str):
+            raise ValueError("image_column and class_column: write both as numbers, or both as names of the first line")
+        return self
 
 
 class FolderSplit(Section):
@@ -123,6 +149,28 @@ class FolderSplit(Section):
     folder: str = ""
     labels: Literal["folder", "none"] = "folder"
     annotations: Annotations | None = None
+    class_pattern: str | None = None  # a regular expression; its group in the image's path is the class
+
+    @field_validator("class_pattern")
+    @classmethod
+    def _one_group(cls, pattern: str | None) -> str | None:
+        if pattern is None:
+            return None
+        example = r"write for example '(cat|dog)\.' for train/cat.0.jpg"
+        try:
+            groups = re.compile(pattern).groups
+        except re.error as error:
+            raise ValueError(f"{excerpt(pattern)} is not a regular expression ({error}): {example}") from None
+        if groups != 1:
+            raise ValueError(f"{excerpt(pattern)} has {groups} groups, not one: {example}")
+        return pattern
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> "FolderSplit":
+        origins = (self.labels == "none", self.annotations is not None, self.class_pattern is not None)
+        if sum(origins) > 1:
+            raise ValueError("set one of labels: none, annotations and class_pattern")
+        return self
 
 
 class ImageFolder(SourceSection):
@@ -271,6 +319,8 @@ class Card(Section):
     name: SplitName
     source: Source
     image_size: PositiveInt  # pixels; the default size of views
+    # pixels of the longer side of stored images; larger ones are reduced to it; None: stored as they are
+    max_side: Annotated[PositiveInt | None, BeforeValidator(none_or)] = Field(default_factory=default_max_side)
     classes: tuple[str, ...] | None = None  # in the order of the label ids; default: sorted names of the source
     mean: Channels | None = None  # of pixels in 0..1; default: measured on the first split
     std: Channels | None = None
@@ -297,6 +347,8 @@ class Card(Section):
 
     @model_validator(mode="after")
     def _agree(self) -> "Card":
+        if self.max_side is not None and self.max_side < self.image_size:
+            raise ValueError(f"max_side {self.max_side} is smaller than image_size: give {self.image_size} or more")
         if (self.mean is None) != (self.std is None):
             raise ValueError("mean and std go together: set both, or neither to have them measured")
         if self.std is not None and min(self.std) <= 0:

@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import itertools
 import json
 import math
 import re
@@ -29,7 +30,6 @@ from ssl_core.data.shards import (
     index_text,
     read_index,
     read_member,
-    sample_index,
     source_name,
     verify,
 )
@@ -38,6 +38,7 @@ from ssl_core.mistakes import excerpt, is_out_of_memory
 
 HASHED_BYTES = 2**29  # splits of at most this size (half a second) are hashed before reading
 SEARCH_SECONDS = 60  # for an image that DALI failed to read; images of 100 kB are checked at some thousands a second
+SAMPLE = re.compile(r"^\S+ \S+ \S+ (\d{8})", re.MULTILINE)  # the dataset index in a line of an index file
 SHUFFLE_BUFFER = 300_000  # images; an epoch of at most so many is a uniform permutation (0.9 KB of memory per image)
 
 
@@ -74,6 +75,7 @@ class Loader:
         # DALI's decoder may crash on a damaged image, so shards are hashed first if that is quick.
         verify(manifest, dataset.split, deep=split.bytes <= HASHED_BYTES)
         tars, indices = manifest.tars(dataset.split), manifest.indices(dataset.split)
+        self._verify = functools.partial(verify, manifest, dataset.split)
         self.num_images = split.images
         self._remove_folder: Callable[[], Any] = lambda: None
         self._position: Tensor | None = None  # dataset index -> position in the sorted subset
@@ -88,7 +90,7 @@ class Loader:
             self._position[torch.from_numpy(chosen)] = torch.arange(len(chosen))
             folder = tempfile.mkdtemp(prefix="ssl-core-subset-")
             self._remove_folder = weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
-            tars, indices = _filter_indices(tars, indices, set(chosen.tolist()), Path(folder))
+            tars, indices = _filter_indices(tars, indices, self._position.numpy() >= 0, Path(folder))
         start, end = (self.num_images * part // world_size for part in (rank, rank + 1))  # as DALI divides the data
         most = math.ceil(self.num_images / world_size)  # with shuffling, ranks exchange their parts every epoch
         images = self.num_images // world_size if shuffle else end - start
@@ -208,6 +210,7 @@ class Loader:
             return self._pipeline.run()
         except RuntimeError as error:
             self._stop()
+            self._verify()  # a tar that changed since the start
             raise _data_error(error, [Path(tar) for tar in self._plan.tars]) from error
 
     def _skip(self, runs: int) -> None:
@@ -226,12 +229,17 @@ def draw_subset(num_images: int, subset: Subset, name: str) -> np.ndarray:
 
 
 def _filter_indices(
-    tars: list[Path], indices: list[Path], chosen: set[int], folder: Path
+    tars: list[Path], indices: list[Path], is_chosen: np.ndarray, folder: Path
 ) -> tuple[list[Path], list[Path]]:
-    """Write indices of the chosen samples only into `folder`; tars without any are left out."""
+    """Write indices of the chosen samples only into `folder`; tars without any are left out.
+
+    No loop over samples: ImageNet has 1.3 million.
+    """
     kept_tars, kept_indices = [], []
     for tar, index in zip(tars, indices, strict=True):
-        kept = [" ".join(fields) for fields in read_index(tar) if sample_index(fields) in chosen]
+        text = index.read_text(encoding="ascii")
+        numbers = np.array(SAMPLE.findall(text), dtype=np.int64)
+        kept = list(itertools.compress(text.splitlines()[1:], is_chosen[numbers]))
         if kept:
             filtered = folder / index.name
             filtered.write_text(index_text(kept), encoding="ascii")

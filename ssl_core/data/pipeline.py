@@ -15,6 +15,7 @@ the operations.
 # pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false, reportAssignmentType=false, reportOptionalMemberAccess=false
 
 import ctypes
+import math
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -37,6 +38,7 @@ dali_trace.set_tracing(enabled=False)
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # from malloc.h
 RANDOM = ("crop", "flip", "colour", "blur", "sigma", "solarize")
+NARROW = 8  # a longer side of more than so many shorter sides
 INTERPOLATION = {"linear": types.INTERP_LINEAR, "cubic": types.INTERP_CUBIC}
 
 
@@ -145,7 +147,14 @@ def _view(image: DataNode, plan: Plan, group: str, view: View, index: int) -> Da
 def _crop(image: DataNode, view: View, seed: int) -> DataNode:
     interpolation = INTERPOLATION[view.interpolation]
     if view.crop == "center":
-        image = fn.resize(image, resize_shorter=view.resize or view.size, interp_type=interpolation)
+        start, end = _middle(image)
+        image = fn.resize(
+            image,
+            resize_shorter=view.resize or view.size,
+            interp_type=interpolation,
+            roi_start=start,
+            roi_end=end,
+        )
         return fn.crop(image, crop=(view.size, view.size))
     if view.region is not None:
         left, top, right, bottom = view.region
@@ -158,6 +167,17 @@ def _crop(image: DataNode, view: View, seed: int) -> DataNode:
         interp_type=interpolation,
         seed=seed,
     )
+
+
+def _middle(image: DataNode) -> tuple[DataNode, DataNode]:
+    """Return start and end of the region that a center crop enlarges: the middle of narrow images, all of others.
+
+    A strip of 6000 x 20 pixels as a whole would become one of 76,800 x 256.
+    """
+    sides = fn.slice(image.shape(dtype=types.FLOAT), 0, 2, axes=[0])  # height and width
+    shorter = fn.reductions.min(sides, axes=[0], keep_dims=True)
+    start = dmath.max(sides - NARROW * shorter, 0.0) / 2
+    return start, sides - start
 
 
 def _has_jitter(how: Augmentation) -> bool:
@@ -210,8 +230,8 @@ def draw_colours(how: Augmentation, seed: int, iteration: int, batch_size: int) 
 
 def _blur(image: DataNode, how: Augmentation, size: int, seeds: dict[str, int], gpu: bool) -> DataNode:
     """Blur as torchvision does; `fn.filter` needs a third of the time of `fn.gaussian_blur`."""
-    window = blur_window(size)
-    kernels = _drawn(1 if window == 3 else 2, 2, draw_kernels, how, window, seeds["sigma"])
+    window = blur_window(size, how.blur_sigma[1])
+    kernels = _drawn(2, 2, draw_kernels, how, window, seeds["sigma"])
     kernels = [kernel.gpu() if gpu else kernel for kernel in kernels]
     if how.blur == 1:
         return _filter(image, kernels)
@@ -228,20 +248,23 @@ def _filter(image: DataNode, kernels: list[DataNode]) -> DataNode:
     return image
 
 
-def blur_window(size: int) -> int:
-    """Return the side of the blur's window for views of `size` px: an odd number near a tenth of it, at least 3."""
-    return max(3, size // 10 | 1)
+def blur_window(size: int, sigma: float) -> int:
+    """Return the side of the blur's window: an odd number near a tenth of `size`, and three `sigma` on each side.
+
+    A tenth is SimCLR's window. Three sigma match PIL's blur of small images, which has no window
+    (docs/sources.md#blur). No side is longer than the reflected border allows.
+    """
+    return min(max(size // 10 | 1, 2 * math.ceil(3 * sigma) + 1), 2 * size - 1)
 
 
 def draw_kernels(how: Augmentation, window: int, seed: int, iteration: int, batch_size: int) -> list[np.ndarray]:
-    """Draw one sigma per image; return the Gaussians as rows and columns, or their products if the window is 3."""
+    """Draw one sigma per image; return the Gaussians as rows and columns."""
     smallest, largest = how.blur_sigma
     sigma = smallest + (largest - smallest) * _generator(seed, iteration).random((batch_size, 1))
     offsets = np.arange(window) - window // 2
     weights = np.exp(-0.5 * (offsets / sigma) ** 2)
     weights = (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
-    row, column = weights[:, None, :], weights[:, :, None]
-    return [row * column] if window == 3 else [row, column]
+    return [weights[:, None, :], weights[:, :, None]]
 
 
 def _generator(seed: int, iteration: int) -> np.random.Generator:

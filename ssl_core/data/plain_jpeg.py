@@ -8,6 +8,7 @@ instead: of thousands of damaged files, those with plain segments have the same 
 
 import re
 import struct
+from copy import copy
 from functools import lru_cache
 
 from ssl_core.data.exif import UPRIGHT, OddFile, read_orientation
@@ -26,38 +27,67 @@ LUMINANCE_SAMPLING = (0x11, 0x12, 0x21, 0x22, 0x41, 0x14, 0x42, 0x24)  # horizon
 def jpeg_orientation(content: bytes) -> int:
     """Return the orientation (1 to 8, as in EXIF) of a plain JPEG; raise `OddFile` for any other content."""
     try:
-        return _Walk(content).orientation
+        header = content[: _header_size(content)]
+        walk = copy(_walk_header(header))
+        walk.read_scans(content, len(header))
+        return walk.orientation
     except (struct.error, IndexError):
         raise OddFile("a segment that ends early") from None
 
 
-class _Walk:
-    """The state of a walk over the segments."""
+def _header_size(content: bytes) -> int:
+    """Return the position of the first pixels; the segments before them are not checked."""
+    position, marker = 2, 0
+    while marker != SOS:
+        marker, size = struct.unpack_from(">xBH", content, position)
+        position += 2 + size
+    return position
 
-    def __init__(self, content: bytes) -> None:
+
+@lru_cache(maxsize=64)  # small images of one size often have the same header
+def _walk_header(header: bytes) -> "_Walk":
+    """Return the walk over all segments before the first pixels. Its state is shared: copy it."""
+    if header[:2] != START:
+        raise OddFile("no start")
+    walk, position = _Walk(), 2
+    while position < len(header):
+        position = walk.read_segment(header, position)
+    return walk
+
+
+class _Walk:
+    """The state of a walk over the segments. Its sets are replaced and never changed, so that a copy has its own."""
+
+    def __init__(self) -> None:
         self.orientation = UPRIGHT
         self.has_exif = self.has_jfif = False
         self.adobe_transform: int | None = None
         self.restart_interval = 0
-        self.quantizers: set[int] = set()
-        self.huffman: set[int] = set()  # class * 16 + identifier
+        self.quantizers: frozenset[int] = frozenset()
+        self.huffman: frozenset[int] = frozenset()  # class * 16 + identifier
         self.frame = 0  # marker of the frame
         self.components: dict[int, int] = {}  # identifier -> quantizer
-        self.with_pixels: set[int] = set()
-        if content[:2] != START:
-            raise OddFile("no start")
-        position = 2
+        self.with_pixels: frozenset[int] = frozenset()
+
+    def read_scans(self, content: bytes, position: int) -> None:
+        """Read everything from the first pixels to the end."""
+        position = self._find_end(content, position)
         while content[position : position + 2] != bytes((0xFF, EOI)):
-            lead, marker, size = struct.unpack_from(">BBH", content, position)
-            body = content[position + 4 : position + 2 + size]
-            if lead != 0xFF or len(body) != size - 2:
-                raise OddFile("bytes between two segments, or a wrong length")
-            self._read_segment(marker, body)
-            position += 2 + size
+            marker = content[position + 1]
+            position = self.read_segment(content, position)
             if marker == SOS:
                 position = self._find_end(content, position)
         if not self.components or self.with_pixels != set(self.components):
             raise OddFile("a component without pixels")
+
+    def read_segment(self, content: bytes, position: int) -> int:
+        """Read the segment at a position and return its end."""
+        lead, marker, size = struct.unpack_from(">BBH", content, position)
+        body = content[position + 4 : position + 2 + size]
+        if lead != 0xFF or len(body) != size - 2:
+            raise OddFile("bytes between two segments, or a wrong length")
+        self._read_segment(marker, body)
+        return position + 2 + size
 
     def _read_segment(self, marker: int, body: bytes) -> None:
         if marker == DQT:
@@ -124,7 +154,7 @@ class _Walk:
                 dc, ac = tables >> 4, 16 + (tables & 15)
                 if identifier in self.with_pixels or not {dc, ac} <= self.huffman:
                     raise OddFile("a scan twice or without Huffman tables")
-            self.with_pixels.add(identifier)
+            self.with_pixels |= {identifier}
         if self.frame != PROGRESSIVE and body[-3:] != b"\0\x3f\0":
             raise OddFile("a scan's band")
 

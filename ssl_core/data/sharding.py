@@ -76,6 +76,7 @@ class Packed(Strict):
     labels: dict[int, int]  # label -> images
     moments: tuple[tuple[float, ...], ...]  # sum of channel_moments over the measured images
     measured: int
+    reduced: int = 0  # images that `max_side` made smaller
     closed: str = ""  # digest of the left-out images of the split that the shard's indices skip
     objects: tuple[int, int, int] | None = None  # objects, objects with a mask, images without objects
     unused: tuple[Bad, ...] = ()  # objects
@@ -96,7 +97,8 @@ class Prepared(NamedTuple):
 
     record: Record
     extension: str
-    stored: bytes
+    content: bytes
+    is_reduced: bool
     moments: np.ndarray | None  # of the channels, if the image is measured
     fitted: Fitted | None  # the objects of an annotated image
 
@@ -119,7 +121,7 @@ def write_shards(card: Card, output: Path, *, threads: int) -> Manifest:
     """
     output.mkdir(parents=True, exist_ok=True)
     with open_source(card, scratch=output) as opened:
-        state = State(output, _identity(opened))
+        state = State(output, _identity(card, opened))
         try:
             tasks = list(_tasks(opened, state))
             packed = _pack_all(card, opened, output, tasks, state, threads)
@@ -140,8 +142,9 @@ def summary(manifest: Manifest) -> str:
     """Return lines with the images of each split and the size in MB, with pictures that are not read, and objects."""
     splits, unread, objects = [], [], []
     for name, split in manifest.splits.items():
-        rejected = f" ({len(split.rejected)} rejected)" if split.rejected else ""
-        splits.append(f"{name} {split.images} images{rejected}")
+        notes = [f"{len(split.rejected)} rejected"] if split.rejected else []
+        notes += [f"{split.reduced} reduced to max_side"] if split.reduced else []
+        splits.append(f"{name} {split.images} images" + (f" ({', '.join(notes)})" if notes else ""))
         if split.unread:
             unread.append(f"{name} {list_counts(split.unread)}")
         if split.objects is not None:
@@ -223,7 +226,7 @@ def pack(task: Task) -> Packed:
     objects: np.ndarray | None = None
     labels: Counter[int] = Counter()
     names: list[str] = []
-    moments, measured = np.zeros((2, 3)), 0
+    moments, measured, reduced = np.zeros((2, 3)), 0, 0
     with new_shard(path) as writer:
         for index, prepared in _prepare_all(split, task):
             _advance(1)
@@ -233,10 +236,11 @@ def pack(task: Task) -> Packed:
             record = prepared.record
             fitted = prepared.fitted
             boxes = fitted.member if fitted is not None else None
-            writer.add(index, prepared.extension, prepared.stored, record.label, record.labels, boxes)
+            writer.add(index, prepared.extension, prepared.content, record.label, record.labels, boxes)
             if fitted is not None:
                 unused += [Bad(index, f"{record.name}: {name}", reason) for name, reason in fitted.unused]
                 objects = _count_objects(fitted) + (0 if objects is None else objects)
+            reduced += prepared.is_reduced
             labels[record.label] += 1
             names.append(record.name)
             if prepared.moments is not None:
@@ -254,6 +258,7 @@ def pack(task: Task) -> Packed:
         measured=measured,
         objects=None if objects is None else tuple(objects.tolist()),
         unused=tuple(unused),
+        reduced=reduced,
     )
 
 
@@ -270,12 +275,13 @@ def _prepare_all(split: SourceSplit, task: Task) -> Iterator[tuple[int, Prepared
         if isinstance(record, Exception):
             return record
         try:
-            extension, stored, image = prepare(record.image)
-            fitted = _fit_objects(record, stored)
+            extension, content, image, is_reduced = prepare(record.image, _job.card.max_side)
+            fitted = _fit_objects(record, content)
         except ValueError as error:
             return error
         is_measured = task.stride and index % task.stride == 0
-        return Prepared(record, extension, stored, channel_moments(image) if is_measured else None, fitted)
+        moments = channel_moments(image) if is_measured else None
+        return Prepared(record, extension, content, is_reduced, moments, fitted)
 
     indices = task.indices.tolist()
     if _job.threads == 1:
@@ -463,6 +469,7 @@ def _split(card: Card, name: str, parts: list[Packed], num_classes: int, unread:
         rejected=_rejected(rejected),
         unread=dict(unread),
         objects=objects,
+        reduced=sum(part.reduced for part in parts),
     )
 
 
@@ -482,8 +489,8 @@ def _channels(values: np.ndarray) -> Channels:
     return cast(Channels, tuple(np.round(values, 4).tolist()))
 
 
-def _identity(opened: OpenSource) -> str:
-    """Return a digest of everything that determines the shards: the format, the classes and the content."""
-    content = [FORMAT, SHUFFLE_SEED, IMAGES_PER_SHARD, MEASURED, opened.classes]
+def _identity(card: Card, opened: OpenSource) -> str:
+    """Return a digest of everything that determines the shards: format, size limit, classes and content."""
+    content = [FORMAT, SHUFFLE_SEED, IMAGES_PER_SHARD, MEASURED, card.max_side, opened.classes]
     content += [[name, split.size, split.identity] for name, split in opened.splits.items()]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()

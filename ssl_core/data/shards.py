@@ -73,6 +73,7 @@ class Split(Strict):
     rejected: tuple[Rejected, ...]
     unread: dict[str, int] = Field(default_factory=dict)  # pictures of other formats, by extension
     objects: Objects | None = None  # None: not annotated
+    reduced: int = 0  # images that `max_side` made smaller
 
     @model_validator(mode="after")
     def _add_up(self) -> "Split":
@@ -112,12 +113,12 @@ class Manifest(Strict):
         return manifest
 
     def content(self) -> dict[str, Any]:
-        """Return the content of the file: all fields and their sha256, but no empty `unread` and `objects`."""
+        """Return the content of the file: all fields and their sha256, without optional fields that are empty."""
         fields = self.model_dump(mode="json")
         for split in fields["splits"].values():
-            for optional in ("unread", "objects"):
-                if not split[optional]:
-                    del split[optional]
+            for key in ("unread", "reduced", "objects"):
+                if not split[key]:
+                    del split[key]
         return {**fields, "sha256": digest(canonical(fields))}
 
     @property
@@ -154,10 +155,11 @@ def verify(manifest: Manifest, split: str, *, deep: bool = False) -> None:
                 raise ValueError(f"{path} is missing: {again}")
         if tar.stat().st_size != shard.bytes:
             raise ValueError(f"{tar} has {tar.stat().st_size} bytes instead of {shard.bytes}: {again}")
-        lines = index.read_bytes().count(b"\n")
+        content = index.read_bytes()
+        lines = content.count(b"\n")
         if lines != shard.images + 1:
             raise ValueError(f"{index} has {lines} lines instead of {shard.images + 1}: {again}")
-        if shard.index_sha256 is not None and file_digest(index) != shard.index_sha256:
+        if shard.index_sha256 is not None and digest(content) != shard.index_sha256:
             raise ValueError(f"{index} is not the file that was written (its sha256 differs): {again}")
         if deep and file_digest(tar) != shard.sha256:
             raise ValueError(f"{tar} is not the file that was written (its sha256 differs): {again}")
@@ -271,14 +273,6 @@ def source_name(tar: Path, member: str) -> str | None:
         return json.loads(names[members.index(member)])
     except (OSError, ValueError, IndexError):
         return None
-
-
-def read_shard(path: Path) -> Iterator[tuple[int, str, bytes, int]]:
-    """Iterate over a shard as (index, extension, image, label)."""
-    with open(path, "rb") as tar:
-        for fields in read_index(path):
-            label, number = _read_meta(tar, fields)
-            yield number, fields[0], read_member(tar, fields, 0), label
 
 
 def read_labels(manifest: Manifest, split: str) -> list[int]:

@@ -9,12 +9,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from ssl_core.drawing.style import COLOURS, FAINT, styled
+from ssl_core.drawing.style import COLOURS, FAINT, panels, styled
 
 # Titles of panels; the title of another column is its name without the group.
 TITLES = {
     "embedding/spread": "spread of the embedding",
     "embedding/rankme": "RankMe of the embedding",
+    "embedding/effective_rank": "RankMe of the embedding",  # in histories of earlier versions
     "online/knn": "online kNN, % right",
 }
 LINES = ("-", "--", ":", "-.")  # of losses
@@ -34,17 +35,11 @@ def read_history(path: Path) -> dict[str, np.ndarray]:
 def draw_curves(history: Mapping[str, np.ndarray], *, title: str) -> Figure:
     """Draw the columns of a history over its epochs, all losses in one panel; NaN where nothing was measured."""
     columns = {name: values for name, values in history.items() if "/" in name and not np.isnan(values).all()}
-    panels: dict[str, list[str]] = {}
+    groups: dict[str, list[str]] = {}
     for name in columns:
-        panels.setdefault(_panel(name), []).append(name)
-    rows = -(-len(panels) // COLUMNS)
-    figure = Figure(figsize=(11, 0.4 + 2.5 * rows))
-    figure.set_layout_engine("constrained", w_pad=0.1, h_pad=0.1)
-    figure.suptitle(title, fontsize=11, x=0.012, ha="left")
-    grid = figure.subplots(rows, COLUMNS, squeeze=False, sharex=True).ravel()
-    for axes in grid[len(panels) :]:
-        axes.remove()
-    for axes, (panel, names) in zip(grid, panels.items()):
+        groups.setdefault(_panel(name), []).append(name)
+    figure, grid = panels(len(groups), COLUMNS, (11 / COLUMNS, 2.5), title, sharex=True)
+    for axes, (panel, names) in zip(grid, groups.items(), strict=True):
         axes.set_title(panel)
         _draw_panel(axes, history["epoch"], {name: columns[name] for name in names})
     return figure

@@ -15,11 +15,12 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from ssl_core.drawing.style import FAINT, INK, NETWORKS, SOFT, colour_of, marker_of, shorten, styled
+from ssl_core.drawing.style import FAINT, INK, NETWORKS, SOFT, axes_at, colour_of, marker_of, set_title, shorten, styled
 
 RIGHT, WRONG = "#009e73", "#d55e00"  # Okabe and Ito
 SOLID, DASHED = (0, ()), (0, (3, 1.5))  # frames
 NUMBERED_CLASSES = 25  # a confusion matrix of more classes has no numbers
+NUMBERS = ("tsne_kl", "trustworthiness", "triangles_kl", "rankme", "effective_rank")  # in the notes
 NAMED_CLASSES = 60  # and of more than this no names
 
 
@@ -39,8 +40,11 @@ def draw_all(data: Mapping[str, np.ndarray]) -> dict[str, Figure]:
         return {name: data[f"{name}.{key}"] for name in networks}
 
     def notes(text: str) -> dict[str, str]:
-        keys = ("tsne_kl", "trustworthiness", "triangles_kl", "rankme", "effective_rank")
-        return {name: text.format(**{key: float(data[f"{name}.{key}"]) for key in keys}) for name in networks}
+        notes = {}
+        for name in networks:
+            numbers = {key: float(data[f"{name}.{key}"]) for key in NUMBERS}
+            notes[name] = text.format(**numbers)
+        return notes
 
     neighbours = {
         name: Neighbours(data[f"{name}.neighbour_images"], data[f"{name}.neighbour_labels"]) for name in networks
@@ -105,11 +109,12 @@ def draw_points(
     height = figure.get_figheight()
     figure.text(0.02, 1 - 0.14 / height, title, fontsize=11, va="top")
     for number, (network, positions) in enumerate(points.items()):
-        axes = figure.add_axes(((0.2 + 4.5 * number) / 9.2, legend / height, 4.3 / 9.2, 4.3 / height))
+        axes = axes_at(figure, 0.2 + 4.5 * number, legend, 4.3, 4.3)
         axes.text(0, 1.06, NETWORKS[network][0], transform=axes.transAxes, fontsize=10, fontweight="bold")
         axes.text(0, 1.015, notes[network], transform=axes.transAxes, color=SOFT, fontsize=8.5)
         low, high = (of.reshape(-1, 2) for of in (positions.min(axis=0), positions.max(axis=0)))
-        middle, reach = (low.min(0) + high.max(0)) / 2, 0.54 * (high.max(0) - low.min(0)).max()
+        low, high = low.min(axis=0), high.max(axis=0)
+        middle, reach = (low + high) / 2, 0.54 * (high - low).max()
         (left, bottom), (right, top) = middle - reach, middle + reach
         axes.set(xticks=[], yticks=[], xlim=(left, right), ylim=(bottom, top))
         axes.spines[:].set(visible=True, color=FAINT)
@@ -136,7 +141,7 @@ def draw_neighbours(
     block = row * len(nearest) + gap
     width, height = left + column * k + 0.55, top + block * len(queries)
     figure = Figure(figsize=(width, height))
-    figure.text(0.15 / width, 1 - 0.14 / height, title, fontsize=11, va="top")
+    set_title(figure, title)
     marks = [
         Line2D([], [], color=colour, linestyle=style, linewidth=1.8)
         for colour, style in ((RIGHT, SOLID), (WRONG, DASHED))
@@ -176,9 +181,8 @@ def draw_confusion(counts: np.ndarray, classes: Sequence[str], *, title: str) ->
     upright = longest > 2
     left, bottom = 0.6 + 0.072 * longest, 0.5 + (0.072 * longest if upright else 0.1)
     figure = Figure(figsize=(left + side + 0.9, bottom + side + 0.65))
-    width, height = figure.get_size_inches()
-    figure.text(0.15 / width, 1 - 0.14 / height, title, fontsize=11, va="top")
-    axes = figure.add_axes((left / width, bottom / height, side / width, side / height))
+    set_title(figure, title)
+    axes = axes_at(figure, left, bottom, side, side)
     image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=100, interpolation="nearest", aspect="auto")
     axes.set(xlabel="predicted", ylabel="true")
     axes.spines[:].set(visible=True, color=FAINT)
@@ -193,7 +197,7 @@ def draw_confusion(counts: np.ndarray, classes: Sequence[str], *, title: str) ->
             share = shares[row, column]
             text = f"{share:.0f}" if share >= 0.5 else "<1"
             axes.text(column, row, text, ha="center", va="center", fontsize=size, color="white" if share > 55 else INK)
-    bar = figure.add_axes(((left + side + 0.15) / width, bottom / height, 0.14 / width, side / height))
+    bar = axes_at(figure, left + side + 0.15, bottom, 0.14, side)
     figure.colorbar(image, cax=bar, ticks=[0, 25, 50, 75, 100]).set_label("% of the true class")
     bar.tick_params(length=0)
     bar.spines[:].set(visible=False)
@@ -255,7 +259,7 @@ def _picture(
     """Draw an image at (left, bottom, side) in inches with a frame and its name; `right` is None for a query."""
     width, height = figure.get_size_inches()
     left, bottom, side = place
-    axes = figure.add_axes((left / width, bottom / height, side / width, side / height))
+    axes = axes_at(figure, left, bottom, side, side)
     axes.imshow(pixels, interpolation="nearest")  # without smoothing
     axes.set_axis_off()
     colour, line = INK, SOLID

@@ -4,9 +4,11 @@
 """
 
 import io
+import math
 
 import matplotlib.style
 from matplotlib import color_sequences
+from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
@@ -53,6 +55,32 @@ def render(figure: Figure) -> dict[str, bytes]:
         figure.savefig(buffer, format=extension, dpi=DPI, metadata=metadata)
         pictures[extension] = buffer.getvalue()
     return pictures
+
+
+def panels(
+    number: int, columns: int, size: tuple[float, float], title: str, sharex: bool = False
+) -> tuple[Figure, list[Axes]]:
+    """Return a figure with `number` panels of `size` (inches) in rows of `columns`, and its panels."""
+    rows = math.ceil(number / columns)
+    figure = Figure(figsize=(size[0] * columns, 0.4 + size[1] * rows))
+    figure.set_layout_engine("constrained", w_pad=0.1, h_pad=0.1)
+    figure.suptitle(title, fontsize=11, x=0.012, ha="left")
+    grid = figure.subplots(rows, columns, squeeze=False, sharex=sharex).ravel().tolist()
+    for axes in grid[number:]:
+        axes.remove()
+    return figure, grid[:number]
+
+
+def axes_at(figure: Figure, left: float, bottom: float, width: float, height: float) -> Axes:
+    """Add axes at a place in inches."""
+    across, up = figure.get_size_inches()
+    return figure.add_axes((left / across, bottom / up, width / across, height / up))
+
+
+def set_title(figure: Figure, title: str) -> None:
+    """Write the title into the upper left corner."""
+    across, up = figure.get_size_inches()
+    figure.text(0.15 / across, 1 - 0.14 / up, title, fontsize=11, va="top")
 
 
 def shorten(name: str, length: int) -> str:

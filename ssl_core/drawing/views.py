@@ -38,7 +38,9 @@ def draw_views(
     largest = max(view.size for view in views.values())
     sides = {group: CELL * max(0.5, view.size / largest) for group, view in views.items()}
     heights = {group: HEADER + view.count * (sides[group] + GAP) for group, view in views.items()}
-    width, height = count * (max(sides.values()) + GAP) - GAP + 2 * MARGIN, sum(heights.values()) + MARGIN
+    column_width = max(sides.values()) + GAP
+    width = count * column_width - GAP + 2 * MARGIN
+    height = sum(heights.values()) + MARGIN
     figure = Figure(figsize=(width, height), dpi=110, facecolor="white")
     top = height
     for group, view in views.items():
@@ -46,7 +48,7 @@ def draw_views(
         for index, seen in enumerate(batch.views[group]):
             bottom = top - HEADER - (index + 1) * (sides[group] + GAP) + GAP
             for column, pixels in enumerate(_pixels(seen[:count], mean, std)):
-                left = MARGIN + column * (max(sides.values()) + GAP)
+                left = MARGIN + column * column_width
                 axes = figure.add_axes((left / width, bottom / height, sides[group] / width, sides[group] / height))
                 axes.imshow(pixels, interpolation="nearest")  # without smoothing
                 axes.set_axis_off()

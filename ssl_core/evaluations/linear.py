@@ -46,59 +46,27 @@ class Epochs(NamedTuple):
 # Settings of each published probe that differ from the defaults of `Config`, which are ReSSL's on small data. SimCLR's
 # are from its appendix B.6. Milestones are shares of the run, so that a shorter run decays in proportion.
 _IMAGENET = {"resize": 256 / 224}
-_SCALED_COSINE = {"learning_rate_scaling": "linear", "schedule": "cosine"}
+_COSINE = {**_IMAGENET, "learning_rate_scaling": "linear", "schedule": "cosine"}
+_BY_STEP = {**_COSINE, "learning_rate": 0.1, "nesterov": True, "schedule_unit": "step", "epochs": 90}
+_LARGE_BATCH = {**_COSINE, "batch_size": 4096, "interpolation": "cubic"}
 VARIANTS: dict[str, dict[str, Any]] = {
     "ressl_small": {},  # as its author describes it; learning rate 1 with a cosine is slightly better
-    "ressl_imagenet": {
-        **_IMAGENET,
-        **_SCALED_COSINE,
-        "learning_rate": 0.1,
-        "nesterov": True,
-        "schedule_unit": "step",
-        "epochs": 90,
-    },
+    "ressl_imagenet": _BY_STEP,
     "ressl_imagenet_code": {**_IMAGENET, "learning_rate": 0.3, "schedule": "cosine", "schedule_unit": "step"},
     "moco": {**_IMAGENET, "learning_rate": 30.0},
     "disco": {**_IMAGENET, "learning_rate": 3.0},
-    "jigclu": {**_IMAGENET},
-    "simclr": {
-        **_IMAGENET,
-        **_SCALED_COSINE,
-        "learning_rate": 0.1,
-        "nesterov": True,
-        "schedule_unit": "step",
-        "epochs": 90,
-        "batch_size": 4096,
-        "interpolation": "cubic",
-    },
-    "simsiam": {
-        **_IMAGENET,
-        **_SCALED_COSINE,
-        "optimizer": "larc",
-        "learning_rate": 0.1,
-        "epochs": 90,
-        "batch_size": 4096,
-    },
-    "sslight": {
-        **_IMAGENET,
-        **_SCALED_COSINE,
-        "optimizer": "lars",
-        "learning_rate": 0.05,
-        "minimum_learning_rate": 1e-6,
-        "batch_size": 4096,
-        "interpolation": "cubic",
-    },
+    "jigclu": _IMAGENET,
+    "simclr": {**_BY_STEP, "batch_size": 4096, "interpolation": "cubic"},
+    "simsiam": {**_COSINE, "optimizer": "larc", "learning_rate": 0.1, "epochs": 90, "batch_size": 4096},
+    "sslight": {**_LARGE_BATCH, "optimizer": "lars", "learning_rate": 0.05, "minimum_learning_rate": 1e-6},
     "sslight_vit": {
-        **_IMAGENET,
-        **_SCALED_COSINE,
+        **_LARGE_BATCH,
         "learning_rate": 0.01,
         "minimum_learning_rate": 1e-5,  # the paper; the code has 1e-6 and batches of 1,024
-        "batch_size": 4096,
-        "interpolation": "cubic",
         "last_blocks": 4,
     },
-    "dino": {**_IMAGENET, **_SCALED_COSINE, "learning_rate": 0.001, "batch_size": 1024},
-    "dino_vit": {**_IMAGENET, **_SCALED_COSINE, "learning_rate": 0.001, "batch_size": 1024, "last_blocks": 4},
+    "dino": {**_COSINE, "learning_rate": 0.001, "batch_size": 1024},
+    "dino_vit": {**_COSINE, "learning_rate": 0.001, "batch_size": 1024, "last_blocks": 4},
     "cao_wu": {
         "learning_rate": 30.0,
         "batch_size": 512,
@@ -281,8 +249,7 @@ def _epochs(
 ) -> Iterator[Epochs]:
     """Yield the training batches: shuffled cached features, or features of newly augmented images per epoch."""
     batch_size = min(config.batch_size, count_images(manifest, config.dataset))
-    if config.cached:
-        assert train is not None
+    if train is not None and config.cached:
         yield _cached(train, batch_size, config.seed, subjects.device)
         return
     options: Any = {"shuffle": True, "batch_size": batch_size, "seed": config.seed}

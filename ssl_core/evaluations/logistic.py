@@ -66,10 +66,9 @@ class Sets(NamedTuple):
 
 
 class Fit(NamedTuple):
-    """A classifier: (classes, dim + 1) weights, the last column the bias; its objective; whether L-BFGS converged."""
+    """A classifier: (classes, dim + 1) weights, the last column the bias; whether L-BFGS converged."""
 
     weights: Tensor
-    objective: float
     converged: bool
 
 
@@ -112,12 +111,12 @@ def fit_chosen(
     for l2 in grid(config):  # from the strongest; the weights move smoothly, so the line through two is a good start
         starts = (weights, 2 * weights - before)
         before = weights
-        weights, _, converged = fit(fit_rows, fit_labels, starts, l2, max_iterations=config.max_iterations)
+        weights, converged = fit(fit_rows, fit_labels, starts, l2, max_iterations=config.max_iterations)
         unconverged += not converged
         table[f"{l2:.4g}"] = score = scores(_products(held_rows, weights), held_labels)[metric]
         if score > best[0]:  # a tie goes to the stronger penalty
             best = (score, l2, weights)
-    weights, _, converged = fit(rows, labels, [best[2]], best[1], max_iterations=config.max_iterations)
+    weights, converged = fit(rows, labels, [best[2]], best[1], max_iterations=config.max_iterations)
     settings = {
         "l2": best[1],
         "at_edge": config.l2_steps > 1 and best[1] in (grid(config)[0], grid(config)[-1]),
@@ -163,9 +162,7 @@ def fit(rows: Tensor, labels: Tensor, starts: Sequence[Tensor], l2: float, *, ma
 
     optimizer.step(closure)  # pyright: ignore[reportArgumentType]
     steps = optimizer.state[scaled]["n_iter"]
-    weights = scaled.detach() * scale
-    value, _ = objective(rows, labels, weights, penalty)
-    return Fit(weights, value.item(), steps < max_iterations)
+    return Fit(scaled.detach() * scale, steps < max_iterations)
 
 
 def _curvature(rows: Tensor, weights: Tensor) -> Tensor:

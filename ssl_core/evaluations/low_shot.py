@@ -61,9 +61,9 @@ def run(config: Config, subjects: Subjects, manifest: Manifest, log: Log) -> Out
     counted = ~difficult if config.difficult == "ignore" else torch.ones_like(truth)
     fewest = int(targets.sum(dim=0)[targets.any(dim=0)].min())
     shots = [k for k in config.shots if k <= fewest]
-    draws = {str(k): [draw(targets, train.indices, k, (config.seed, k, n)) for n in range(config.draws)] for k in shots}
-    if config.full:
-        draws = {"full": [torch.arange(len(targets))]} | draws
+    draws = {"full": [torch.arange(len(targets))]} if config.full else {}
+    for k in shots:
+        draws[str(k)] = [draw(targets, train.indices, k, (config.seed, k, n)) for n in range(config.draws)]
     if not draws:
         raise ValueError(
             f"the smallest class has {fewest} images, fewer than each of shots {list(config.shots)}: lower one of them"
@@ -122,13 +122,11 @@ def average_precision(scores: Tensor, positive: Tensor) -> float:
 
     Images of equal score enter together, so that their order does not matter.
     """
-    scores, order = scores.sort(descending=True)
-    hits = positive[order].double().cumsum(dim=0)
-    last = torch.cat([scores[1:] != scores[:-1], torch.ones(1, dtype=torch.bool)])  # of the images of equal score
-    ranks = torch.arange(1, len(scores) + 1)
-    precision, recall = (hits / ranks)[last], (hits / hits[-1])[last]
-    envelope = precision.flip(0).cummax(dim=0).values.flip(0)
-    return (recall.diff(prepend=torch.zeros(1, dtype=recall.dtype)) * envelope).sum().item()
+    from sklearn.metrics import precision_recall_curve
+
+    precision, recall, _ = precision_recall_curve(positive.numpy(), scores.numpy())  # recall falls from 1 to 0
+    envelope = np.maximum.accumulate(precision)
+    return float(-(np.diff(recall) * envelope[:-1]).sum())
 
 
 def mean_average_precision(scores: Tensor, targets: Tensor, counted: Tensor | None = None) -> float:

@@ -18,7 +18,7 @@ from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor
 
 from ssl_core.config import Dataset, Subset, parse
-from ssl_core.data.loader import Batch, Loader, draw_subset
+from ssl_core.data.loader import Loader, draw_subset
 from ssl_core.data.shards import Manifest, read_labels
 from ssl_core.data.views import View, Views, adjust
 from ssl_core.evaluations.base import ImageConfig, Log, Outcome, Subjects, find_test_split
@@ -218,7 +218,7 @@ def _extract(subjects: Subjects, loader: Loader) -> tuple[dict[str, Set], Tensor
     with progress_bar(loader.num_images, "metrics", unit="images", leave=False) as bar:
         for batch in loader.epoch():
             stop = start + len(batch.labels)
-            for number, images in enumerate(_views(batch)):
+            for number, images in enumerate([*batch.views["original"], *batch.views["copies"]]):
                 digest.update(_pixels(images, subjects))
                 for name, features in forward(subjects.networks, images.to(subjects.device)).items():
                     if name not in tables:
@@ -228,10 +228,6 @@ def _extract(subjects: Subjects, loader: Loader) -> tuple[dict[str, Set], Tensor
             bar.update(stop - start)
             start = stop
     return {name: Set(*parts) for name, parts in tables.items()}, torch.cat(labels), digest.hexdigest()
-
-
-def _views(batch: Batch) -> list[Tensor]:
-    return [*batch.views["original"], *batch.views["copies"]]
 
 
 def _pixels(images: Tensor, subjects: Subjects) -> Any:

@@ -83,47 +83,13 @@ class Extracted:
     corner_digest: str
 
 
-@dataclass(frozen=True)
-class Measures:
-    """What the pictures show of one network."""
+class Measures(NamedTuple):
+    """Results of one network."""
 
-    points: np.ndarray  # (images shown, 2)
-    kl: float  # divergence at the end of t-SNE
-    trust: float
-    triangles: np.ndarray  # (images, 3, 2): each image, then its two copies
-    triangles_kl: float
+    numbers: dict[str, float]  # for the results and under the pictures
+    arrays: dict[str, np.ndarray]  # points (images shown, 2), triangles (images, 3, 2), spectrum
     nearest: Tensor  # (test images, neighbours) rows of the bank, nearest first
-    right: Tensor  # (test images, neighbours) bool: whether they are of the query's class
     predicted: Tensor  # (test images,) by the weighted kNN classifier
-    spectrum: np.ndarray
-    rankme: float
-    effective_rank: float
-
-    def metrics(self, truth: Tensor) -> dict[str, float]:
-        """Return the numbers for the results."""
-        return {
-            "top1": percent(self.predicted == truth),
-            "neighbours_right": percent(self.right.flatten()),  # of all test images, in percent
-            "tsne_kl": round(self.kl, 4),
-            "trustworthiness": round(self.trust, 4),
-            "triangles_kl": round(self.triangles_kl, 4),
-            "rankme": round(self.rankme, 4),
-            "effective_rank": round(self.effective_rank, 4),
-        }
-
-    def drawing(self, truth: Tensor) -> dict[str, Any]:
-        """Return the arrays and numbers that are drawn, without the images."""
-        return {
-            "points": self.points,
-            "triangles": self.triangles,
-            "spectrum": self.spectrum,
-            "top1": percent(self.predicted == truth),
-            "tsne_kl": self.kl,
-            "trustworthiness": self.trust,
-            "triangles_kl": self.triangles_kl,
-            "rankme": self.rankme,
-            "effective_rank": self.effective_rank,
-        }
 
 
 def run(config: Config, subjects: Subjects, manifest: Manifest, log: Log) -> Outcome:
@@ -170,13 +136,14 @@ def run(config: Config, subjects: Subjects, manifest: Manifest, log: Log) -> Out
     for name, measures in measured.items():
         rows = measures.nearest[sample.queries]  # (queries, neighbours)
         images = _read_images(subjects, manifest, config.dataset, view, extracted.bank_indices[rows])
-        arrays = measures.drawing(extracted.truth)
+        arrays: dict[str, Any] = measures.arrays | measures.numbers
+        del arrays["neighbours_right"]  # in no picture
         arrays |= {"neighbour_images": images, "neighbour_labels": extracted.bank_labels[rows].numpy()}
         drawing |= {f"{name}.{key}": np.asarray(value) for key, value in arrays.items()}
     return Outcome(
         "pictures/v1",
         split,
-        {name: measures.metrics(extracted.truth) for name, measures in measured.items()},
+        {name: _rounded(measures.numbers) for name, measures in measured.items()},
         settings,
         num_train=len(extracted.bank_labels),
         num_test=len(extracted.truth),
@@ -211,9 +178,8 @@ def embed(rows: Tensor, perplexity: float, seed: int) -> tuple[np.ndarray, float
     from run to run.
     """
     unit = knn.unit(rows).numpy()
-    start = (
-        "pca" if np.ptp(unit, axis=0).max() > 0 else "random"
-    )  # features of a collapsed backbone have no principal axes
+    has_axes = np.ptp(unit, axis=0).max() > 0  # features of a collapsed backbone have no principal axes
+    start = "pca" if has_axes else "random"
     tsne = TSNE(perplexity=_capped(perplexity, len(unit)), init=start, random_state=seed)
     with threadpool_limits(1):
         return tsne.fit_transform(unit), float(tsne.kl_divergence_)
@@ -267,19 +233,17 @@ def _measure(
     cosines, nearest = knn.neighbours(bank, rows, max(k, shown), prepare=knn.unit, euclidean=False)
     labels, weights = extracted.bank_labels[nearest], knn.vote_weights(cosines, settings["temperature"])
     ((_, predicted),) = knn.votes(labels, weights, [k], classes)
-    return Measures(
-        points=points,
-        kl=kl,
-        trust=float(trust),
-        triangles=triangles.reshape(-1, 3, 2),
-        triangles_kl=triangles_kl,
-        nearest=nearest[:, :shown],
-        right=labels[:, :shown] == extracted.truth[:, None],
-        predicted=predicted,
-        spectrum=spectrum(rows),
-        rankme=metrics.rankme(rows),
-        effective_rank=metrics.effective_rank(rows),
-    )
+    numbers = {
+        "top1": percent(predicted == extracted.truth),
+        "neighbours_right": percent((labels[:, :shown] == extracted.truth[:, None]).flatten()),  # of all test images
+        "tsne_kl": kl,
+        "trustworthiness": float(trust),
+        "triangles_kl": triangles_kl,
+        "rankme": metrics.rankme(rows),
+        "effective_rank": metrics.effective_rank(rows),
+    }
+    arrays = {"points": points, "triangles": triangles.reshape(-1, 3, 2), "spectrum": spectrum(rows)}
+    return Measures(numbers, arrays, nearest[:, :shown], predicted)
 
 
 def _read_images(subjects: Subjects, manifest: Manifest, dataset: Dataset, view: View, indices: Any) -> np.ndarray:
@@ -300,6 +264,10 @@ def _in_split(positions: np.ndarray, dataset: Dataset, manifest: Manifest) -> np
     if dataset.subset is None:
         return positions
     return draw_subset(manifest.split(dataset.split).images, dataset.subset, dataset.name)[positions]
+
+
+def _rounded(numbers: Mapping[str, float]) -> dict[str, float]:
+    return {name: round(value, 4) for name, value in numbers.items()}
 
 
 def _capped(perplexity: float, points: int) -> float:

@@ -46,6 +46,7 @@ def check(config: Config, schema: Mapping[str, Any], cards: Iterable[str]) -> No
     _check_evaluation_names(config.get("evaluations") or {})
     for name, experiment in names.items():
         _check_batch_size(experiment.get("training") or {}, f"experiments.{name}.training")
+        _check_warmup(experiment.get("training") or {}, f"experiments.{name}.training")
         _check_backbone(experiment, f"experiments.{name}", schema)
     _check_datasets(config, list(cards))
     _check_reported(config)
@@ -165,6 +166,14 @@ def _check_batch_size(training: Config, place: str) -> None:
         )
 
 
+def _check_warmup(training: Config, place: str) -> None:
+    epochs, warmup = training.get("epochs"), training.get("warmup_epochs")
+    if epochs is not None and warmup is not None and warmup >= epochs:
+        raise ValueError(
+            f"{place}.warmup_epochs: {warmup:g} must be below epochs ({epochs}), so that the learning rate comes down"
+        )
+
+
 def _check_backbone(section: Config, place: str, schema: Mapping[str, Any]) -> None:
     """Refuse unknown names of backbones, also of teachers; those of timm are known to the stages only."""
     names = schema["$defs"].get("Backbone", {}).get("names", [])
@@ -227,7 +236,10 @@ def _check_reported(config: Config) -> None:
     for name, entry in (config.get("reported") or {}).items():
         if name not in names:
             raise ValueError(f"reported.{name}: there is no experiment '{name}'{nearest(name, names)}")
-        for evaluation in entry["results"]:
+        for key, claim in entry["results"].items():
+            place = f"reported.{name}.results.{key}"
+            evaluation, metric = sweeps.split_claim(key, evaluations)
+            if metric is None and not 0 <= claim <= 100:
+                raise ValueError(f"{place}: {claim:g} is no percentage: give a number from 0 to 100")
             if evaluation not in evaluations:
-                place = f"reported.{name}.results.{evaluation}"
                 raise ValueError(f"{place}: there is no such evaluation{nearest(evaluation, evaluations)}")

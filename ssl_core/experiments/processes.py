@@ -1,4 +1,4 @@
-"""One writer per output, and stages that end with the workflow that started them.
+"""One writer per output, stages that end with the workflow that started them, and a message for SIGBUS.
 
 The lock of a writer is a `flock`, which the kernel releases when the process dies, so no lock outlives its process.
 The content of the lock file names the writer for messages.
@@ -14,7 +14,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -134,11 +134,67 @@ def _workflow_ancestors() -> list[Process]:
     return chain[: chain.index(workflow) + 1]
 
 
+def remove_stale_locks(folder: Path) -> None:
+    """Remove the locks that a killed Snakemake left in `folder`, so that nobody has to call it with --unlock.
+
+    Every workflow shares a `flock` on one file until it ends. If no other one shares it, and the last one ran on this
+    host, Snakemake's locks are stale. Without `flock` nothing happens.
+    """
+    host = socket.gethostname().encode()
+    with suppress(OSError):
+        folder.mkdir(exist_ok=True)
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        descriptor = os.open(folder / "workflows.lock", flags, 0o644)  # open until this process ends
+        with suppress(BlockingIOError):  # another workflow runs
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            locks = list((folder / "locks").glob("*.lock"))
+            if locks and os.pread(descriptor, 1 << 16, 0) == host:
+                for lock in locks:
+                    lock.unlink()
+                print("removed the locks of a workflow that was killed", file=sys.stderr, flush=True)
+                locks = []
+            if not locks:  # others belong to another host
+                os.ftruncate(descriptor, 0)
+                os.pwrite(descriptor, host, 0)
+        fcntl.flock(descriptor, fcntl.LOCK_SH)
+
+
 def end_with_parent(parent: int) -> None:
     """Let the kernel kill this process when its parent, which has the id `parent`, ends."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it ended before
         os._exit(1)
+
+
+# A mapped file that is cut short
+
+
+def report_bus_error(check: Callable[[], object]) -> None:
+    """On SIGBUS print the `ValueError` of `check`, which names the changed file, and exit with status 2.
+
+    The kernel sends SIGBUS to a process that reads a memory-mapped file behind its new end. A handler of Python's
+    `signal` would run after the read, which never returns; this one is called by the kernel, in the thread that reads.
+    """
+    global _bus_error_handler  # the kernel calls it, so it must live as long as the process
+    system_signal = ctypes.CDLL(None).signal
+    system_signal.argtypes, system_signal.restype = [ctypes.c_int, SignalHandler], ctypes.c_void_p
+
+    def report(_number: int) -> None:
+        reason = "all shards are whole; look for a changed file of weights or a failing disk"
+        try:
+            check()
+        except ValueError as error:
+            reason = str(error)
+        finally:
+            print(f"error: a file was cut short while it was read (SIGBUS): {reason}", file=sys.stderr, flush=True)
+            os._exit(2)
+
+    _bus_error_handler = SignalHandler(report)
+    system_signal(signal.SIGBUS, _bus_error_handler)
+
+
+SignalHandler = ctypes.CFUNCTYPE(None, ctypes.c_int)
+_bus_error_handler: object = None
 
 
 # One writer

@@ -5,7 +5,7 @@ Torch-free, since each dry run calls it. All functions expect a valid configurat
 
 import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ssl_core.config import nearest
@@ -158,3 +158,9 @@ def _label(value: Any) -> str:
     """Return a value as a part of a file name; a value with other characters gives its digest."""
     text = value if isinstance(value, str) else canonical(value)
     return text if re.fullmatch(r"[A-Za-z0-9._-]+", text) else digest(text)[:8]
+
+
+def split_claim(key: str, evaluations: Iterable[str]) -> tuple[str, str | None]:
+    """Return the evaluation and the metric of a key of `reported.<experiment>.results`; None: the headline."""
+    evaluation, _, metric = key.rpartition(".")
+    return (key, None) if not evaluation or key in evaluations else (evaluation, metric)

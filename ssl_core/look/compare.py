@@ -21,22 +21,25 @@ def run(config: Mapping[str, Any], folder: Path) -> str:
         raise ValueError("nothing to compare: add published numbers in the section `reported` of the configuration")
     runs = sweeps.seeds(sweeps.before_seeds(config))
     lines: list[tuple[str, ...]] = [HEADER]
+    evaluations = config.get("evaluations") or {}
     for name, entry in reported.items():
-        for evaluation, claim in entry["results"].items():
-            lines.append(_line(name, evaluation, claim, entry["source"], folder, list(runs.get(name, [name]))))
+        for key, claim in entry["results"].items():
+            evaluation, metric = sweeps.split_claim(key, evaluations)
+            paths = [folder / run / f"{evaluation}.json" for run in runs.get(name, [name])]
+            lines.append((name, key, *_numbers(claim, metric, paths), entry["source"]))
     widths = [max(len(line[column]) for line in lines) for column in range(len(HEADER))]
     return "\n".join(_aligned(line, widths) for line in lines)
 
 
-def _line(name: str, evaluation: str, claim: float, source: str, folder: Path, runs: Sequence[str]) -> tuple[str, ...]:
-    paths = [folder / run / f"{evaluation}.json" for run in runs]
+def _numbers(claim: float, metric: str | None, paths: Sequence[Path]) -> tuple[str, str, str, str]:
+    """Return the reported number, the measured one, their difference and the protocol with its metric."""
     results = [read_result(path) for path in paths if path.is_file()]
-    summary = summarise(value(result, "", headline(result)) for result in results)
+    summary = summarise(value(result, "", metric or headline(result)) for result in results)
     if summary is None:
-        return (name, evaluation, f"{claim:.1f}", "not run", "", "", source)
-    protocol = f"{results[0]['protocol']} {headline(results[0])}"
+        return (f"{claim:.1f}", "not run", "", "")
+    protocol = f"{results[0]['protocol']} {metric or headline(results[0])}"
     difference = f"{round(summary.mean - claim, 1) + 0.0:+.1f}"  # no "-0.0"
-    return (name, evaluation, f"{claim:.1f}", _measured(summary, len(runs)), difference, protocol, source)
+    return (f"{claim:.1f}", _measured(summary, len(paths)), difference, protocol)
 
 
 def _measured(summary: Summary, seeds: int) -> str:

@@ -2,17 +2,18 @@
 
 import importlib.util
 import os
+import platform
 import shutil
 import sqlite3
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from importlib import metadata
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 from ssl_core.mistakes import excerpt
+from ssl_core.provenance import hardware, installed_version, num_cores
 from ssl_core.tracking import run as tracking
 from ssl_core.tracking.recorder import without_passwords
 
@@ -45,6 +46,11 @@ class Finding(NamedTuple):
     message: str
 
 
+def _judge(fine: bool, subject: str, message: str, advice: str, state: Literal["warning", "fails"]) -> Finding:
+    """Return `message` if the check is fine, else `message` and the advice."""
+    return Finding("ok", subject, message) if fine else Finding(state, subject, f"{message}{advice}")
+
+
 def examine() -> bool:
     """Print all findings; return whether everything required works."""
     checks: list[Callable[[], Iterator[Finding]]] = [
@@ -65,11 +71,9 @@ def examine() -> bool:
 
 
 def _python() -> Iterator[Finding]:
-    version = ".".join(map(str, sys.version_info[:3]))
-    if PYTHONS[0] <= sys.version_info[:2] <= PYTHONS[1]:
-        yield Finding("ok", "Python", version)
-    else:
-        yield Finding("fails", "Python", f"{version}, but 3.11 to 3.13 are required: run make PYTHON=python3.12")
+    tested = PYTHONS[0] <= sys.version_info[:2] <= PYTHONS[1]
+    advice = ", but 3.11 to 3.13 are required: run make PYTHON=python3.12"
+    yield _judge(tested, "Python", platform.python_version(), advice, "fails")
 
 
 def _torch() -> Iterator[Finding]:
@@ -77,12 +81,8 @@ def _torch() -> Iterator[Finding]:
     import torchvision
 
     product = torch.full((8, 8), 0.5) @ torch.full((8, 8), 2.0)
-    is_correct = bool((product == 8).all())
-    versions = f"{torch.__version__}, torchvision {torchvision.__version__}"
-    if is_correct:
-        yield Finding("ok", "torch", f"{versions}, multiplies matrices")
-    else:
-        yield Finding("fails", "torch", f"{versions} multiplies matrices wrongly")
+    message = f"{torch.__version__}, torchvision {torchvision.__version__}, multiplies matrices"
+    yield _judge(bool((product == 8).all()), "torch", message, " wrongly", "fails")
 
 
 def _gpu() -> Iterator[Finding]:
@@ -105,27 +105,25 @@ def _gpu() -> Iterator[Finding]:
 
 
 def _dali() -> Iterator[Finding]:
-    name = next((name for name in ("nvidia-dali-cuda130", "nvidia-dali-cuda120") if _version(name)), None)
-    if name is None:
+    version = installed_version("nvidia-dali-cuda130") or installed_version("nvidia-dali-cuda120")
+    if version is None:
         yield Finding("fails", "DALI", "not installed: run `make install`")
         return
     # In a process of its own, since a missing processor instruction kills the process.
     answer = subprocess.run([sys.executable, "-W", "ignore", "-c", DECODE], capture_output=True, text=True, timeout=60)
     if answer.returncode == 0:
-        yield Finding("ok", "DALI", f"{_version(name)}, decodes and resizes two images")
+        yield Finding("ok", "DALI", f"{version}, decodes and resizes two images")
     else:
         reason = (answer.stderr.strip().splitlines() or [f"it ends with status {answer.returncode}"])[-1]
-        yield Finding("fails", "DALI", f"{_version(name)}: {reason}")
+        yield Finding("fails", "DALI", f"{version}: {reason}")
 
 
 def _processor() -> Iterator[Finding]:
     import torch
 
-    from ssl_core.provenance import hardware
     from ssl_core.training.precision import autocast_type
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    load = os.getloadavg()[0]
+    cores, load = num_cores(), os.getloadavg()[0]
     yield Finding("ok", "processor", f"{hardware()}; load {load:.1f}" + (" (busy)" if load > cores else ""))
     limit = os.environ.get("OMP_NUM_THREADS")
     if limit is not None and limit.isdecimal() and int(limit) < cores:
@@ -140,41 +138,28 @@ def _memory() -> Iterator[Finding]:
 
     memory = psutil.virtual_memory()
     free = f"{_size(memory.available)} of {_size(memory.total)} free"
-    if memory.available < MEMORY:
-        yield Finding("warning", "memory", f"{free}: a run needs 1 to 4 GB; lower batch_size if memory runs out")
-    else:
-        yield Finding("ok", "memory", free)
+    advice = ": a run needs 1 to 4 GB; lower batch_size if memory runs out"
+    yield _judge(memory.available >= MEMORY, "memory", free, advice, "warning")
 
 
 def _disk() -> Iterator[Finding]:
     for subject, place in (("disk", Path()), ("temporary files", Path(tempfile.gettempdir()))):
         free = shutil.disk_usage(place).free
         try:
-            with tempfile.NamedTemporaryFile(dir=place, prefix=".ssl-core-doctor-"):
-                writable = True
+            tempfile.TemporaryFile(dir=place).close()
         except OSError:
-            writable = False
-        if not writable:
-            yield Finding(
-                "fails", subject, f"{place.resolve()} is not writable: change its owner or use another folder"
-            )
-        elif free < SPACE:
-            yield Finding(
-                "warning", subject, f"{_size(free)} free in {place.resolve()}: too little for large data sets"
-            )
-        else:
-            yield Finding("ok", subject, f"{_size(free)} free in {place.resolve()}")
+            advice = "change its owner or use another folder"
+            yield Finding("fails", subject, f"{place.resolve()} is not writable: {advice}")
+            continue
+        message = f"{_size(free)} free in {place.resolve()}"
+        yield _judge(free >= SPACE, subject, message, ": too little for large data sets", "warning")
 
 
 def _shared_memory() -> Iterator[Finding]:
     place = Path("/dev/shm")
     free = shutil.disk_usage(place).free if place.is_dir() else 0
-    if free < SHARED:
-        yield Finding(
-            "warning", "/dev/shm", f"{_size(free)} free: for several GPUs start the container with --shm-size 1g"
-        )
-    else:
-        yield Finding("ok", "/dev/shm", f"{_size(free)} free")
+    advice = ": for several GPUs start the container with --shm-size 1g"
+    yield _judge(free >= SHARED, "/dev/shm", f"{_size(free)} free", advice, "warning")
 
 
 def _project() -> Iterator[Finding]:
@@ -182,9 +167,8 @@ def _project() -> Iterator[Finding]:
     from ssl_core.experiments.overlays import CONFIG, load_configuration
 
     if not CONFIG.exists():
-        yield Finding(
-            "warning", "project", "no config.yaml here: run in the project's folder (`ssl-core init DIR` makes one)"
-        )
+        remedy = "run in the project's folder (`ssl-core init DIR` makes one)"
+        yield Finding("warning", "project", f"no config.yaml here: {remedy}")
         return
     layers = load_configuration([])
     yield Finding("ok", "config.yaml", f"valid, {len(layers.settings['experiments'])} experiments")
@@ -263,13 +247,6 @@ def _programs() -> Iterator[Finding]:
     browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "firefox"))), None)
     message = browser or "none on this machine; open tables, reports and MLflow from another"
     yield Finding("ok", "browser", message)
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _size(number: float) -> str:

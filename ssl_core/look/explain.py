@@ -7,6 +7,7 @@ import os
 import sys
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from ssl_core.look.subject import Subject, find_subject, shard_command
 from ssl_core.methods import base
 from ssl_core.networks.backbones import Network, build_backbone
 from ssl_core.provenance import hardware
+from ssl_core.training.memory import capacity, count, device, estimate, shortage
 
 WIDTH = 98  # columns
 ORIGIN = 46  # first column of the origins
@@ -56,11 +58,16 @@ def explain(name: str, overlays: Sequence[Path], *, timed: bool | None, threads:
     sections = resolved.model_dump(mode="json", serialize_as_any=True)
     if not sections["views"]:
         del sections["views"]
+    for key in resolved.method.ineffective():
+        del sections["method"][key]
+    preset_name, preset = base.preset_of(resolved.method)
+    source = f"preset {preset_name}: {preset.source}"
+    print(textwrap.fill(source, WIDTH, initial_indent="# ", subsequent_indent="#     "))
     print(*_settings(sections, name, layers, _default_origin(resolved)), sep="\n")
     images = _num_images(subject)
     batch_size = resolved.training.batch_size
     num_images = images if images is not None else max(ASSUMED_IMAGES, getattr(resolved.method, "queue_size", 0))
-    method = forecast.build(resolved, subject.card.image_size, views, num_images=num_images, batch_size=batch_size)
+    method = forecast.build(resolved, subject.card.image_size, views, num_images=num_images)
     _comment("What the networks see", _views(views, subject.card))
     _comment("Networks", _networks(method, resolved.backbone))
     steps = None if images is None else images // batch_size
@@ -71,9 +78,7 @@ def explain(name: str, overlays: Sequence[Path], *, timed: bool | None, threads:
     _comment("Steps", _steps(resolved, images, steps))
     walked = forecast.walk(method, views, resolved.training)
     _comment("Cost", _cost(method, subject, walked, num_images, steps))
-    if timed is None:
-        timed = subject.manifest is not None
-    if timed:
+    if timed or (timed is None and subject.manifest is not None):
         _comment("Time", _time(method, subject, walked, steps, threads))
     else:
         _comment("Time", ["not measured (--time measures ten steps)"])
@@ -130,14 +135,13 @@ def _adopted(name: str, spec: Mapping[str, Any], layers: Configuration, *, timed
 
 
 def _default_origin(resolved: Experiment) -> Origin:
-    """Return a function that names the origin of a value that no file sets: the paper's preset or our default."""
-    presets = base.load_method_module(resolved.method.name).PRESETS
-    chosen = getattr(resolved.method, "preset", next(iter(presets)))
-    paper = f"paper default (preset {chosen})"
+    """Return a function that names the origin of a value that no file sets: the method's preset or our default."""
+    name, preset = base.preset_of(resolved.method)
 
     def origin(where: Keys) -> str:
-        in_preset = where[0] == "training" and where[1] in presets[chosen].training
-        return paper if where[0] == "method" or in_preset else "default"
+        in_preset = where[0] == "training" and where[1] in preset.training
+        drops_paths = where == ("backbone", "drop_path") and bool(resolved.backbone.drop_path)
+        return f"preset {name}" if where[0] == "method" or in_preset or drops_paths else "default"
 
     return origin
 
@@ -147,7 +151,7 @@ def _settings(sections: Mapping[str, Any], name: str, layers: Configuration, def
     previous: Keys = ()
     for where, value in leaves(sections):
         *parents, key = where
-        shared = _num_shared(previous, where)
+        shared = len([*takewhile(lambda pair: pair[0] == pair[1], zip(previous, where))])
         for depth in range(min(shared, len(parents)), len(parents)):
             yield f"{'  ' * depth}{parents[depth]}:"
         previous = where
@@ -158,14 +162,6 @@ def _settings(sections: Mapping[str, Any], name: str, layers: Configuration, def
             origin = "default" if is_partly_set else default_origin(where)
         text = f"{'  ' * len(parents)}{key}: {_value(value)}"
         yield f"{text:<{ORIGIN}}  # {origin}"
-
-
-def _num_shared(first: Keys, second: Keys) -> int:
-    """Return the number of leading keys that two paths share."""
-    shared = 0
-    while shared < min(len(first), len(second)) and first[shared] == second[shared]:
-        shared += 1
-    return shared
 
 
 def _value(value: Any) -> str:
@@ -204,11 +200,11 @@ def _augmentation(how: Augmentation) -> str:
         return "no augmentation"
     colours = ", ".join(f"{part} {getattr(how, part):g}" for part in ("brightness", "contrast", "saturation", "hue"))
     names = [name for name, policy in POLICIES.items() if policy == how]
-    parts = [f"flip {how.flip:g}"] if how.flip else []
-    parts += [f"jitter {how.jitter:g} ({colours})"] if how.jitter else []
-    parts += [f"grayscale {how.grayscale:g}"] if how.grayscale else []
-    parts += [f"blur {how.blur:g} (sigma {how.blur_sigma[0]:g}-{how.blur_sigma[1]:g} px)"] if how.blur else []
-    parts += [f"solarize {how.solarize:g}"] if how.solarize else []
+    details = {"jitter": f" ({colours})", "blur": f" (sigma {how.blur_sigma[0]:g}-{how.blur_sigma[1]:g} px)"}
+    parts = []
+    for name in ("flip", "jitter", "grayscale", "blur", "solarize"):
+        if getattr(how, name):
+            parts.append(f"{name} {getattr(how, name):g}{details.get(name, '')}")
     parts += [f"{how.randaugment} RandAugment operations"] if how.randaugment else []
     return f"{names[0]}: {', '.join(parts)}" if names else ", ".join(parts)
 
@@ -216,30 +212,30 @@ def _augmentation(how: Augmentation) -> str:
 def _networks(method: base.Method, config: Backbone) -> list[str]:
     lines = [_backbone(method.backbone, config)]
     for name, child in method.named_children():
-        if name != "backbone" and (forecast.count(child) or list(child.buffers())):
+        if name != "backbone" and (count(child) or list(child.buffers())):
             lines.append(f"{name}: {_head(child)}")
     for name, tensor in method.named_buffers(recurse=False):
         if tensor.dim():
             lines.append(f"{name}: {_shape(tensor)} numbers")
     for name, tensor in method.named_parameters(recurse=False):
         lines.append(f"{name}: {_shape(tensor)} numbers, trained")
-    trained = forecast.count(method, trained=True)
-    return [*lines, f"all: {_si(forecast.count(method))} parameters, {_si(trained)} of them trained by gradient"]
+    trained = count(method, trained=True)
+    return [*lines, f"all: {_si(count(method))} parameters, {_si(trained)} of them trained by gradient"]
 
 
 def _backbone(backbone: Network, config: Backbone) -> str:
     return (
         f"backbone: {config.name}, {config.stem} stem, {backbone.num_features} features, "
-        f"{_si(forecast.count(backbone))} parameters"
+        f"{_si(count(backbone))} parameters"
     )
 
 
 def _head(module: nn.Module) -> str:
     """Describe a module: its linear layers or its type, its size, whether it has a gradient."""
-    size = forecast.count(module)
+    size = count(module)
     if not size:  # a queue, a bank
         return ", ".join(f"{_shape(buffer)} numbers" for buffer in module.buffers() if buffer.dim())
-    gradient = "" if forecast.count(module, trained=True) else ", no gradient"
+    gradient = "" if count(module, trained=True) else ", no gradient"
     return f"{_kind(module)}, {_si(size)} parameters{gradient}"
 
 
@@ -275,7 +271,7 @@ def _steps(resolved: Experiment, images: int | None, steps: int | None) -> list[
     processes = "1 process" if training.gpus == 1 else f"{training.gpus} processes"
     accumulated = f" x {training.accumulation} accumulated parts" if training.accumulation > 1 else ""
     lines = [f"effective batch: {training.batch_size} images = {processes}{accumulated} x {each} at once"]
-    if training.gpus > 1 and forecast.device().type == "cpu":
+    if training.gpus > 1 and device().type == "cpu":
         lines.append(f"no GPU on this machine: the {processes} share the processor (gloo)")
     scaled = f" = {training.learning_rate:g} x {training.batch_size} / 256"
     rate = f"effective learning rate: {effective_learning_rate(training):g}"
@@ -303,11 +299,24 @@ def _cost(
     if steps is not None:
         images = steps * training.epochs * training.batch_size
         lines.append(f"the whole run: {_si(walked.step * images, 'FLOP')} for {_si(images)} images")
-    memory = forecast.memory(method, subject.views, training, walked, num_images)
+    decoded = None
+    if subject.manifest is not None:
+        decoded = forecast.decoded_pixels(subject.manifest, subject.resolved.dataset.split)
+        lines.append(
+            f"stored images: {_si(decoded.mean(), 'pixels')} on average, {_si(decoded.max(), 'pixels')} at most; "
+            f"`max_side` in {subject.card.name}'s card reduces them"
+        )
+    memory = estimate(method, subject.views, training, activations=walked.activations, num_images=num_images)
+    if decoded is not None:
+        memory["decoded images"] = 3.0 * forecast.largest_batch(decoded, forward_batch_size(training))
     parts = ", ".join(f"{part} {_si(number, 'B')}" for part, number in memory.items())
     lines.append(f"memory per process, roughly: {_si(sum(memory.values()), 'B')} ({parts})")
+    too_large = shortage(memory, training, capacity(training))
+    if too_large is not None:
+        print(f"warning: {too_large}", file=sys.stderr)
+        lines.append(f"does not fit: {too_large}")
     if steps is None:
-        lines.append(f"(computed for {num_images} images)")
+        lines.append(f"(computed for {num_images} images, without decoded images: their sizes are not known yet)")
     return lines
 
 
@@ -333,7 +342,7 @@ def _time(method: base.Method, subject: Subject, walked: forecast.Walk, steps: i
         lines.append("(without training.compile)")
     if steps is None:
         return lines
-    gpus = training.gpus if forecast.device().type == "cuda" else 1
+    gpus = training.gpus if device().type == "cuda" else 1
     seconds = steps * training.epochs * training.batch_size / speed / gpus
     ideal = f", if {training.gpus} GPUs are {training.gpus} times as fast" if training.gpus > 1 else ""
     return [f"about {_duration(seconds)} for {steps * training.epochs} steps{ideal}, without evaluations", *lines]

@@ -3,30 +3,33 @@
 import contextlib
 import io
 import math
-from collections.abc import Iterator
-from typing import Any, NamedTuple, cast
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any, BinaryIO, NamedTuple, cast
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 from ssl_core.blocks.schedules import forward_batch_size
 from ssl_core.config import Experiment, Training
-from ssl_core.data.loader import SHUFFLE_BUFFER, Batch, Loader
-from ssl_core.data.shards import Manifest
+from ssl_core.data.loader import Batch, Loader
+from ssl_core.data.shards import Manifest, read_index
 from ssl_core.data.views import Views
-from ssl_core.methods.base import Method, Progress, method_class
-from ssl_core.networks.backbones import Network, build_backbone, check_image_size
+from ssl_core.methods import base
+from ssl_core.methods.base import Method
+from ssl_core.networks.backbones import Network
 from ssl_core.training.loop import Trainer
+from ssl_core.training.memory import device, measure_activations, random_batch
 from ssl_core.training.optimizers import build_optimizer
-from ssl_core.training.precision import autocast_type
 
 STEPS, WARM_UP = 10, 2  # timed steps, and steps before them
 SECONDS = 8.0  # after this time, fewer steps are timed
 TIMED_FLOP = 5e11  # limit per processor core for all timed steps, about ten seconds
-OPTIMIZER_STATES = {"sgd": 1, "lars": 1, "adamw": 2}  # numbers per trained parameter
-LIBRARIES = 0.9e9  # bytes of a process after importing torch and DALI, measured on a processor
-BUFFERED, INDEXED = 900, 450  # bytes per image in the shuffle buffer, and per image of an index
+SAMPLED = 1000  # about as many images of a split give the sizes of decoded images
+HEADER = 2**16  # bytes of a file that nearly always contain the size of the image
+BATCHES = 1000  # random batches, of which the largest counts
 
 
 class Walk(NamedTuple):
@@ -47,22 +50,11 @@ class Timing(NamedTuple):
     dtype: str
 
 
-def build(resolved: Experiment, image_size: int, views: Views, *, num_images: int, batch_size: int) -> Method:
+def build(resolved: Experiment, image_size: int, views: Views, *, num_images: int) -> Method:
     """Build the method with the checks of pre-training; raise the same `ValueError`s."""
-    torch.manual_seed(resolved.training.seed)
-    backbone = build_backbone(resolved.backbone, image_size)
-    for view in views.values():
-        check_image_size(backbone, resolved.backbone, view.size)
-    method = method_class(resolved.method.name)(
-        resolved.method, backbone, num_images=num_images, batch_size=batch_size, seed=resolved.training.seed
-    )
+    method = base.build(resolved, image_size, views, num_images=num_images)
     build_optimizer(method, resolved.training, constant=method.constant_rate, undecayed=method.undecayed)
     return method
-
-
-def device() -> torch.device:
-    """Return the device of pre-training."""
-    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def forward_flop(backbone: Network, size: int) -> float:
@@ -79,48 +71,37 @@ def walk(method: Method, views: Views, training: Training) -> Walk:
     size = max(view.size for view in views.values())
     backbone = forward_flop(method.backbone, size)
     images = int(min(16, training.batch_size, max(4, 1e11 / backbone)))
-    kept: dict[int, int] = {}
-    alive = []  # keeps storages, since a freed address could be used again
-    constant = {tensor.untyped_storage().data_ptr() for tensor in (*method.parameters(), *method.buffers())}
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in constant:
-            kept[storage.data_ptr()] = storage.nbytes()
-            alive.append(storage)
-        return tensor
-
-    dtype = autocast_type(training.precision, device())
-    method.train()
-    with (
-        FlopCounterMode(display=False, custom_mapping={torch.ops.aten.convolution_backward: _backward_flop}) as counter,
-        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
-    ):
-        with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
-            losses = method(random_batch(views, images), Progress(0, 100))
-        losses.total.backward()
-    method.zero_grad(set_to_none=True)
-    return Walk(backbone, counter.get_total_flops() / images, sum(kept.values()) / images)
+    with FlopCounterMode(
+        display=False, custom_mapping={torch.ops.aten.convolution_backward: _backward_flop}
+    ) as counter:
+        activations = measure_activations(method, views, training, images)
+    return Walk(backbone, counter.get_total_flops() / images, activations)
 
 
-def memory(method: Method, views: Views, training: Training, walked: Walk, num_images: int) -> dict[str, float]:
-    """Estimate the bytes of one process by their use. A rough sum: allocators and kernels need more."""
-    batch = forward_batch_size(training)
-    trained = 4 * count(method, trained=True)
-    pixels = sum(view.count * 3 * view.size**2 for view in views.values())
-    return {
-        "weights and memory": sum(tensor.nbytes for tensor in (*method.parameters(), *method.buffers())),
-        "gradients and optimizer": trained * (1 + OPTIMIZER_STATES[training.optimizer]),
-        "activations": walked.activations * batch,
-        "views": 4.0 * pixels * batch * 3,  # one in use, two prefetched
-        "shuffle buffer": BUFFERED * min(num_images / training.gpus, SHUFFLE_BUFFER) + INDEXED * num_images,
-        "libraries": LIBRARIES,
-    }
+def decoded_pixels(manifest: Manifest, split: str) -> np.ndarray:
+    """Return the numbers of pixels of some images of a split, evenly spread over its shards, from their headers."""
+    stride = math.ceil(manifest.split(split).images / SAMPLED)
+    pixels = []
+    for path in manifest.tars(split):
+        with open(path, "rb") as tar:
+            pixels += [_num_pixels(tar, fields) for fields in read_index(path)[::stride]]
+    return np.array(pixels)
 
 
-def count(module: nn.Module, *, trained: bool = False) -> int:
-    """Count the parameters, all or the trained ones."""
-    return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad or not trained)
+def _num_pixels(tar: BinaryIO, fields: Sequence[str]) -> int:
+    """Return the number of pixels of the image in a sample; `fields` is the sample's line of the index."""
+    offset, size = int(fields[1]), int(fields[2])
+    try:
+        image = Image.open(io.BytesIO(os.pread(tar.fileno(), HEADER, offset)))
+    except OSError:  # metadata of more than HEADER bytes come first
+        image = Image.open(io.BytesIO(os.pread(tar.fileno(), size, offset)))
+    return image.width * image.height
+
+
+def largest_batch(pixels: np.ndarray, batch: int) -> int:
+    """Return the pixels of the largest of many random batches: DALI decodes a whole batch before it crops."""
+    generator = np.random.default_rng(0)
+    return max(int(generator.choice(pixels, batch).sum()) for _ in range(BATCHES))
 
 
 def time_steps(
@@ -151,15 +132,6 @@ def time_steps(
     seconds = trainer.seconds - before
     dtype = "bfloat16" if trainer.dtype is not None else "float32"
     return Timing(steps, seconds / steps, batch_size, (trainer.waited - waited) / seconds, dtype)
-
-
-def random_batch(views: Views, images: int) -> Batch:
-    """Return a batch of random images."""
-    batch: dict[str, list[Tensor]] = {}
-    for group, view in views.items():
-        shape = (images, 3, view.size, view.size)
-        batch[group] = [torch.randn(shape).contiguous(memory_format=torch.channels_last) for _ in range(view.count)]
-    return Batch(batch, torch.zeros(images, dtype=torch.long), torch.arange(images))
 
 
 def _backward_flop(grad: Any, inputs: Any, weight: Any, *rest: Any, out_shape: Any = None) -> int:

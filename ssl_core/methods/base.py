@@ -11,31 +11,42 @@ The training loop calls, for every optimizer step:
 
 import importlib
 import inspect
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from ssl_core.blocks import distributed
 from ssl_core.config import Experiment, Strict, Training, nearest, parse
 from ssl_core.data.batch import Batch, BatchSource
 from ssl_core.data.views import Views, adjust
-from ssl_core.networks.backbones import Network
+from ssl_core.networks.backbones import Network, build_backbone, check_image_size
+from ssl_core.networks.batchnorm import split_batchnorm
+from ssl_core.networks.families import can_drop_paths, is_transformer
 
 Memory = dict[str, Tensor]  # tensors of one forward pass, without gradient; the keys are the method's own
 
 
 class MethodConfig(Strict):
-    """Hyper-parameters of a method: `name` selects the method, `preset` the published values to start from."""
+    """Hyper-parameters of a method: `name` selects the method, `preset` the values to start from."""
+
+    def ineffective(self) -> Mapping[str, str]:
+        """Return the keys without effect beside the other settings, with the reason; users must not set them."""
+        return {}
 
 
 class Preset(NamedTuple):
-    """A published setting, as differences from the defaults of the method's `Config` and of `Training`."""
+    """A setting with its source, as differences from the defaults of the method's `Config` and of `Training`."""
 
     method: Mapping[str, Any]
     training: Mapping[str, Any]
+    source: str  # who published it, or that it was chosen here, with an anchor of docs/sources.md
+    networks: Literal["convolutional", "transformer"] | None = None  # the kind it was made for; None: any
+    drop_path: float = 0.0  # default of `backbone.drop_path`, for networks that have it
 
 
 class Progress(NamedTuple):
@@ -68,11 +79,17 @@ class Method(nn.Module):
     undecayed: tuple[str, ...] = ()  # parameters without weight decay, for any `training.decay_exclusion`
     fixed_views: tuple[str, ...] = ()  # groups of views whose `count` the loss depends on
     order_matters: ClassVar[bool] = False  # whether the loss depends on the order of the images in a batch
-    backbone: Network  # the student's, which evaluations use
 
     def __init__(self, config: Any, backbone: Network, *, num_images: int, batch_size: int, seed: int) -> None:
         """Build heads and memory; `num_images` and the global `batch_size` limit queues and banks."""
         super().__init__()
+        self.backbone: Network = backbone  # the student's, which evaluations use
+        self.seed = seed
+
+    def split_batchnorm(self, splits: int) -> None:
+        """Give each of `splits` parts of the global batch BatchNorm statistics of its own."""
+        if splits > 1:
+            split_batchnorm(self, max(1, splits // distributed.world_size()))
 
     @staticmethod
     def views(config: Any, image_size: int) -> Views:
@@ -141,6 +158,8 @@ def views_of(experiment: Experiment, image_size: int, *, avoid: Sequence[str] = 
 def resolve(spec: Mapping[str, Any]) -> Experiment:
     """Complete an experiment: defaults of the classes, then the method's preset, then the user's settings.
 
+    A default warm-up that is as long as the training becomes a tenth of it.
+
     Raises `ValueError` with the path of the key for an unknown or missing key and for a value out of range.
     """
     section = dict(spec.get("method") or {})
@@ -153,5 +172,58 @@ def resolve(spec: Mapping[str, Any]) -> Experiment:
         raise ValueError(f"method.preset: there is no preset '{preset_name}'{suggestion}")
     preset = module.PRESETS[preset_name]
     method = parse(module.Config, {**preset.method, **section}, "method")
-    training = parse(Training, {**preset.training, **(spec.get("training") or {})}, "training")
-    return parse(Experiment, {**spec, "method": method, "training": training}, "experiment")
+    for key, reason in method.ineffective().items():
+        if key in section:
+            raise ValueError(f"method.{key} has no effect here: {reason}")
+    chosen = spec.get("training") or {}
+    training = parse(Training, {**preset.training, **chosen}, "training")
+    if "warmup_epochs" not in chosen and training.warmup_epochs >= training.epochs:  # a trial of a few epochs
+        training = training.model_copy(update={"warmup_epochs": training.epochs / 10})
+    completed = {**spec, "method": method, "training": training}
+    backbone = spec.get("backbone")
+    if preset.drop_path and isinstance(backbone, Mapping) and can_drop_paths(str(backbone.get("name"))):
+        completed["backbone"] = {"drop_path": preset.drop_path, **backbone}
+    return parse(Experiment, completed, "experiment")
+
+
+def preset_of(method: MethodConfig) -> tuple[str, Preset]:
+    """Return the name and the values of the preset that the settings of a method start from."""
+    settings: Any = method
+    presets: dict[str, Preset] = load_method_module(settings.name).PRESETS
+    name: str = getattr(settings, "preset", next(iter(presets)))
+    return name, presets[name]
+
+
+def build(experiment: Experiment, image_size: int, views: Views, *, num_images: int) -> Method:
+    """Build backbone and method from the run's seed; print a warning for a preset made for other networks.
+
+    Raises `ValueError` for views that the backbone cannot take.
+    """
+    training = experiment.training
+    # The backbone comes first after the seed, so that the evaluations' untrained baseline is this very network.
+    torch.manual_seed(training.seed)
+    backbone = build_backbone(experiment.backbone, image_size)
+    for view in views.values():
+        check_image_size(backbone, experiment.backbone, view.size)
+    warning = preset_warning(experiment, backbone)
+    if warning is not None and distributed.rank() == 0:
+        print(warning, file=sys.stderr)
+    return method_class(experiment.method.name)(
+        experiment.method, backbone, num_images=num_images, batch_size=training.batch_size, seed=training.seed
+    )
+
+
+def preset_warning(experiment: Experiment, backbone: Network) -> str | None:
+    """Return a warning if the preset was made for another kind of network, else None."""
+    name, preset = preset_of(experiment.method)
+    kind = "transformer" if is_transformer(backbone) else "convolutional"
+    if preset.networks in (None, kind):
+        return None
+    presets = load_method_module(experiment.method.name).PRESETS
+    others = [other for other, values in presets.items() if values.networks == kind]
+    advice = f"use preset {' or '.join(others)}, or set" if others else "set"
+    return (
+        f"warning: preset {name} of {experiment.method.name} was made for {preset.networks} networks, "
+        f"{experiment.backbone.name} is {'a transformer' if kind == 'transformer' else 'convolutional'}: {advice} "
+        "optimizer, learning rate and head yourself"
+    )

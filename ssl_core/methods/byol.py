@@ -5,20 +5,18 @@ negatives: predictor, momentum and BatchNorm prevent collapse.
 """
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from pydantic import PositiveInt
 from torch import Tensor
 
-from ssl_core.blocks import distributed
 from ssl_core.blocks.momentum import MomentumTeacher
 from ssl_core.data.batch import Batch
 from ssl_core.data.views import POLICIES, Augmentation, Probability, View, Views
 from ssl_core.methods.base import Losses, Memory, Method, MethodConfig, Preset, Progress, full_precision
 from ssl_core.networks.backbones import Network
-from ssl_core.networks.batchnorm import split_batchnorm
 from ssl_core.networks.heads import mlp
 
 
@@ -62,11 +60,16 @@ PRESETS = {
             "optimizer": "sgd", "learning_rate": 0.05, "learning_rate_scaling": "none", "weight_decay": 1e-4,
             "batch_size": 512, "epochs": 400, "warmup_epochs": 0, "schedule_unit": "epoch",
         },
+        source="SSQL's code, also Cao & Wu's baseline (docs/sources.md#byol)",
     ),
-    "imagenet": Preset(method=_PAPER, training=_LARS),
+    "imagenet": Preset(
+        method=_PAPER, training=_LARS,
+        source="BYOL, paper, 1,000 epochs (docs/sources.md#byol)",
+    ),
     "imagenet_300": Preset(
         method={**_PAPER, "teacher_momentum": 0.99},
         training={**_LARS, "learning_rate": 0.3, "weight_decay": 1e-6, "epochs": 300},
+        source="BYOL, paper, 300 epochs (docs/sources.md#byol)",
     ),
 }  # fmt: skip
 
@@ -80,13 +83,11 @@ class BYOL(Method):
     def __init__(self, config: Config, backbone: Network, *, num_images: int, batch_size: int, seed: int) -> None:
         super().__init__(config, backbone, num_images=num_images, batch_size=batch_size, seed=seed)
         self.config = config
-        self.backbone: Network = backbone
         hidden = [config.projector_hidden] * (config.projector_layers - 1)
         dim, bias = config.embedding_dim, config.hidden_bias
         self.projector = mlp([backbone.num_features, *hidden, dim], bias=bias)
         self.predictor = mlp([dim, config.predictor_hidden, dim], bias=bias)
-        if config.batchnorm_splits > 1:
-            split_batchnorm(self, max(1, config.batchnorm_splits // distributed.world_size()))
+        self.split_batchnorm(config.batchnorm_splits)
         self.teacher = MomentumTeacher(
             self.backbone,
             self.projector,
@@ -97,16 +98,11 @@ class BYOL(Method):
     @staticmethod
     def views(config: Config, image_size: int) -> Views:
         """Return two views with two augmentation policies, both for student and teacher."""
-        policies = {"first": config.first_augmentation, "second": config.second_augmentation}
+        shared: Any = {"size": image_size, "area": config.area, "interpolation": config.interpolation}
+        shared["seen_by"] = ("student", "teacher")
         return {
-            group: View(
-                size=image_size,
-                area=config.area,
-                interpolation=config.interpolation,
-                augmentation=augmentation,
-                seen_by=("student", "teacher"),
-            )
-            for group, augmentation in policies.items()
+            "first": View(augmentation=config.first_augmentation, **shared),
+            "second": View(augmentation=config.second_augmentation, **shared),
         }
 
     def forward(self, batch: Batch, progress: Progress) -> Losses:

@@ -5,7 +5,7 @@ views. Centring the teacher's outputs prevents a single output from dominating; 
 """
 
 from collections.abc import Sequence
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -38,7 +38,7 @@ class Config(MultiCrop, MethodConfig):
     """
 
     name: Literal["dino"] = "dino"
-    preset: Literal["small", "official", "sslight_baseline", "sslight"] = "small"
+    preset: Literal["small", "official", "sslight_baseline", "sslight", "sslight_vit_baseline", "sslight_vit"] = "small"
     student_temperature: PositiveFloat = 0.1
     teacher_temperature: PositiveFloat = 0.07
     initial_teacher_temperature: PositiveFloat = 0.04
@@ -72,10 +72,25 @@ _LARGE = {
     "local_augmentation": "dino_local", "teacher_momentum": 0.996,
 }  # fmt: skip
 _SSLIGHT = {**SSLIGHT_TRAINING, "learning_rate": 0.48}
+# Vision transformers: 30 of 200 epochs of temperature warm-up; sizes of local views are those of 224 px.
+_VIT = {
+    **_LARGE, "num_outputs": 65536, "head_batchnorm": False, "temperature_warmup": 0.15, "num_locals": 10,
+    "local_multiple": 32,
+}  # fmt: skip
+_VIT_TRAINING = {
+    "optimizer": "adamw", "learning_rate": 5e-4, "minimum_learning_rate": 1e-5, "weight_decay": 0.04,
+    "final_weight_decay": 0.4, "batch_size": 1024, "epochs": 200, "warmup_epochs": 10, "decay_exclusion": "norm_bias",
+}  # fmt: skip
+_VIT_BASELINE = {"area": (0.25, 1.0), "local_area": (0.05, 0.25), "local_size": 96, "alpha": 1 / 11}
+_VIT_SSLIGHT = {"area": (0.3, 1.0), "local_area": (0.05, 0.3), "local_size": 128, "alpha": 0.4}
 
 PRESETS = {
     # Not from a paper: views and momentum as in solo-learn on CIFAR, the rest as in SSLight with a small batch.
-    "small": Preset(method={}, training={**_SSLIGHT, "batch_size": 256}),
+    "small": Preset(
+        method={}, training={**_SSLIGHT, "batch_size": 256},
+        source="chosen here: solo-learn's views and momentum, SSLight's optimisation (docs/sources.md#dino)",
+        networks="convolutional",
+    ),
     "official": Preset(  # the repository's ResNet-50 command, completed by its defaults
         method={
             **_LARGE, **SIX_LOCALS, "num_locals": 8, "num_outputs": 65536, "head_batchnorm": False, "freeze": 0.01,
@@ -85,9 +100,25 @@ PRESETS = {
             "optimizer": "sgd", "learning_rate": 0.03, "minimum_learning_rate": 1e-6, "weight_decay": 1e-4,
             "batch_size": 512, "epochs": 100, "warmup_epochs": 10, "decay_exclusion": "norm_bias",
         },
+        source="DINO's code, command for ResNet-50 (docs/sources.md#dino)", networks="convolutional",
     ),
-    "sslight_baseline": Preset(method={**_LARGE, **SIX_LOCALS}, training=_SSLIGHT),
-    "sslight": Preset(method={**_LARGE, **SSLIGHT}, training=_SSLIGHT),
+    "sslight_baseline": Preset(
+        method={**_LARGE, **SIX_LOCALS}, training=_SSLIGHT,
+        source="SSLight's code without its view sampling, convolutional networks (docs/sources.md#sslight)",
+        networks="convolutional",
+    ),
+    "sslight": Preset(
+        method={**_LARGE, **SSLIGHT}, training=_SSLIGHT,
+        source="SSLight's code, convolutional networks (docs/sources.md#sslight)", networks="convolutional",
+    ),
+    "sslight_vit_baseline": Preset(
+        method={**_VIT, **_VIT_BASELINE}, training=_VIT_TRAINING, networks="transformer", drop_path=0.1,
+        source="SSLight, paper and code, transformers without its view sampling (docs/sources.md#sslight-vit)",
+    ),
+    "sslight_vit": Preset(
+        method={**_VIT, **_VIT_SSLIGHT}, training=_VIT_TRAINING, networks="transformer", drop_path=0.1,
+        source="SSLight, paper and code, transformers (docs/sources.md#sslight-vit)",
+    ),
 }  # fmt: skip
 
 
@@ -129,7 +160,6 @@ class DINO(Method):
     def __init__(self, config: Config, backbone: Network, *, num_images: int, batch_size: int, seed: int) -> None:
         super().__init__(config, backbone, num_images=num_images, batch_size=batch_size, seed=seed)
         self.config = config
-        self.backbone: Network = backbone
         self.head = Head(backbone.num_features, config)
         self.teacher = MomentumTeacher(self.backbone, self.head, momentum=config.teacher_momentum, final_momentum=1.0)
         self.register_buffer("centre", torch.zeros(config.num_outputs))
@@ -137,19 +167,11 @@ class DINO(Method):
     @staticmethod
     def views(config: Config, image_size: int) -> Views:
         """Return two global views with different augmentations for both networks, and local views for the student."""
-
-        def global_view(augmentation: Augmentation) -> View:
-            return View(
-                size=image_size,
-                area=config.area,
-                interpolation="cubic",
-                augmentation=augmentation,
-                seen_by=("student", "teacher"),
-            )
-
+        shared: Any = {"size": image_size, "area": config.area, "interpolation": "cubic"}
+        shared["seen_by"] = ("student", "teacher")
         return {
-            "global_first": global_view(config.first_augmentation),
-            "global_second": global_view(config.second_augmentation),
+            "global_first": View(augmentation=config.first_augmentation, **shared),
+            "global_second": View(augmentation=config.second_augmentation, **shared),
             **local_views(config, image_size, config.local_augmentation, interpolation="cubic"),
         }
 

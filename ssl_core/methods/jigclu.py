@@ -43,8 +43,16 @@ _TRAINING = {
 }  # fmt: skip
 PRESETS = {
     # Cao & Wu report 400 epochs on CIFAR and no other setting; their other methods use no blur there.
-    "small": Preset(method={"augmentation": "contrastive_no_blur"}, training={**_TRAINING, "epochs": 400}),
-    "official": Preset(method={}, training={**_TRAINING, "epochs": 200}),
+    "small": Preset(
+        method={"augmentation": "contrastive_no_blur"},
+        training={**_TRAINING, "epochs": 400},
+        source="chosen here: JigClu's code without blur, Cao & Wu's 400 epochs (docs/sources.md#jigclu)",
+    ),
+    "official": Preset(
+        method={},
+        training={**_TRAINING, "epochs": 200},
+        source="JigClu, paper and README (docs/sources.md#jigclu)",
+    ),
 }
 
 
@@ -57,8 +65,7 @@ class JigClu(Method):
 
     def __init__(self, config: Config, backbone: Network, *, num_images: int, batch_size: int, seed: int) -> None:
         super().__init__(config, backbone, num_images=num_images, batch_size=batch_size, seed=seed)
-        self.config, self.seed = config, seed
-        self.backbone: Network = backbone
+        self.config = config
         width = backbone.num_features
         self.projector = mlp([width, width, config.embedding_dim], batch_norm=False)
         self.locator = nn.Linear(width, len(CORNERS))

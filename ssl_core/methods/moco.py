@@ -8,7 +8,7 @@ networks of Shi et al. (2022, https://arxiv.org/abs/2107.14762).
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,6 @@ from ssl_core.data.batch import Batch
 from ssl_core.data.views import POLICIES, Augmentation, Probability, View, Views
 from ssl_core.methods.base import Losses, Memory, Method, MethodConfig, Preset, Progress, full_precision
 from ssl_core.networks.backbones import Network, load_strictly, read_tensors
-from ssl_core.networks.batchnorm import split_batchnorm
 from ssl_core.networks.heads import mlp
 
 
@@ -71,9 +70,13 @@ _SGD = {
 _LARS = {**SSLIGHT_TRAINING, "learning_rate": 0.48}
 
 PRESETS = {
-    "small": Preset(method={}, training={**_SGD, "learning_rate": 0.3, "batch_size": 256, "epochs": 400}),
+    "small": Preset(
+        method={}, training={**_SGD, "learning_rate": 0.3, "batch_size": 256, "epochs": 400},
+        source="SSQL's baseline on CIFAR, also Cao & Wu's (docs/sources.md#moco)",
+    ),
     "moco_v2": Preset(
-        method=_OFFICIAL, training={**_SGD, "learning_rate": 0.03, "batch_size": 256, "epochs": 200}
+        method=_OFFICIAL, training={**_SGD, "learning_rate": 0.03, "batch_size": 256, "epochs": 200},
+        source="MoCo v2, paper and code, ImageNet (docs/sources.md#moco)",
     ),
     "notebook": Preset(  # the authors' CIFAR-10 notebook: kNN 82.6 % after 200 epochs, 85.3 % with `symmetric: sum`
         method={
@@ -81,15 +84,23 @@ PRESETS = {
             "embedding_dim": 128, "batchnorm_splits": 8, "area": (0.08, 1.0),
         },
         training={**_SGD, "learning_rate": 0.06, "weight_decay": 5e-4, "batch_size": 512, "epochs": 200},
+        source="MoCo's CIFAR-10 notebook (docs/sources.md#moco)",
     ),
-    "sslight_baseline": Preset(method={**_SSLIGHT, **SIX_LOCALS}, training=_LARS),  # MoCo v2* in the paper
-    "sslight": Preset(method={**_SSLIGHT, **SSLIGHT}, training=_LARS),
+    "sslight_baseline": Preset(
+        method={**_SSLIGHT, **SIX_LOCALS}, training=_LARS,
+        source="SSLight's code without its view sampling (docs/sources.md#moco-multicrop)", networks="convolutional",
+    ),  # MoCo v2* in the paper
+    "sslight": Preset(
+        method={**_SSLIGHT, **SSLIGHT}, training=_LARS,
+        source="SSLight's code (docs/sources.md#moco-multicrop)", networks="convolutional",
+    ),
     "shi": Preset(
         method={
             **_OFFICIAL, "temperature": 0.1, "projector_hidden": "2d", "query_augmentation": "aug_plus",
             "key_augmentation": "aug_plus",
         },
         training={**_SGD, "learning_rate": 0.06, "batch_size": 512, "epochs": 800},
+        source="Shi et al., improved, 800 epochs (docs/sources.md#shi)",
     ),
 }  # fmt: skip
 
@@ -104,13 +115,10 @@ class MoCo(Method):
         super().__init__(config, backbone, num_images=num_images, batch_size=batch_size, seed=seed)
         check_queue_size(config.queue_size, num_images)
         self.config = config
-        self.seed = seed
-        self.backbone: Network = backbone
         self.projector = _projector(config, backbone.num_features)
         if config.initial is not None:
             start_from(config.initial, self.backbone, self.projector)
-        if config.batchnorm_splits > 1:
-            split_batchnorm(self, max(1, config.batchnorm_splits // distributed.world_size()))
+        self.split_batchnorm(config.batchnorm_splits)
         self.teacher = MomentumTeacher(
             self.backbone,
             self.projector,
@@ -125,22 +133,10 @@ class MoCo(Method):
         query_networks, key_networks = ("student",), ("teacher",)
         if config.symmetric:
             query_networks = key_networks = ("student", "teacher")
-        augmentations = {
-            "query": (config.query_augmentation, query_networks),
-            "key": (config.key_augmentation, key_networks),
-        }
-        views = {
-            group: View(
-                size=image_size,
-                area=config.area,
-                interpolation=config.interpolation,
-                augmentation=augmentation,
-                seen_by=seen_by,
-            )
-            for group, (augmentation, seen_by) in augmentations.items()
-        }
+        shared: Any = {"size": image_size, "area": config.area, "interpolation": config.interpolation}
         return {
-            **views,
+            "query": View(augmentation=config.query_augmentation, seen_by=query_networks, **shared),
+            "key": View(augmentation=config.key_augmentation, seen_by=key_networks, **shared),
             **local_views(config, image_size, config.local_augmentation, interpolation=config.interpolation),
         }
 

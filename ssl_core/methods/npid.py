@@ -21,7 +21,6 @@ from ssl_core.data.batch import Batch, BatchSource
 from ssl_core.data.views import POLICIES, Augmentation, View, Views
 from ssl_core.methods.base import Losses, Memory, Method, MethodConfig, Preset, Progress, full_precision
 from ssl_core.networks.backbones import Network
-from ssl_core.networks.batchnorm import split_batchnorm
 from ssl_core.networks.heads import mlp
 
 Term = Literal["l1", "l2"]
@@ -69,6 +68,7 @@ PRESETS = {
             "optimizer": "sgd", "learning_rate": 0.03, "learning_rate_scaling": "none", "weight_decay": 5e-4,
             "batch_size": 128, "epochs": 200, "warmup_epochs": 0, "schedule": "step", "milestones": (80, 120, 160),
         },
+        source="NPID's code, CIFAR (docs/sources.md#npid)",
     ),
     "imagenet": Preset(  # the authors' later release, with a softmax over sampled negatives instead of NCE
         method={"temperature": 0.07, "negatives": 65536, "augmentation": {"policy": "npid", "flip": 0.5}},
@@ -76,6 +76,7 @@ PRESETS = {
             "optimizer": "sgd", "learning_rate": 0.03, "learning_rate_scaling": "none", "weight_decay": 1e-4,
             "batch_size": 256, "epochs": 200, "warmup_epochs": 0, "schedule": "step", "milestones": (120, 160),
         },
+        source="NPID's later code, ImageNet (docs/sources.md#npid)",
     ),
     "paper": Preset(
         method={**CAO_WU, "update": "gradient", "sqrtkl_temperature": None},
@@ -83,6 +84,7 @@ PRESETS = {
             "optimizer": "sgd", "learning_rate": 0.1, "learning_rate_scaling": "none", "weight_decay": 1e-4,
             "batch_size": 512, "epochs": 400, "warmup_epochs": 0, "schedule_unit": "epoch",
         },
+        source="Cao & Wu's paper, completed by their code (docs/sources.md#cao-wu)",
     ),
     "code": Preset(
         method={**CAO_WU, "embedding_dim": 2048, "negatives": 10_000, "cutmix": 0.5, "batchnorm_splits": 4},
@@ -90,6 +92,7 @@ PRESETS = {
             "optimizer": "sgd", "learning_rate": 1.0, "learning_rate_scaling": "none", "weight_decay": 1e-4,
             "batch_size": 512, "epochs": 200, "warmup_epochs": 0, "schedule_unit": "epoch",
         },
+        source="Cao & Wu's code (docs/sources.md#cao-wu)",
     ),
 }  # fmt: skip
 
@@ -104,12 +107,9 @@ class NPID(Method):
     def __init__(self, config: Config, backbone: Network, *, num_images: int, batch_size: int, seed: int) -> None:
         super().__init__(config, backbone, num_images=num_images, batch_size=batch_size, seed=seed)
         self.config = config
-        self.seed = seed
         hidden = [config.projector_hidden] * (2 if config.head == "mlp" else 0)
-        self.backbone: Network = backbone
         self.projector = mlp([backbone.num_features, *hidden, config.embedding_dim])
-        if config.batchnorm_splits > 1:
-            split_batchnorm(self, max(1, config.batchnorm_splits // distributed.world_size()))
+        self.split_batchnorm(config.batchnorm_splits)
         # NPID's initialisation: random rows of about unit length.
         bound = (3 / config.embedding_dim) ** 0.5
         self.register_buffer("bank", torch.empty(num_images, config.embedding_dim).uniform_(-bound, bound))
@@ -205,7 +205,7 @@ class NPID(Method):
         label = torch.zeros_like(probability)
         label[torch.arange(len(place)), place] = mixed.share
         label[torch.arange(len(place)), place[mixed.partner]] += 1 - mixed.share
-        return gradient_update(everyone, distributed.gather(probability), label=distributed.gather(label))
+        return gradient_update(everyone, distributed.gather(probability), distributed.gather(label))
 
     @torch.no_grad()
     def after_step(self, progress: Progress, memories: Sequence[Memory]) -> None:
@@ -228,12 +228,10 @@ def sqrt_kl(softmax: InstanceSoftmax, terms: tuple[Term, ...] = ("l1", "l2")) ->
     return torch.stack([values[term] for term in terms]).sum(dim=0).mean()
 
 
-def gradient_update(embedding: Tensor, probability: Tensor, *, label: Tensor | None = None) -> Tensor:
+def gradient_update(embedding: Tensor, probability: Tensor, label: Tensor) -> Tensor:
     """Return the negative gradient of a batch's cross-entropy with respect to its class vectors, times the temperature.
 
     This is Cao & Wu's eq. 5. probability[b, i] (batch, batch) is the probability of image i's class for image b
     (docs/sources.md#cao-wu-bank-update), `label` (batch, batch) its target: the identity, or the shares of CutMix.
     """
-    if label is None:
-        return embedding - probability.T @ embedding
     return (label - probability).T @ embedding

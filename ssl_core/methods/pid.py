@@ -53,6 +53,7 @@ PRESETS = {
             "optimizer": "sgd", "learning_rate": 0.1, "learning_rate_scaling": "none", "weight_decay": 1e-4,
             "batch_size": 512, "epochs": 400, "warmup_epochs": 0, "schedule_unit": "epoch",
         },
+        source="chosen here: as Cao & Wu's other baselines (docs/sources.md#pid)",
     ),
     "pic": Preset(  # without its sliding window, an order of the data that repeats images soon (docs/sources.md#pid)
         method={
@@ -63,6 +64,7 @@ PRESETS = {
             "optimizer": "sgd", "learning_rate": 0.03, "weight_decay": 1e-4, "batch_size": 256, "epochs": 200,
             "warmup_epochs": 0,
         },
+        source="PIC's code without its sliding window (docs/sources.md#pid)",
     ),
 }  # fmt: skip
 
@@ -75,8 +77,6 @@ class PID(Method):
     def __init__(self, config: Config, backbone: Network, *, num_images: int, batch_size: int, seed: int) -> None:
         super().__init__(config, backbone, num_images=num_images, batch_size=batch_size, seed=seed)
         self.config = config
-        self.seed = seed
-        self.backbone: Network = backbone
         hidden = [config.projector_hidden] if config.head == "mlp" else []
         dim = backbone.num_features if config.head == "none" else config.embedding_dim
         self.projector = (

@@ -4,7 +4,8 @@ The student, on a strongly augmented view, learns the momentum teacher's similar
 images. Unlike with a contrastive loss, similar images are not pushed apart.
 """
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from typing import Literal, Self
 
 import torch
@@ -20,7 +21,6 @@ from ssl_core.data.batch import Batch
 from ssl_core.data.views import POLICIES, Augmentation, View, Views
 from ssl_core.methods.base import Losses, Memory, Method, MethodConfig, Preset, Progress, full_precision
 from ssl_core.networks.backbones import Network
-from ssl_core.networks.batchnorm import split_batchnorm
 from ssl_core.networks.heads import mlp
 
 
@@ -30,7 +30,8 @@ class Config(MethodConfig):
     name: Literal["ressl"] = "ressl"
     preset: Literal["small", "imagenet", "neurips"] = "small"
     crops: Literal["one", "two", "multi"] = "one"
-    strong: bool = False  # append CLSA's RandAugment to the student's augmentation
+    # As in the released code: CLSA's RandAugment, jitter of strength 1, areas from 0.08 (docs/sources.md#ressl-strong).
+    strong: bool = False
     student_temperature: PositiveFloat = 0.1
     teacher_temperature: PositiveFloat = 0.04  # must be sharper than the student's (Table 1)
     queue_size: PositiveInt = 4096
@@ -46,19 +47,28 @@ class Config(MethodConfig):
     # (docs/sources.md#ressl-warmup).
     warmup: float = Field(default=0.1, ge=0, le=1)
     warmup_temperature: PositiveFloat = 0.2
-    student_area: tuple[float, float] = (0.2, 1.0)
+    student_area: tuple[float, float] = (0.2, 1.0)  # of one or two crops
     student_augmentation: Augmentation = POLICIES["contrastive"]
-    # Smallest areas of the five views of `crops: multi`.
+    # Smallest areas of the five views of `crops: multi`, which do not use `student_area`.
     multi_smallest: tuple[float, ...] = Field(default=(0.14, 0.117, 0.095, 0.073, 0.05), min_length=5, max_length=5)
 
     @model_validator(mode="after")
     def _teacher_is_sharper(self) -> Self:
-        if self.teacher_temperature >= self.student_temperature:
+        if self.teacher_temperature > self.student_temperature:
             raise ValueError(
-                f"teacher_temperature {self.teacher_temperature} must be below student_temperature "
+                f"teacher_temperature {self.teacher_temperature} must not be above student_temperature "
                 f"{self.student_temperature}: the target must be the sharper one (0.04 and 0.1 in the paper)"
             )
         return self
+
+    def ineffective(self) -> Mapping[str, str]:
+        """Return the areas that the number of crops or `strong` replaces."""
+        if self.strong:
+            reason = f"strong: true has areas from {STRONG_SMALLEST}; change them under views"
+            return {"student_area": reason, "multi_smallest": reason}
+        if self.crops == "multi":
+            return {"student_area": "crops: multi has the areas of multi_smallest; set that key"}
+        return {"multi_smallest": f"crops: {self.crops} has the area of student_area; set that key"}
 
 
 PRESETS = {
@@ -68,6 +78,7 @@ PRESETS = {
             "optimizer": "sgd", "learning_rate": 0.06, "weight_decay": 5e-4, "batch_size": 256, "epochs": 200,
             "warmup_epochs": 10,
         },
+        source="Zheng et al., journal version, small images (docs/sources.md#ressl)",
     ),
     "imagenet": Preset(
         method={
@@ -78,6 +89,7 @@ PRESETS = {
             "optimizer": "lars", "learning_rate": 0.6, "weight_decay": 1e-6, "batch_size": 1024, "epochs": 200,
             "warmup_epochs": 10, "decay_exclusion": "norm_bias",
         },
+        source="Zheng et al., journal version, ImageNet (docs/sources.md#ressl)",
     ),
     "neurips": Preset(  # the released code, which differs from the journal version (docs/sources.md#ressl)
         method={
@@ -88,8 +100,12 @@ PRESETS = {
             "optimizer": "sgd", "learning_rate": 0.05, "learning_rate_scaling": "none", "weight_decay": 1e-4,
             "batch_size": 256, "epochs": 200, "warmup_epochs": 5, "decay_exclusion": "named",
         },
+        source="Zheng et al., released code of the NeurIPS version (docs/sources.md#ressl)",
     ),
 }  # fmt: skip
+
+STRONG = {"randaugment": 5, "brightness": 0.8, "contrast": 0.8, "saturation": 0.8, "hue": 0.2}  # CLSA's operations
+STRONG_SMALLEST = 0.08  # area
 
 # Side (as a share of the teacher's view) and largest area of the five student views (journal, section 4.3).
 MULTI_CROP = [(224 / 224, 1.0), (192 / 224, 0.86), (160 / 224, 0.715), (128 / 224, 0.571), (96 / 224, 0.429)]
@@ -104,15 +120,18 @@ class ReSSL(Method):
     def __init__(self, config: Config, backbone: Network, *, num_images: int, batch_size: int, seed: int) -> None:
         super().__init__(config, backbone, num_images=num_images, batch_size=batch_size, seed=seed)
         check_queue_size(config.queue_size, num_images)
+        if config.teacher_temperature == config.student_temperature and distributed.rank() == 0:
+            print(
+                f"warning: method.teacher_temperature equals student_temperature, {config.student_temperature}: the "
+                "target is no sharper than the prediction and training may collapse (0.04 and 0.1 in the paper)",
+                file=sys.stderr,
+            )
         self.config = config
-        self.seed = seed
         hidden, dim, norm = config.projector_hidden, config.embedding_dim, config.projector_batchnorm
-        self.backbone: Network = backbone
         self.projector = mlp([backbone.num_features, hidden, dim], batch_norm=norm)
         self.predictor = mlp([dim, hidden, dim], batch_norm=norm) if config.predictor else nn.Identity()
         self.splits = config.batchnorm_splits or (1 if config.predictor else 8)
-        if self.splits > 1:
-            split_batchnorm(self, max(1, self.splits // distributed.world_size()))
+        self.split_batchnorm(self.splits)
         self.teacher = MomentumTeacher(
             self.backbone,
             self.projector,
@@ -124,19 +143,21 @@ class ReSSL(Method):
     @staticmethod
     def views(config: Config, image_size: int) -> Views:
         """Return one weak view for the teacher, and one, two or five strong views for the student."""
-        augmentation = config.student_augmentation
+        augmentation, smallest_areas = config.student_augmentation, config.multi_smallest
         if config.strong:
-            augmentation = augmentation.model_copy(update={"randaugment": 5})
+            augmentation = augmentation.model_copy(update=STRONG)
+            smallest_areas = (STRONG_SMALLEST,) * len(MULTI_CROP)
         teacher = View(size=image_size, area=(0.2, 1.0), augmentation=POLICIES["weak"], seen_by=("teacher",))
         if config.crops != "multi":
             count = {"one": 1, "two": 2}[config.crops]
-            student = View(count=count, size=image_size, area=config.student_area, augmentation=augmentation)
+            area = (STRONG_SMALLEST, 1.0) if config.strong else config.student_area
+            student = View(count=count, size=image_size, area=area, augmentation=augmentation)
             return {"student": student, "teacher": teacher}
         students = {
             f"student_{round(share * image_size)}": View(
                 size=round(share * image_size), area=(smallest, largest), augmentation=augmentation
             )
-            for (share, largest), smallest in zip(MULTI_CROP, config.multi_smallest, strict=True)
+            for (share, largest), smallest in zip(MULTI_CROP, smallest_areas, strict=True)
         }
         return {**students, "teacher": teacher}
 
@@ -151,7 +172,12 @@ class ReSSL(Method):
     def _losses(self, students: list[Tensor], teacher: Tensor, progress: Progress) -> tuple[Tensor, dict[str, Tensor]]:
         queue = self.queue.rows
         alpha = min(1.0, progress.fraction / self.config.warmup) if self.config.warmup else 1.0
-        relation = torch.stack([self._relation(student, teacher, queue) for student in students]).mean()
+        temperatures = {
+            "student_temperature": self.config.student_temperature,
+            "teacher_temperature": self.config.teacher_temperature,
+        }
+        relations = [relation_loss(student, teacher, queue, **temperatures) for student in students]
+        relation = torch.stack(relations).mean()
         parts = {"relation": relation.detach()}
         total = alpha * relation
         if alpha < 1:
@@ -161,15 +187,6 @@ class ReSSL(Method):
             parts["contrast"] = contrast.detach()
             total = total + (1 - alpha) * contrast
         return total, parts
-
-    def _relation(self, student: Tensor, teacher: Tensor, queue: Tensor) -> Tensor:
-        return relation_loss(
-            student,
-            teacher,
-            queue,
-            student_temperature=self.config.student_temperature,
-            teacher_temperature=self.config.teacher_temperature,
-        )
 
     def _learn(self, view: Tensor) -> Tensor:
         embedding = self.predictor(self.projector(self.backbone(view)))

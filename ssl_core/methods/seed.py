@@ -8,7 +8,7 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple, Self
+from typing import Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ssl_core.blocks import distributed
 from ssl_core.blocks.queue import Queue
-from ssl_core.config import Backbone, Strict
+from ssl_core.config import IMAGENET, Backbone, Normalisation, Strict
 from ssl_core.data.batch import Batch, BatchSource
 from ssl_core.data.views import POLICIES, Augmentation, View, Views
 from ssl_core.methods.base import Losses, Memory, Method, MethodConfig, Preset, Progress, full_precision
@@ -54,12 +54,17 @@ _TRAINING = {
     "warmup_epochs": 5,
 }  # fmt: skip
 PRESETS = {
-    "paper": Preset(method={}, training=_TRAINING),
-    "code": Preset(method={"teacher_temperature": 1e-4}, training=_TRAINING),  # an almost one-hot target
+    "paper": Preset(
+        method={},
+        training=_TRAINING,
+        source="SEED, paper (docs/sources.md#seed)",
+    ),
+    "code": Preset(
+        method={"teacher_temperature": 1e-4},
+        training=_TRAINING,
+        source="SEED's code (docs/sources.md#seed)",
+    ),  # an almost one-hot target
 }
-
-
-IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
 
 class SEED(Method):
@@ -73,7 +78,6 @@ class SEED(Method):
     def __init__(self, config: Config, backbone: Network, *, num_images: int, batch_size: int, seed: int) -> None:
         super().__init__(config, backbone, num_images=num_images, batch_size=batch_size, seed=seed)
         self.config = config
-        self.backbone: Network = backbone
         self.teacher, dim, self.normalisation = load_teacher(config.teacher)
         self.projector = mlp([backbone.num_features, backbone.num_features, dim], batch_norm=False)
         self.register_buffer("scale", torch.ones(3, 1, 1))  # from the data's normalisation to the teacher's
@@ -94,7 +98,7 @@ class SEED(Method):
             return torch.tensor(values, device=device).view(3, 1, 1)
 
         mean, std = map(per_channel, loader.normalisation)
-        teacher_mean, teacher_std = map(per_channel, self.normalisation)
+        teacher_mean, teacher_std = per_channel(self.normalisation.mean), per_channel(self.normalisation.std)
         self.scale.copy_(std / teacher_std)
         self.shift.copy_((mean - teacher_mean) / teacher_std)
 
@@ -133,13 +137,6 @@ class SEED(Method):
             self.queue.enqueue(distributed.gather(memory["keys"]))
 
 
-class Normalisation(NamedTuple):
-    """Mean and standard deviation per channel, of pixels in 0..1."""
-
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-
-
 def load_teacher(config: Teacher) -> tuple[nn.Module, int, Normalisation]:
     """Load backbone and optional projector as one frozen network; return it, its width and its normalisation.
 
@@ -157,7 +154,7 @@ def load_teacher(config: Teacher) -> tuple[nn.Module, int, Normalisation]:
     if config.projector is not None:
         projector, dim = load_projector(Path(config.projector), dim)
     teacher = nn.Sequential(backbone, projector).requires_grad_(False).eval()
-    return teacher, dim, Normalisation(tuple(normalisation["mean"]), tuple(normalisation["std"]))
+    return teacher, dim, Normalisation.model_validate(normalisation)
 
 
 def load_projector(path: Path, num_features: int) -> tuple[nn.Module, int]:

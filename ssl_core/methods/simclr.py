@@ -16,7 +16,6 @@ from ssl_core.data.batch import Batch
 from ssl_core.data.views import POLICIES, Augmentation, View, Views
 from ssl_core.methods.base import Losses, Method, MethodConfig, Preset, Progress, full_precision
 from ssl_core.networks.backbones import Network
-from ssl_core.networks.batchnorm import split_batchnorm
 from ssl_core.networks.heads import mlp
 
 
@@ -45,6 +44,7 @@ PRESETS = {
             "optimizer": "lars", "learning_rate": 1.0, "weight_decay": 1e-4, "batch_size": 512, "epochs": 1000,
             "warmup_epochs": 10, "decay_exclusion": "norm_bias",
         },
+        source="SimCLR's code, command for CIFAR-10 (docs/sources.md#simclr)",
     ),
     "imagenet": Preset(
         method={"temperature": 0.1, "augmentation": "simclr"},
@@ -52,6 +52,7 @@ PRESETS = {
             "optimizer": "lars", "learning_rate": 0.3, "weight_decay": 1e-6, "batch_size": 4096, "epochs": 1000,
             "warmup_epochs": 10, "decay_exclusion": "norm_bias",
         },
+        source="SimCLR, paper and code, ImageNet (docs/sources.md#simclr)",
     ),
     "cao_wu": Preset(  # SSQL's code on four GPUs, used by Cao & Wu: negatives and statistics of 128 images
         method={
@@ -62,6 +63,7 @@ PRESETS = {
             "optimizer": "sgd", "learning_rate": 0.5, "learning_rate_scaling": "none", "weight_decay": 1e-4,
             "batch_size": 512, "epochs": 400, "warmup_epochs": 0, "schedule_unit": "epoch",
         },
+        source="SSQL's code, also Cao & Wu's baseline (docs/sources.md#simclr)",
     ),
 }  # fmt: skip
 
@@ -84,12 +86,10 @@ class SimCLR(Method):
             )
         self.config = config
         self.groups = max(1, groups // processes)  # in this process
-        self.backbone: Network = backbone
         norm = config.projector_batchnorm
         dims = [backbone.num_features, config.projector_hidden, config.embedding_dim]
         self.projector = mlp(dims, batch_norm=norm, final_batch_norm=norm)
-        if config.batchnorm_splits > 1:
-            split_batchnorm(self, max(1, config.batchnorm_splits // processes))
+        self.split_batchnorm(config.batchnorm_splits)
 
     @staticmethod
     def views(config: Config, image_size: int) -> Views:

@@ -11,12 +11,10 @@ from pydantic import PositiveInt
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-from ssl_core.blocks import distributed
 from ssl_core.data.batch import Batch
 from ssl_core.data.views import POLICIES, Augmentation, View, Views
 from ssl_core.methods.base import Losses, Method, MethodConfig, Preset, Progress, full_precision
 from ssl_core.networks.backbones import Network
-from ssl_core.networks.batchnorm import split_batchnorm
 from ssl_core.networks.heads import mlp
 
 
@@ -39,11 +37,13 @@ _SGD = {"optimizer": "sgd", "batch_size": 512, "warmup_epochs": 0, "schedule_uni
 
 PRESETS = {
     "cifar": Preset(  # 91.8 % linear accuracy (appendix D)
-        method={}, training={**_SGD, "learning_rate": 0.03, "weight_decay": 5e-4, "epochs": 800}
+        method={}, training={**_SGD, "learning_rate": 0.03, "weight_decay": 5e-4, "epochs": 800},
+        source="SimSiam, paper, appendix D (docs/sources.md#simsiam)",
     ),
     "imagenet": Preset(
         method={"projector_layers": 3, "augmentation": "contrastive"},
         training={**_SGD, "learning_rate": 0.05, "weight_decay": 1e-4, "epochs": 100},
+        source="SimSiam, paper and code, ImageNet (docs/sources.md#simsiam)",
     ),
     "cao_wu": Preset(  # SSQL's code, used by Cao & Wu: absolute learning rate, BatchNorm per GPU of four
         method={
@@ -52,6 +52,7 @@ PRESETS = {
         training={
             **_SGD, "learning_rate": 0.05, "learning_rate_scaling": "none", "weight_decay": 5e-4, "epochs": 400,
         },
+        source="SSQL's code, also Cao & Wu's baseline (docs/sources.md#simsiam)",
     ),
 }  # fmt: skip
 
@@ -68,7 +69,6 @@ class SimSiam(Method):
         if config.zero_initial_residual:
             _zero_residuals(backbone)
         self.constant_rate = ("predictor",) if config.constant_predictor_rate else ()
-        self.backbone: Network = backbone
         self.projector = mlp(
             [backbone.num_features, *[dim] * config.projector_layers],
             bias=False,
@@ -76,8 +76,7 @@ class SimSiam(Method):
             final_affine=False,
         )
         self.predictor = mlp([dim, config.predictor_hidden, dim], bias=False)
-        if config.batchnorm_splits > 1:
-            split_batchnorm(self, max(1, config.batchnorm_splits // distributed.world_size()))
+        self.split_batchnorm(config.batchnorm_splits)
 
     @staticmethod
     def views(config: Config, image_size: int) -> Views:

@@ -58,13 +58,18 @@ _SSLIGHT = {**SSLIGHT_TRAINING, "learning_rate": 0.3}
 
 PRESETS = {
     # Not from a paper: views as in solo-learn on CIFAR, optimisation as in SSLight with a small batch.
-    "small": Preset(method={}, training={**_SSLIGHT, "batch_size": 256}),
+    "small": Preset(
+        method={}, training={**_SSLIGHT, "batch_size": 256},
+        source="chosen here: solo-learn's views, SSLight's optimisation (docs/sources.md#swav)",
+        networks="convolutional",
+    ),
     "official": Preset(  # the repository's command for small batches
         method=SIX_LOCALS,
         training={
             **_LARS, "learning_rate": 0.6, "minimum_learning_rate": 0.0006, "batch_size": 256, "epochs": 200,
             "warmup_epochs": 0,
         },
+        source="SwAV's code, command for small batches (docs/sources.md#swav)", networks="convolutional",
     ),
     "large_batch": Preset(  # the repository's main command
         method={**SIX_LOCALS, "queue_size": 0, "freeze": 1 / 800},
@@ -72,9 +77,16 @@ PRESETS = {
             **_LARS, "learning_rate": 0.3, "minimum_learning_rate": 0.0048, "batch_size": 4096, "epochs": 800,
             "warmup_epochs": 10,
         },
+        source="SwAV's code, main command (docs/sources.md#swav)", networks="convolutional",
     ),
-    "sslight_baseline": Preset(method={**SIX_LOCALS, **_HEAD}, training=_SSLIGHT),
-    "sslight": Preset(method={**SSLIGHT, **_HEAD}, training=_SSLIGHT),
+    "sslight_baseline": Preset(
+        method={**SIX_LOCALS, **_HEAD}, training=_SSLIGHT,
+        source="SSLight's code without its view sampling (docs/sources.md#sslight)", networks="convolutional",
+    ),
+    "sslight": Preset(
+        method={**SSLIGHT, **_HEAD}, training=_SSLIGHT,
+        source="SSLight's code (docs/sources.md#sslight)", networks="convolutional",
+    ),
 }  # fmt: skip
 
 
@@ -87,7 +99,6 @@ class SwAV(Method):
     def __init__(self, config: Config, backbone: Network, *, num_images: int, batch_size: int, seed: int) -> None:
         super().__init__(config, backbone, num_images=num_images, batch_size=batch_size, seed=seed)
         self.config, self.batch_size = config, batch_size
-        self.backbone: Network = backbone
         self.projector = mlp([backbone.num_features, config.projector_hidden, config.embedding_dim])
         self.prototypes = nn.Parameter(F.normalize(torch.randn(config.num_prototypes, config.embedding_dim), dim=1))
         queues = 2 if config.queue_size else 0

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ssl_core.config import Backbone
 from ssl_core.files import atomic
-from ssl_core.networks.families import CLASSIFIERS, FAMILIES, TRANSFORMERS, family_of, fit_stem
+from ssl_core.networks.families import CLASSIFIERS, FAMILIES, TRANSFORMERS, can_drop_paths, family_of, fit_stem
 from ssl_core.provenance import digest
 
 CONVOLUTIONAL = tuple(name for family in FAMILIES for name in family.names)
@@ -42,10 +42,15 @@ def build_backbone(config: Backbone, image_size: int) -> Network:
 
     Raises ValueError for an unknown name, for a stem that the network lacks, and for images that it cannot take.
     """
+    if config.drop_path and not can_drop_paths(config.name):
+        raise ValueError(
+            f"backbone.drop_path {config.drop_path:g}: {config.name} cannot drop paths; set 0, or use a network of "
+            f"timm or one of {', '.join(TRANSFORMERS)}"
+        )
     if config.name in TRANSFORMERS:
-        module = _transformer(config.name, image_size)
+        module = _transformer(config.name, image_size, config.drop_path)
     elif config.name.startswith("timm/"):
-        module = _timm(config.name, image_size)
+        module = _timm(config.name, image_size, config.drop_path)
     else:
         module = _torchvision(config)
     fit_stem(module, config)
@@ -113,7 +118,7 @@ def _torchvision(config: Backbone) -> nn.Module:
     return module
 
 
-def _transformer(name: str, image_size: int) -> nn.Module:
+def _transformer(name: str, image_size: int, drop_path: float) -> nn.Module:
     """Build a vision transformer with position embeddings that are resized to the image (bicubic)."""
     # timm takes seconds to import, and most experiments do not use it
     from timm.layers.attention import Attention
@@ -132,6 +137,7 @@ def _transformer(name: str, image_size: int) -> nn.Module:
         "depth": 12,
         "num_classes": 0,
         "dynamic_img_size": True,
+        "drop_path_rate": drop_path,
     }
     if name != "deit_tiny":
         return VisionTransformer(img_size=image_size, **arguments)
@@ -154,16 +160,23 @@ def _transformer(name: str, image_size: int) -> nn.Module:
     return module
 
 
-def _timm(name: str, image_size: int) -> nn.Module:
+def _timm(name: str, image_size: int, drop_path: float) -> nn.Module:
     """Build any network of timm, with position embeddings for `image_size` if it has resizable ones."""
     import timm
 
     model = name.removeprefix("timm/")
     if not timm.is_model(model):
         raise ValueError(_unknown(name))
-    module = timm.create_model(model, pretrained=False, num_classes=0)
+    options: dict[str, Any] = {"drop_path_rate": drop_path} if drop_path else {}  # unknown to some networks
+    try:
+        module = timm.create_model(model, pretrained=False, num_classes=0, **options)
+    except TypeError as error:
+        if not drop_path:
+            raise
+        raise ValueError(f"backbone.drop_path {drop_path:g}: {name} cannot drop paths; set 0") from error
     if hasattr(module, "dynamic_img_size"):
-        module = timm.create_model(model, pretrained=False, num_classes=0, img_size=image_size, dynamic_img_size=True)
+        options |= {"img_size": image_size, "dynamic_img_size": True}
+        module = timm.create_model(model, pretrained=False, num_classes=0, **options)
     return module
 
 
@@ -176,11 +189,10 @@ def _unknown(name: str) -> str:
     """Return the error message for an unknown backbone, with the most similar names."""
     import timm
 
-    others = [f"torchvision/{other}" for other in torchvision.models.list_models(module=torchvision.models)]
-    others += [f"timm/{other}" for other in timm.list_models()]
+    names = [*backbone_names(), *(f"timm/{other}" for other in timm.list_models())]
     model = name.rpartition("/")[2]
-    same_model = [other for other in others if other.endswith(f"/{model}")]
-    nearest = same_model or difflib.get_close_matches(name, [*NAMES, *others], n=3, cutoff=0.5)
+    same_model = [other for other in names if other.endswith(f"/{model}")]
+    nearest = same_model or difflib.get_close_matches(name, names, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(nearest)}? " if nearest else ""
     return f"unknown backbone {name!r}: {hint}Use {', '.join(NAMES)}, timm/<name> or torchvision/<name>"
 
@@ -193,7 +205,7 @@ def save_backbone(
     `metadata` joins the header: normalisation, digests; all values are strings.
     """
     header = {
-        "backbone": config.model_dump_json(),
+        "backbone": config.model_dump_json(exclude={"drop_path"}),  # paths are dropped in pre-training only
         "image_size": str(image_size),
         "num_features": str(module.num_features),
         **metadata,

@@ -218,12 +218,15 @@ FAMILIES = (
 
 @dataclass(frozen=True, kw_only=True)
 class Transformer:
-    """A vision transformer of 12 layers: its shape, and the model and options that rebuild it with timm."""
+    """A vision transformer of 12 layers: its shape, and the model and options that rebuild it with timm.
 
-    patch_size: int
-    embed_dim: int
-    num_heads: int
-    timm_model: str
+    The defaults are those of ViT-Ti/16.
+    """
+
+    patch_size: int = 16
+    embed_dim: int = 192
+    num_heads: int = 3
+    timm_model: str = "vit_tiny_patch16_224"
     timm_options: str = ""
     timm_preparation: str = ""
 
@@ -238,20 +241,11 @@ class WideAttention(Attention):  # 6 heads of 64, not of 192 / 6
 
 """
 TRANSFORMERS = {
-    "vit_tiny_16": Transformer(patch_size=16, embed_dim=192, num_heads=3, timm_model="vit_tiny_patch16_224"),
-    "vit_tiny_32": Transformer(
-        patch_size=32,
-        embed_dim=192,
-        num_heads=3,
-        timm_model="vit_tiny_patch16_224",
-        timm_options=", patch_size=32",
-    ),
-    "vit_small_16": Transformer(patch_size=16, embed_dim=384, num_heads=6, timm_model="vit_small_patch16_224"),
+    "vit_tiny_16": Transformer(),
+    "vit_tiny_32": Transformer(patch_size=32, timm_options=", patch_size=32"),
+    "vit_small_16": Transformer(embed_dim=384, num_heads=6, timm_model="vit_small_patch16_224"),
     "deit_tiny": Transformer(
-        patch_size=16,
-        embed_dim=192,
         num_heads=6,
-        timm_model="vit_tiny_patch16_224",
         timm_options=", num_heads=6, qkv_bias=False, attn_layer=WideAttention",
         timm_preparation=WIDE_ATTENTION,
     ),
@@ -261,6 +255,16 @@ TRANSFORMERS = {
 def family_of(network: nn.Module) -> Family:
     """Return the family of a network."""
     return next(family for family in FAMILIES if family.includes(network))
+
+
+def is_transformer(network: nn.Module) -> bool:
+    """Return whether a network has layers of attention."""
+    return any("Attention" in type(layer).__name__ for layer in network.modules())
+
+
+def can_drop_paths(name: str) -> bool:
+    """Return whether a network may have `drop_path`: ours and those of timm."""
+    return name in TRANSFORMERS or name.startswith("timm/")
 
 
 def fit_stem(network: nn.Module, config: Backbone) -> None:
@@ -298,18 +302,6 @@ def architecture(config: Backbone) -> tuple[str, str]:
     if name in TRANSFORMERS:
         return "timm", TRANSFORMERS[name].timm_model
     return "torchvision", name
-
-
-def rebuilding_code(backbone: nn.Module, config: Backbone, image_size: int) -> str:
-    """Return Python code that builds `backbone` as `model`, without weights and without this package."""
-    return family_of(backbone).rebuilding_code(backbone, config, image_size)
-
-
-def describe_stem(backbone: nn.Module, config: Backbone) -> str:
-    """Return a description of how the stem differs from the library's."""
-    if config.stem == "imagenet":
-        return "The stem is the library's."
-    return family_of(backbone).stem_description(config.stem)
 
 
 def _is_removed_classifier(path: str, layer: nn.Module) -> bool:

@@ -6,7 +6,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 
-from ssl_core.drawing.style import COLOURS, FAINT, INK, SOFT, colour_of, marker_of, shorten, styled
+from ssl_core.drawing.style import COLOURS, FAINT, INK, SOFT, colour_of, marker_of, panels, shorten, styled
 from ssl_core.report.results import Priced, Row, baselines, headline, summarise
 
 UNITS = (("hours", 3600), ("minutes", 60), ("seconds", 1))
@@ -15,23 +15,16 @@ LINE_HEIGHT = 11.0  # points between two labels
 
 
 @styled
-def draw_costs(rows: Sequence[Row], panels: Mapping[str, Sequence[Priced]], *, title: str) -> Figure:
-    """Draw one panel per evaluation of one data set; `panels` comes from `results.priced`.
+def draw_costs(rows: Sequence[Row], priced: Mapping[str, Sequence[Priced]], *, title: str) -> Figure:
+    """Draw one panel per evaluation of one data set; `priced` comes from `results.priced`.
 
     Error bars are standard deviations over seeds; lines are the baselines, averaged over the experiments.
     """
-    most = max(point.seconds.mean for points in panels.values() for point in points)
+    most = max(point.seconds.mean for points in priced.values() for point in points)
     unit, length = next((unit for unit in UNITS if most >= 2 * unit[1]), UNITS[-1])
-    columns = min(2, len(panels))
-    lines = -(-len(panels) // columns)
-    figure = Figure(figsize=(5.5 * columns, 0.4 + 3.9 * lines))
-    figure.set_layout_engine("constrained", w_pad=0.1, h_pad=0.1)
-    figure.suptitle(title, fontsize=11, x=0.012, ha="left")
-    grid = figure.subplots(lines, columns, squeeze=False).ravel()
-    names = sorted({point.name for points in panels.values() for point in points})
-    for axes in grid[len(panels) :]:
-        axes.remove()
-    for axes, (group, points) in zip(grid, panels.items()):
+    figure, grid = panels(len(priced), min(2, len(priced)), (5.5, 3.9), title)
+    names = sorted({point.name for points in priced.values() for point in points})
+    for axes, (group, points) in zip(grid, priced.items(), strict=True):
         axes.set(title=group, xlabel=f"{unit} of pre-training", ylabel="%")
         _lines(axes, rows, group)
         for point in points:
@@ -50,7 +43,7 @@ def draw_costs(rows: Sequence[Row], panels: Mapping[str, Sequence[Priced]], *, t
         axes.grid(color=FAINT, linewidth=0.5)
     figure.draw_without_rendering()  # fixes the positions of the points
     figure.set_layout_engine("none")
-    for axes, points in zip(grid, panels.values()):
+    for axes, points in zip(grid, priced.values(), strict=True):
         _name(axes, {shorten(p.name, 20): (p.seconds.mean / length, p.accuracy.mean) for p in points})
     return figure
 

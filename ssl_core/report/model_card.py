@@ -15,9 +15,8 @@ from ssl_core.data.card import Card
 from ssl_core.experiments.sweeps import weight_files
 from ssl_core.methods.base import load_method_module, resolve
 from ssl_core.networks.backbones import Network
-from ssl_core.networks.families import architecture, describe_stem, rebuilding_code
-
-BASELINES = ("untrained", "pixels")
+from ssl_core.networks.families import architecture, family_of
+from ssl_core.report.results import BASELINES, Result, headline, value
 
 
 def write_model_card(
@@ -27,7 +26,7 @@ def write_model_card(
     header: Mapping[str, str],
     *,
     card: Card,
-    results: Sequence[Mapping[str, Any]],
+    results: Sequence[Result],
 ) -> str:
     """Return the card of `network`; `header` is of its file, `spec` of its experiment, `results` of its evaluations."""
     config = Backbone.model_validate_json(header["backbone"])
@@ -98,22 +97,14 @@ def _about(card: Card) -> list[str]:
     return ["\n".join(lines)] if lines else []
 
 
-def _results(results: Sequence[Mapping[str, Any]]) -> list[str]:
+def _results(results: Sequence[Result]) -> list[str]:
     """Return the evaluations as a table, with the protocol of each."""
-    rows = [_row(result) for result in results if result["metrics"].get(_headline(result)) is not None]
+    rows = [_row(result) for result in results if value(result, "", headline(result)) is not None]
     if not rows:
         return ["Not evaluated."]
-    head = [
-        "evaluation",
-        "protocol",
-        "data",
-        "metric",
-        "these weights",
-        *BASELINES,
-        "images to learn from",
-        "tested on",
-    ]
-    lines = [head, ["---"] * 4 + ["---:"] * 5, *rows]
+    columns = ["evaluation", "protocol", "data", "metric"]
+    numbers = ["these weights", *BASELINES, "images to learn from", "tested on"]
+    lines = [columns + numbers, ["---"] * len(columns) + ["---:"] * len(numbers), *rows]
     return [
         "\n".join(f"| {' | '.join(line)} |" for line in lines),
         "In percent, by the same protocol: these weights, the same network `untrained`, and raw `pixels` without a "
@@ -121,14 +112,10 @@ def _results(results: Sequence[Mapping[str, Any]]) -> list[str]:
     ]
 
 
-def _headline(result: Mapping[str, Any]) -> str:
-    return result.get("headline", "top1")
-
-
-def _row(result: Mapping[str, Any]) -> list[str]:
-    metric = _headline(result)
-    values = [result["metrics"], *(result["baselines"].get(name, {}) for name in BASELINES)]
-    numbers = [f"{value[metric]:.1f}" if value.get(metric) is not None else "–" for value in values]
+def _row(result: Result) -> list[str]:
+    metric = headline(result)
+    values = [value(result, source, metric) for source in ("", *BASELINES)]
+    numbers = ["–" if number is None else f"{number:.1f}" for number in values]
     data = f"{result['dataset']}/{result['split']}"
     counts = [str(result["num_train"]), str(result["num_test"])]
     return [result["evaluation"], result["protocol"], data, metric, *numbers, *counts]
@@ -138,6 +125,8 @@ def _use(network: Network, config: Backbone, header: Mapping[str, str], size: in
     """Return example code: image to tensor, then torch, then ONNX Runtime."""
     mean, std = json.loads(header["mean"]), json.loads(header["std"])
     library, _ = architecture(config)
+    family = family_of(network)
+    stem = "The stem is the library's." if config.stem == "imagenet" else family.stem_description(config.stem)
     return [
         f"Both files expect pixels in 0..1 that are normalised by mean {mean} and standard deviation {std} of the "
         "channels red, green and blue.",
@@ -155,10 +144,10 @@ prepare = v2.Compose([
 ])
 images = prepare(Image.open("picture.png").convert("RGB"))[None]  # (1, 3, {size}, {size})
 ```""",
-        f"With {library}. {describe_stem(network, config)}",
+        f"With {library}. {stem}",
         f"""```python
 from safetensors.torch import load_file
-{rebuilding_code(network, config, size)}
+{family.rebuilding_code(network, config, size)}
 model.load_state_dict(load_file("backbone.safetensors"))
 model.eval()
 features = model(images)  # (1, {network.num_features})

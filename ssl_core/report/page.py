@@ -53,23 +53,6 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Heading:
-    """The heading of a column; a click sorts by it."""
-
-    text: str
-    classes: str = ""
-
-
-@dataclass(frozen=True)
-class GroupHeading:
-    """The heading over the columns of one evaluation."""
-
-    name: str
-    metrics: str
-    width: int
-
-
-@dataclass(frozen=True)
 class Line:
     """A line of a table."""
 
@@ -84,18 +67,10 @@ class Line:
 class Table:
     """The results of one data set."""
 
-    headings: list[Heading]
+    headings: list[tuple[str, str]]  # of columns: text, CSS classes; a click sorts by the column
     lines: list[Line]
-    groups: list[GroupHeading] = field(default_factory=list)
+    groups: list[tuple[str, str, int]] = field(default_factory=list)  # evaluation, metrics, number of columns
     lead: int = 0  # columns before the first group
-
-
-@dataclass(frozen=True)
-class Picture:
-    """An SVG as base64, with its title."""
-
-    title: str
-    data: str
 
 
 def as_html(rows: Sequence[Row], *, title: str) -> str:
@@ -131,11 +106,11 @@ def _wide_table(rows: Sequence[Row]) -> Table:
     """Return one line per experiment, with one group of columns per evaluation."""
     parameters, groups = parameters_of(rows), groups_of(rows)
     columns = {group: _columns(rows, group) for group in groups}
-    headings = [Heading(name) for name in ("experiment", "dataset", *parameters)]
+    headings = [(name, "") for name in ("experiment", "dataset", *parameters)]
     group_headings = []
     for group, names in columns.items():
         metrics = " / ".join(map(_words, headlines(rows, group))) if baselines(rows, group) else ""
-        group_headings.append(GroupHeading(group, metrics, len(names)))
+        group_headings.append((group, metrics, len(names)))
         headings += _number_headings(names)
     lines = []
     for row in rows:
@@ -153,7 +128,7 @@ def _long_table(rows: Sequence[Row]) -> Table:
     for group in groups:
         names.update(_columns(rows, group))
     columns = ["pre-trained", *(name for name in ("gain", *BASELINES, "reported") if name in names)]
-    headings = [Heading(name) for name in ("experiment", "dataset", *parameters, "evaluation", "measure")]
+    headings = [(name, "") for name in ("experiment", "dataset", *parameters, "evaluation", "measure")]
     lines = []
     for group in groups:
         for row in rows:
@@ -185,10 +160,9 @@ def _columns(rows: Sequence[Row], group: str) -> list[str]:
     return columns
 
 
-def _number_headings(columns: Sequence[str]) -> list[Heading]:
-    headings = [Heading(_words(name), "number") for name in columns]
-    headings[0] = Heading(headings[0].text, "number first")
-    return headings
+def _number_headings(columns: Sequence[str]) -> list[tuple[str, str]]:
+    first, *others = map(_words, columns)
+    return [(first, "number first"), *((name, "number") for name in others)]
 
 
 def _words(metric: str) -> str:
@@ -279,8 +253,8 @@ def _signed(number: float) -> str:
 # Below the tables
 
 
-def _cost_picture(rows: Sequence[Row]) -> Picture | None:
-    """Draw accuracy over the time of pre-training, if two or more experiments were timed."""
+def _cost_picture(rows: Sequence[Row]) -> tuple[str, str] | None:
+    """Draw accuracy over the time of pre-training, if two experiments were timed; return title and SVG (base64)."""
     panels = priced(rows)
     if not panels:
         return None
@@ -289,7 +263,7 @@ def _cost_picture(rows: Sequence[Row]) -> Picture | None:
 
     title = f"Accuracy against the time of pre-training, {rows[0].dataset}"
     svg = render(draw_costs(rows, panels, title=title))["svg"]
-    return Picture(title, base64.b64encode(svg).decode())
+    return title, base64.b64encode(svg).decode()
 
 
 def _reported_notes(rows: Sequence[Row]) -> dict[str, Any]:

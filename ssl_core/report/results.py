@@ -61,11 +61,15 @@ class Row:
                 gains.append(pretrained - untrained)
         return summarise(gains)
 
-    def claim(self, group: str) -> float | None:
-        """Return the number that another source reports for this evaluation."""
+    def claim(self, group: str, metric: str | None = None) -> float | None:
+        """Return the number that another source reports for a metric of this evaluation, by default its headline."""
         if group not in self.results:
             return None
-        return self.reported.get("results", {}).get(self.results[group][0]["evaluation"])
+        first = self.results[group][0]
+        claims = self.reported.get("results", {})
+        if metric is None or metric == headline(first):
+            return claims.get(first["evaluation"])
+        return claims.get(f"{first['evaluation']}.{metric}")
 
     def runs(self, reported: Reported) -> "list[Row]":
         """Return one row per seed that has results."""

@@ -3,16 +3,9 @@
 import csv
 import io
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from ssl_core.report.results import (
-    Reported,
-    Row,
-    baselines,
-    groups_of,
-    headlines,
-    parameters_of,
-)
+from ssl_core.report.results import Reported, Row, baselines, groups_of, headlines, parameters_of
 
 
 class Column(NamedTuple):
@@ -45,27 +38,21 @@ def as_csv(rows: Sequence[Row], reported: Reported) -> str:
     for group in groups_of(rows):
         columns += _columns(rows, all_rows, group, has_seeds)
 
-    header = ["experiment", "dataset", *parameters, *(column.title for column in columns)]
-    lines = [[row.experiment, row.dataset, *_values(row, parameters, columns)] for row in all_rows]
-    if has_seeds:
-        header.insert(2, "seeds")
-        for line, row in zip(lines, all_rows, strict=True):
-            line.insert(2, " ".join(map(str, row.seeds.values())))
-    if has_sources:
-        header.append("source")
-        for line, row in zip(lines, all_rows, strict=True):
-            line.append(row.reported.get("source", ""))
+    names = ["experiment", "dataset", *(["seeds"] if has_seeds else []), *parameters]
+    header = [*names, *(column.title for column in columns), *(["source"] if has_sources else [])]
     buffer = io.StringIO()
-    csv.writer(buffer, lineterminator="\n").writerows([header, *lines])
+    writer = csv.DictWriter(buffer, header, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    for row in all_rows:
+        seeds = " ".join(map(str, row.seeds.values()))
+        line = {**row.values, "experiment": row.experiment, "dataset": row.dataset, "seeds": seeds}
+        line |= {column.title: _number(row, column) for column in columns}
+        writer.writerow({**line, "source": row.reported.get("source", "")})
     return buffer.getvalue()
 
 
-def _values(row: Row, parameters: Sequence[str], columns: Sequence[Column]) -> list[Any]:
-    return [row.values.get(name, "") for name in parameters] + [_number(row, column) for column in columns]
-
-
 def _columns(rows: Sequence[Row], all_rows: Sequence[Row], group: str, has_seeds: bool) -> list[Column]:
-    """Return a group's columns: all metrics of the backbone, headline first, then the baselines, then reported."""
+    """Return a group's columns: all metrics of the backbone, headline first, then the baselines, then reported ones."""
     main = headlines(rows, group)[0]
     metrics = _metrics(rows, group)
     metrics.sort(key=lambda metric: (metric != main, metric))
@@ -75,8 +62,9 @@ def _columns(rows: Sequence[Row], all_rows: Sequence[Row], group: str, has_seeds
         columns.append(Column(group, source, metric, ""))
         if has_seeds:
             columns.append(Column(group, source, metric, "sd"))
-    if any(row.claim(group) is not None for row in all_rows):
-        columns.append(Column(group, "reported", main, ""))
+    for metric in metrics:
+        if any(row.claim(group, metric) is not None for row in all_rows):
+            columns.append(Column(group, "reported", metric, ""))
     return columns
 
 
@@ -91,7 +79,7 @@ def _metrics(rows: Sequence[Row], group: str) -> list[str]:
 
 def _number(row: Row, column: Column) -> float | None:
     if column.source == "reported":
-        return row.claim(column.group)
+        return row.claim(column.group, column.metric)
     summary = row.summary(column.group, column.source, column.metric)
     if summary is None:
         return None

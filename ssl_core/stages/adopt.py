@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ssl_core.config import Adopted, Backbone, Normalisation, parse
+from ssl_core.config import IMAGENET, Adopted, Backbone, Normalisation, parse
 from ssl_core.data.shards import Manifest
 from ssl_core.networks.backbones import (
     Network,
@@ -20,7 +20,6 @@ from ssl_core.networks.backbones import (
 )
 from ssl_core.provenance import canonical, digest, file_digest
 
-IMAGENET = Normalisation(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 SEED = "0"  # of the untrained network that evaluations compare with, unless the file has a seed
 
 

@@ -9,10 +9,11 @@ import numpy as np
 import torch
 
 from ssl_core.config import parse
-from ssl_core.data.shards import Manifest
+from ssl_core.data.shards import Manifest, verify
 from ssl_core.evaluations import base
 from ssl_core.evaluations.base import Outcome
-from ssl_core.evaluations.parts.features import gather_subjects
+from ssl_core.evaluations.parts.features import PIXEL_SIDE, count_images, gather_subjects, pixel_side
+from ssl_core.experiments.processes import report_bus_error
 from ssl_core.files import write_bytes, write_json
 from ssl_core.networks.backbones import load_backbone
 from ssl_core.provenance import canonical, digest, file_digest, hardware, versions
@@ -44,8 +45,13 @@ def run(
     protocol = base.load(spec, f"evaluations.{evaluation}")
     config = parse(protocol.Config, spec, f"evaluations.{evaluation}")
     shards = Manifest.load(manifest)
+    report_bus_error(lambda: [verify(shards, split) for split in shards.splits])
     network, header = load_backbone(backbone)
-    subjects = gather_subjects(network, header, image_size=config.image_size, threads=threads, model=model)
+    # A split that is missing is reported by the protocol's checks.
+    num_train = count_images(shards, config.dataset) if config.dataset.split in shards.splits else 0
+    subjects = gather_subjects(
+        network, header, image_size=config.image_size, threads=threads, model=model, num_train=num_train
+    )
     digests = {
         "spec": digest(canonical(spec)),
         "code": code,
@@ -64,6 +70,9 @@ def run(
 
         outcome = base.evaluate(protocol, config, subjects, shards, log)
         result = describe(experiment, evaluation, outcome, dataset=config.dataset.name, seed=config.seed)
+        side = pixel_side(num_train)
+        if side < PIXEL_SIDE:
+            result["hyperparameters"]["pixel_side"] = side
         if outcome.drawing:
             tracked_run = json.dumps({"version": version, "parameters": parameters}, sort_keys=True)
             write_arrays(output.with_suffix("") / DRAWING, {**outcome.drawing, "run": np.array(tracked_run)})

@@ -1,5 +1,6 @@
 """The stage `pretrain`: from a manifest and an experiment's settings to weights, history and a summary."""
 
+import contextlib
 import csv
 import io
 import json
@@ -9,7 +10,6 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
+from torch.distributed.elastic.rendezvous import RendezvousError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from ssl_core import provenance
@@ -28,26 +29,28 @@ from ssl_core.data.shards import Manifest, verify
 from ssl_core.data.views import POLICIES, View, Views
 from ssl_core.drawing.views import draw_first_views
 from ssl_core.experiments import sweeps
-from ssl_core.experiments.processes import end_with_parent
+from ssl_core.experiments.processes import end_with_parent, report_bus_error
 from ssl_core.files import write_json, write_text
-from ssl_core.methods.base import method_class, resolve, views_of
-from ssl_core.networks.backbones import build_backbone, check_image_size, save_backbone, write_tensors
+from ssl_core.methods.base import build, resolve, views_of
+from ssl_core.networks.backbones import save_backbone, write_tensors
 from ssl_core.networks.batchnorm import synchronise_batchnorm
 from ssl_core.tracking import run as tracking
 from ssl_core.training.checkpoint import Identity, load_checkpoint, remove_checkpoint, save_checkpoint
 from ssl_core.training.loop import Stop, Trainer
+from ssl_core.training.memory import capacity, estimate, measure_activations, shortage
 from ssl_core.training.monitor import online_knn
 
 HEADLINES = ("loss/total", "embedding/rankme", "online/knn")  # beside the evaluations' numbers
 LOOPBACK = "127.0.0.1"  # where the ranks meet: the name of a host may not resolve
 START_SECONDS = 300  # until all ranks must have met
-PROBE_IMAGES = 5000  # the online kNN looks at no more
+PROBE_IMAGES = 5000  # of the online kNN at most
+MEASURED_IMAGES = 8  # of the pass whose memory is measured
 OUTPUTS = ("model.safetensors", "history.csv", "pretrain.json", "backbone.safetensors")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What a process needs to know; travels to every rank."""
+    """The arguments of the stage; sent to every rank."""
 
     experiment: str
     spec: dict[str, Any]
@@ -90,6 +93,7 @@ def run(
     learning_rate(0, training=resolved.training, steps_per_epoch=1)
     data = Manifest.load(manifest)
     verify(data, resolved.dataset.split)
+    _check_memory(resolved, data, threads)
     start_ranks(_work, job, experiment, resolved.training.gpus)
 
 
@@ -114,6 +118,11 @@ def start_ranks(work: Callable[[Any], None], job: Any, run_id: str, processes: i
         elastic_launch(launch, _work_as_rank)(work, job, os.getpid())
     except SignalException as error:
         raise Stop(128 + error.sigval) from None
+    except RendezvousError as error:
+        raise ValueError(
+            f"the {processes} processes of training.gpus did not meet on {LOOPBACK} ({type(error).__name__}): "
+            "enable the loopback interface (`ip link set lo up`) and run again"
+        ) from error
     except ChildFailedError as error:
         killed = [failure for failure in error.failures.values() if failure.exitcode == -signal.SIGKILL]
         failure = next(iter([*killed, *error.failures.values()]))  # the others fail because one was killed
@@ -123,7 +132,24 @@ def start_ranks(work: Callable[[Any], None], job: Any, run_id: str, processes: i
         raise ValueError(f"process {failure.local_rank} of {processes} failed: {reason}") from None
 
 
-@record  # leaves a failure's words where the launcher finds them
+def _check_memory(resolved: Experiment, manifest: Manifest, threads: int) -> None:
+    """Raise `ValueError` at once for a batch that cannot fit, rather than after the data were read."""
+    training = resolved.training
+    torch.set_num_threads(threads)
+    views = views_of(resolved, manifest.image_size, avoid=manifest.avoid)
+    subset = resolved.dataset.subset
+    num_images = subset.images if subset else manifest.split(resolved.dataset.split).images
+    with contextlib.redirect_stderr(io.StringIO()):  # the training prints the same warnings
+        method = build(resolved, manifest.image_size, views, num_images=num_images)
+    images = min(MEASURED_IMAGES, forward_batch_size(training))
+    activations = measure_activations(method, views, training, images)
+    uses = estimate(method, views, training, activations=activations, num_images=num_images)
+    message = shortage(uses, training, capacity(training))
+    if message is not None:
+        raise ValueError(message)
+
+
+@record  # writes the message of an error for the launcher
 def _work_as_rank(work: Callable[[Any], None], job: Any, launcher: int) -> None:
     end_with_parent(launcher)  # the launcher holds the lock of the experiment
     work(job)
@@ -135,21 +161,11 @@ def _work(job: Job) -> None:
     training = resolved.training
     device = start_process(training, job.threads)
     manifest = Manifest.load(job.manifest)
+    report_bus_error(lambda: verify(manifest, resolved.dataset.split))
     identity = Identity(spec=provenance.canonical(job.spec), code=job.code, data=_data_digest(job))
-    # The backbone comes first after the seed, so that the evaluations' untrained baseline is this very network.
-    torch.manual_seed(training.seed)
-    backbone = build_backbone(resolved.backbone, manifest.image_size)
     views = views_of(resolved, manifest.image_size, avoid=manifest.avoid)
-    for view in views.values():
-        check_image_size(backbone, resolved.backbone, view.size)
     with _loader(job, resolved, manifest, views, device) as loader:
-        method = method_class(resolved.method.name)(
-            resolved.method,
-            backbone,
-            num_images=loader.num_images,
-            batch_size=training.batch_size,
-            seed=training.seed,
-        )
+        method = build(resolved, manifest.image_size, views, num_images=loader.num_images)
         if distributed.is_distributed() and training.sync_batchnorm:
             synchronise_batchnorm(method, cuda=device.type == "cuda")
         torch.manual_seed(training.seed + distributed.rank())
@@ -166,7 +182,7 @@ def _work(job: Job) -> None:
 
 
 def _data_digest(job: Job) -> str:
-    """Digest what is learnt from: the data set, and the files of weights that the experiment names."""
+    """Digest the data set and the files of weights that the experiment names."""
     files = [Path(file) for file in sweeps.weight_files(job.spec).values()]
     for missing in (file for file in files if not file.is_file()):
         raise ValueError(f"{missing} does not exist")
@@ -192,7 +208,7 @@ def _lead(
     identity: Identity,
     tracking_run: str | None,
 ) -> None:
-    """Train, track, save and write: what the first process does and the others do not."""
+    """Train, track, save and write; the other ranks only train."""
     training = resolved.training
     if trainer.step:
         print(f"{job.experiment}: continuing at step {trainer.step} of {trainer.total_steps}", file=sys.stderr)
@@ -201,7 +217,7 @@ def _lead(
         tracking.start(
             "pretrain", job.experiment, digest=_version(identity), parameters=settings, run_id=tracking_run
         ) as tracked,
-        _probe(resolved, manifest, job.threads) or nullcontext() as probe,
+        _probe(resolved, manifest, job.threads) or contextlib.nullcontext() as probe,
     ):
         tracked.dataset(manifest.dataset, identity.data, num_images=trainer.loader.num_images, source=job.manifest)
         picture = job.checkpoint.with_suffix(".views.png")
@@ -235,7 +251,7 @@ def _lead(
 
 
 def _version(identity: Identity) -> str:
-    """Name this very pre-training: its evaluations find it by this."""
+    """Return the digest that identifies this pre-training, also for its evaluations."""
     return provenance.digest(identity.spec + identity.code + identity.data)
 
 
@@ -260,7 +276,7 @@ def set_determinism(*, compiled: bool) -> None:
     """Let torch compute the same numbers each time, on this machine."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not deterministic
     if compiled:
-        torch.use_deterministic_algorithms(True, warn_only=True)  # tells the compiler too, and so imports it
+        torch.use_deterministic_algorithms(True, warn_only=True)  # for the compiler too, which it imports
     else:
         torch.set_deterministic_debug_mode("warn")
     # or every new tensor is first filled with NaN
@@ -283,7 +299,7 @@ def _loader(job: Job, resolved: Experiment, manifest: Manifest, views: Views, de
 
 
 def _probe(resolved: Experiment, manifest: Manifest, threads: int) -> Loader | None:
-    """Return the images that the online kNN looks at, or None where they have no labels."""
+    """Return the images of the online kNN, or None without labels."""
     split = manifest.split(resolved.dataset.split)
     if not split.labelled:
         return None
@@ -294,7 +310,7 @@ def _probe(resolved: Experiment, manifest: Manifest, threads: int) -> Loader | N
 
 
 def watched(dataset: Dataset, images: int) -> Dataset:
-    """Choose what the online kNN looks at: at most `PROBE_IMAGES`, of a subset its own, which its seed draws first."""
+    """Return the images of the online kNN: at most `PROBE_IMAGES` of the data set or of its subset."""
     subset = dataset.subset or Subset(images=images)
     if subset.images <= PROBE_IMAGES:
         return dataset
@@ -362,4 +378,4 @@ def _csv(history: list[dict[str, float]]) -> str:
 
 
 def _discard(state: dict[str, Any]) -> None:
-    """Ranks other than the first take part in gathering the state and leave the writing to it."""
+    """Do nothing: ranks other than the first only take part in gathering the state."""

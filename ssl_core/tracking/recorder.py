@@ -14,6 +14,7 @@ import os
 import queue
 import re
 import signal
+import sqlite3
 import sys
 import threading
 import time
@@ -52,10 +53,6 @@ def flatten(section: dict[str, Any], prefix: str = "") -> dict[str, str]:
             text = value if isinstance(value, str) else json.dumps(value, default=str)
             flat[name] = text if len(text) <= PARAMETER_LENGTH else text[: PARAMETER_LENGTH - 1] + "…"
     return flat
-
-
-def _warn(reason: str) -> None:
-    _note(f"{' '.join(reason.split())[:300]}; the run continues without it")
 
 
 def _note(text: str) -> None:
@@ -133,7 +130,8 @@ class Recorder:
 
     def _warn_once(self, error: Exception) -> None:
         if not self.warned:
-            _warn(str(error) or type(error).__name__)
+            reason = " ".join(str(error).split()) or type(error).__name__
+            _note(f"{reason[:300]}; the run continues without it")
         self.warned = True
 
     def _execute_pending(self) -> None:
@@ -193,11 +191,9 @@ class Recorder:
         return experiment.experiment_id
 
     def _open_parent(self, message: Message) -> None:
-        version = f"{message['experiment']}@{message['digest'][:12]}"
-        parent = self._find(f"tags.version = '{version}' and tags.stage = 'experiment'")
+        parent = self._find(f"tags.version = '{message['version']}' and tags.stage = 'experiment'")
         if parent is None:
-            tags = {"experiment": message["experiment"], "version": version, "stage": "experiment"}
-            parent = self._create(message, message["experiment"], tags)
+            parent = self._create(message, message["experiment"], {"stage": "experiment"})
         self.parent_id = parent.info.run_id
         self.model_id = parent.data.tags.get("model")
         self.client.update_run(self.parent_id, status="RUNNING")
@@ -205,8 +201,9 @@ class Recorder:
             self._log_parameters(self.parent_id, message["parameters"])
 
     def _open_child(self, message: Message) -> None:
+        from mlflow.entities import LoggedModelInput
+
         self.stage = stage = message["stage"]
-        version = f"{message['experiment']}@{message['digest'][:12]}"
         canonical = json.dumps(message["parameters"], sort_keys=True, default=str)
         options = hashlib.sha256(canonical.encode()).hexdigest()[:12]
         run = self._resumed(message["run_id"])
@@ -215,15 +212,14 @@ class Recorder:
             f"tags.`mlflow.parentRunId` = '{self.parent_id}' and tags.stage = '{stage}' and tags.options = '{options}'"
         )
         if run is None:
-            tags = {"experiment": message["experiment"], "version": version, "stage": stage, "options": options}
-            tags |= {"mlflow.parentRunId": self.parent_id}
+            tags = {"stage": stage, "options": options, "mlflow.parentRunId": self.parent_id}
             run = self._create(message, f"{message['experiment']} / {stage}", tags)
             self._log_parameters(run.info.run_id, message["parameters"])
             self.client.log_dict(run.info.run_id, message["parameters"], "configuration.yaml")
         self.run_id, self.start_time = run.info.run_id, run.info.start_time
         self.client.update_run(self.run_id, status="RUNNING")
         if self.model_id and stage != "pretrain":
-            self._link_model()
+            self.client.log_inputs(self.run_id, models=[LoggedModelInput(self.model_id)])
 
     def _resumed(self, run_id: str | None) -> Any:
         """Return the run of a checkpoint; None if the database lacks it, for example after `mlflow gc`."""
@@ -255,7 +251,8 @@ class Recorder:
         from mlflow.tracking.context.registry import resolve_tags
 
         source = f"ssl-core {message['stage']} {message['experiment']}"
-        tags = resolve_tags({"mlflow.source.name": source, "mlflow.source.type": "LOCAL", **tags, **message["tags"]})
+        tags |= {"experiment": message["experiment"], "version": message["version"]}
+        tags = resolve_tags({"mlflow.source.name": source, "mlflow.source.type": "LOCAL", **tags})
         return self.client.create_run(self.experiment_id, start_time=message["time"], run_name=name, tags=tags)
 
     def _log_parameters(self, run_id: str, parameters: dict[str, Any]) -> None:
@@ -324,11 +321,6 @@ class Recorder:
         self.client.log_outputs(self.run_id, [LoggedModelOutput(model.model_id, step=0)])
         self.client.set_tag(self.parent_id, "model", model.model_id)
 
-    def _link_model(self) -> None:
-        from mlflow.entities import LoggedModelInput
-
-        self.client.log_inputs(self.run_id, models=[LoggedModelInput(self.model_id)])
-
     def _read_system(self) -> None:
         """Record CPU and memory every SYSTEM_SECONDS, under MLflow's own names."""
         if self.opening is not None or time.monotonic() < self.system_at:
@@ -369,8 +361,6 @@ def follow_folder(database: Path) -> None:
     MLflow stores absolute paths: without this a copy would write into the original's folder. A database that is a link
     belongs to another folder and keeps its paths.
     """
-    import sqlite3
-
     if not database.is_file() or database.is_symlink():
         return
     folder = database.with_name("mlruns")
@@ -405,7 +395,8 @@ def _locked(uri: str) -> Iterator[None]:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         if uri.startswith(SQLITE):
-            _use_wal(Path(uri.removeprefix(SQLITE)))
+            with closing(sqlite3.connect(uri.removeprefix(SQLITE), timeout=20)) as connection:
+                connection.execute("PRAGMA journal_mode=WAL")  # the MLflow page can read during writing
         yield
     finally:
         os.close(descriptor)  # releases the lock
@@ -420,15 +411,6 @@ def lock_file(uri: str) -> Path:
     folder = Path(parent) / "ssl-core"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     return folder / f"{hashlib.sha256(uri.encode()).hexdigest()[:12]}.lock"
-
-
-def _use_wal(database: Path) -> None:
-    """Allow reading (the MLflow page) during writing; the setting is stored in the database file."""
-    import sqlite3
-
-    connection = sqlite3.connect(database, timeout=20)
-    connection.execute("PRAGMA journal_mode=WAL")
-    connection.close()
 
 
 def _read(stream: IO[bytes], messages: "queue.SimpleQueue[Message | None]") -> None:

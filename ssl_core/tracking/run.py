@@ -33,7 +33,6 @@ def start(
     digest: str,
     parameters: dict[str, Any],
     run_id: str | None = None,
-    tags: dict[str, str] | None = None,
 ) -> "Run":
     """Start, or continue, the run of one stage.
 
@@ -49,15 +48,8 @@ def start(
     environment = {**defaults, **os.environ, "OMP_NUM_THREADS": "1"}
     recorder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, env=environment)
     run = Run(recorder)
-    run._send(
-        "start",
-        stage=stage,
-        experiment=experiment,
-        digest=digest,
-        parameters=parameters,
-        run_id=run_id,
-        tags=tags or {},
-    )
+    version = f"{experiment}@{digest[:12]}"
+    run._send("start", stage=stage, experiment=experiment, version=version, parameters=parameters, run_id=run_id)
     return run
 
 

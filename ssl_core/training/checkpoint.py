@@ -13,7 +13,9 @@ from typing import Any, BinaryIO
 import torch
 from tqdm import tqdm
 
+from ssl_core.experiments.overlays import leaves
 from ssl_core.files import atomic
+from ssl_core.mistakes import excerpt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +29,7 @@ class Identity:
     def differences(self, other: "Identity") -> list[str]:
         """Name the differences from a saved identity, for the settings key by key."""
         names = [name for name in ("code", "data") if getattr(self, name) != getattr(other, name)]
-        settings, saved = _flat(json.loads(self.spec)), _flat(json.loads(other.spec))
+        settings, saved = _flat(self.spec), _flat(other.spec)
         for key in sorted(settings.keys() | saved.keys()):
             if settings.get(key) != saved.get(key):
                 names.append(f"{key} (was {saved.get(key, 'not set')}, is {settings.get(key, 'not set')})")
@@ -60,7 +62,7 @@ def load_checkpoint(path: Path, identity: Identity) -> dict[str, Any] | None:
         except Exception as error:  # whatever fails while reading, the file is damaged
             fallback = file == path and previous_checkpoint(path).exists()
             then = "the one before it is used" if fallback else "training starts afresh"
-            _set_aside(file, "damaged", f"it cannot be read ({_first_line(error)})", then)
+            _set_aside(file, "damaged", f"it cannot be read ({excerpt(error) or type(error).__name__})", then)
             continue
         differences = identity.differences(saved)
         if not differences:
@@ -98,11 +100,6 @@ def _read(path: Path) -> dict[str, Any]:
     return torch.load(path, map_location="cpu", weights_only=True)  # weights_only: a checkpoint cannot run code
 
 
-def _first_line(error: Exception) -> str:
-    lines = str(error).splitlines()
-    return lines[0] if lines else type(error).__name__
-
-
 def _set_aside(path: Path, kind: str, reason: str, then: str) -> None:
     aside = path.with_suffix(f".{kind}.pt")
     with suppress(FileNotFoundError):  # another rank has renamed it already
@@ -110,11 +107,6 @@ def _set_aside(path: Path, kind: str, reason: str, then: str) -> None:
     tqdm.write(f"checkpoint {path} is set aside as {aside.name}, since {reason}; {then}")
 
 
-def _flat(section: Any, prefix: str = "") -> dict[str, str]:
+def _flat(spec: str) -> dict[str, str]:
     """Return the values of nested settings as JSON, by dotted key."""
-    if not isinstance(section, dict):
-        return {prefix: json.dumps(section)}
-    values: dict[str, str] = {}
-    for key, inner in section.items():
-        values |= _flat(inner, f"{prefix}.{key}" if prefix else key)
-    return values
+    return {".".join(keys): json.dumps(value) for keys, value in leaves(json.loads(spec))}

@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ssl_core.blocks import distributed
-from ssl_core.blocks.schedules import learning_rate
+from ssl_core.blocks.schedules import learning_rate, weight_decay
 from ssl_core.config import Training
 from ssl_core.data.loader import Batch, Loader
 from ssl_core.methods.base import Losses, Memory, Method, Progress
 from ssl_core.networks.backbones import find_infinite
 from ssl_core.progress import progress_bar
 from ssl_core.training.monitor import Alarm, rankme, spread
-from ssl_core.training.optimizers import build_optimizer, set_learning_rate
+from ssl_core.training.optimizers import build_optimizer, set_learning_rate, set_weight_decay
 from ssl_core.training.precision import autocast_type
 
 LOG_STEPS = 50  # at most this many steps between two rows of the history; only then the loop waits for the device
@@ -57,7 +57,7 @@ class Trainer:
         self.step = 0
         self.history: list[dict[str, float]] = []
         self.seconds = self.waited = 0.0  # over all processes that continued this run
-        self._alarm = Alarm()
+        self._alarm = Alarm(stop_on_collapse=training.stop_on_collapse)
         self._sums: dict[str, Tensor] = {}  # (sum, count) of each part of the loss since the last row of the history
         self._module: nn.Module = self.method
         if training.compile:
@@ -153,6 +153,8 @@ class Trainer:
         """Accumulate gradients over the parts, take an optimizer step, and update the method's memory."""
         rate = learning_rate(self.step, training=self.training, steps_per_epoch=self.steps_per_epoch)
         set_learning_rate(self.optimizer, rate)
+        if self.training.final_weight_decay is not None:
+            set_weight_decay(self.optimizer, weight_decay(self.step / self.total_steps, training=self.training))
         memories: list[Memory] = []
         for part in range(self.training.accumulation):
             progress = Progress(self.step, self.total_steps, part)

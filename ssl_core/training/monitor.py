@@ -1,6 +1,7 @@
 """Diagnostics of the embedding, and errors for runs that diverge or collapse."""
 
 import math
+import sys
 
 import torch
 import torch.nn.functional as F
@@ -32,22 +33,30 @@ def rankme(embedding: Tensor) -> Tensor:
 class Alarm:
     """Raises an error with advice for a run that has diverged or collapsed."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, stop_on_collapse: bool = True) -> None:
+        self.stop_on_collapse = stop_on_collapse
         self.collapsed_looks = 0
 
     def check(self, step: int, loss: float, spread: float) -> None:
-        """Raise `ValueError` for a loss that is not finite, or at the third consecutive check with equal embeddings."""
+        """Raise `ValueError` for a loss that is not finite, or at the third consecutive check with equal embeddings.
+
+        Without `stop_on_collapse` equal embeddings print a warning instead.
+        """
         if not math.isfinite(loss) or not math.isfinite(spread):
             raise ValueError(
                 f"training diverged: the loss is {loss} at step {step}; lower training.learning_rate, increase "
                 "training.warmup_epochs or set training.gradient_clip"
             )
         self.collapsed_looks = self.collapsed_looks + 1 if spread < COLLAPSED else 0
-        if self.collapsed_looks == 3:
-            raise ValueError(
-                f"training collapsed: embeddings are nearly equal at step {step}, spread {spread:.4f} of 1; "
-                "sharpen the teacher, lower training.learning_rate or use more BatchNorm (predictor, batchnorm_splits)"
-            )
+        if self.collapsed_looks != 3:
+            return
+        message = (
+            f"training collapsed: embeddings are nearly equal at step {step}, spread {spread:.4f} of 1; "
+            "sharpen the teacher, lower training.learning_rate or use more BatchNorm (predictor, batchnorm_splits)"
+        )
+        if self.stop_on_collapse:
+            raise ValueError(f"{message}; training.stop_on_collapse: false trains on")
+        print(f"warning: {message}", file=sys.stderr)
 
 
 @torch.no_grad()

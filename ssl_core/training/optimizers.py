@@ -3,7 +3,7 @@
 # The foreach functions that torch's optimizers use have no public names.
 # pyright: reportPrivateImportUsage=false
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,8 +23,13 @@ def build_optimizer(
     `constant` (SimSiam's predictor). Parameters named in `undecayed` (PID's class weights) have no weight decay. AdamW
     uses `momentum` as its first beta.
     """
-    groups = parameter_groups(module, training, constant=constant, undecayed=undecayed)
+    groups = parameter_groups(module, training, constant, undecayed)
     rate, momentum, nesterov = effective_learning_rate(training), training.momentum, training.nesterov
+    if training.final_weight_decay is not None and not training.weight_decay * training.final_weight_decay:
+        raise ValueError(
+            f"training.weight_decay {training.weight_decay:g} goes to final_weight_decay "
+            f"{training.final_weight_decay:g}: both must be above 0, else the parameters without decay are unknown"
+        )
     if nesterov and training.optimizer != "sgd":
         raise ValueError(f"training.nesterov exists for sgd only, not for {training.optimizer}: leave it out")
     if training.optimizer == "lars":
@@ -41,8 +46,15 @@ def set_learning_rate(optimizer: Optimizer, rate: float) -> None:
             group["lr"] = rate
 
 
+def set_weight_decay(optimizer: Optimizer, decay: float) -> None:
+    """Set the weight decay of all groups that have one."""
+    for group in optimizer.param_groups:
+        if group["weight_decay"]:
+            group["weight_decay"] = decay
+
+
 def parameter_groups(
-    module: nn.Module, training: Training, *, constant: Sequence[str] = (), undecayed: Sequence[str] = ()
+    module: nn.Module, training: Training, constant: Sequence[str] = (), undecayed: Sequence[str] = ()
 ) -> list[dict[str, Any]]:
     """Return the groups of trained parameters that `decay_exclusion` makes, without empty ones.
 
@@ -88,36 +100,16 @@ class Lars(Optimizer):
     no trust ratio for groups without decay; torch has no LARS.
     """
 
-    def __init__(
-        self,
-        params: Iterable[Tensor] | Iterable[dict[str, Any]],
-        *,
-        lr: float,
-        momentum: float = 0.9,
-        weight_decay: float = 0.0,
-        coefficient: float = 0.001,
-    ) -> None:
-        defaults = {
-            "lr": lr,
-            "momentum": momentum,
-            "weight_decay": weight_decay,
-            "coefficient": coefficient,
-            "trusted": True,
-        }
-        super().__init__(params, defaults)
+    def __init__(self, groups: list[dict[str, Any]], *, lr: float, momentum: float) -> None:
+        super().__init__(groups, {"lr": lr, "momentum": momentum, "coefficient": 0.001})
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Take one step; return the loss that `closure` recomputes, if given."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Take one step; `closure` is not supported."""
         for group in self.param_groups:
             parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
             if parameters:
                 self._update(parameters, group)
-        return loss
 
     def _update(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
         """Update the parameters of one group; norms stay on the device, which avoids synchronisation."""

@@ -183,7 +183,7 @@ def store(files: Iterable[tuple[str, bytes]]) -> Iterator[Stored]:
     """Yield the files that sharding stores."""
     for name, content in files:
         try:
-            _, stored, _ = prepare(content)
+            stored = prepare(content).content
         except ValueError:
             continue
         yield Stored(name, stored, stored is content, pixels_of_pil(content))
@@ -250,7 +250,7 @@ def test_dali_decodes_each_stored_mutation_to_pils_pixels(kind: str, mutations: 
 
 def test_plain_files_are_kept() -> None:
     for name, content in (jpegs() | pngs()).items():
-        assert prepare(content)[1] is content, name
+        assert prepare(content).content is content, name
 
 
 @pytest.mark.long

@@ -1,7 +1,6 @@
 """The DALI graph against torchvision and PIL: fixed parameters, distributions, seeds, and the graph for GPUs."""
 
 import functools
-import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,17 +23,21 @@ from ssl_core.data.pipeline import Plan, apply_operation, blur_window, clsa_pool
 from ssl_core.data.shards import Manifest
 from ssl_core.data.views import POLICIES, Augmentation, View, Views
 
+from .conftest import encode
+
 SEED = 3
+DEVICE = "cpu"  # tests/gpu sets it
 
 
-def render(manifest: Manifest, views: Views, seed: int = SEED) -> dict[str, list[Tensor]]:
+def render(manifest: Manifest, views: Views, seed: int = SEED, device: str | None = None) -> dict[str, list[Tensor]]:
     """Return each view of all images, in the images' order, as 0..255."""
     options: dict[str, Any] = {"batch_size": manifest.split("train").images, "shuffle": False}
+    options["device"] = device or DEVICE
     black = {"mean": (0.0, 0.0, 0.0), "std": (1 / 255,) * 3}
     with Loader(manifest, Dataset(name="tiny"), views, seed=seed, **options, **black) as loader:
         batch = loader.next()
     order = batch.indices.argsort()
-    return {group: [view[order] for view in of_group] for group, of_group in batch.views.items()}
+    return {group: [view[order].cpu() for view in of_group] for group, of_group in batch.views.items()}
 
 
 def augment(manifest: Manifest, size: int = 32, **augmentation: Any) -> Tensor:
@@ -132,26 +135,37 @@ def test_jitter_values_stay_pixel_values(tiny: Manifest) -> None:
     assert found.max() <= 255.001
 
 
-@pytest.mark.parametrize(("size", "window", "tolerance"), [(32, 3, 0.3), (64, 7, 0.3), (96, 9, 0.3), (224, 23, 0.3)])
+@pytest.mark.parametrize(("size", "window", "tolerance"), [(32, 13, 0.3), (64, 13, 0.3), (96, 13, 0.3), (224, 23, 0.3)])
 def test_blur_has_torchvisions_kernel(
     tmp_path: Path, make_shards: Callable[..., Manifest], size: int, window: int, tolerance: float
 ) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (2, size, size, 3), dtype=np.uint8)
     sharp = [Image.fromarray(image) for image in noise]
-    manifest = make_shards(tmp_path, [_png(image) for image in sharp], [0, 0])
-    found = augment(manifest, size, blur=1, blur_sigma=(1.7, 1.7))
+    manifest = make_shards(tmp_path, [encode(image) for image in sharp], [0, 0])
+    found = augment(manifest, size, blur=1, blur_sigma=(1.7, 1.7))  # three sigma: 13 pixels
     expected = [tv.gaussian_blur(image, [window, window], [1.7, 1.7]) for image in stacked(sharp)]
     assert difference(found, expected) < tolerance
 
 
-def test_blur_windows_are_a_tenth_of_the_side() -> None:
-    assert [blur_window(size) for size in (16, 32, 64, 96, 128, 224)] == [3, 3, 7, 9, 13, 23]
+def test_blur_windows_are_a_tenth_of_the_side_and_hold_three_sigma() -> None:
+    assert [blur_window(size, 2.0) for size in (16, 32, 64, 96, 128, 224)] == [13, 13, 13, 13, 13, 23]
+    assert blur_window(32, 0.5) == 5
+    assert blur_window(4, 2.0) == 7  # the reflected border of 4 pixels
+
+
+def test_blur_spreads_a_point_as_far_as_its_sigma_at_32_pixels() -> None:
+    """PIL's blur of radius r has the standard deviation r, which ReSSL's and MoCo's code use at 32 px too."""
+    for sigma in (1.0, 1.5, 2.0):
+        how = Augmentation(blur=1, blur_sigma=(sigma, sigma))
+        row, _ = draw_kernels(how, blur_window(32, 2.0), 5, 0, 1)
+        offsets = np.arange(row.size) - row.size // 2
+        assert np.sqrt((row.ravel() * offsets**2).sum()) == pytest.approx(sigma, rel=0.04)
 
 
 def test_blur_draws_its_sigma_evenly() -> None:
-    (kernels,) = draw_kernels(Augmentation(blur=1), 3, 5, 0, 20_000)
+    kernels, _ = draw_kernels(Augmentation(blur=1), 3, 5, 0, 20_000)
     assert kernels.sum(axis=(1, 2)) == pytest.approx(1, abs=1e-5)
-    ratio = kernels[:, 1, 1] / kernels[:, 1, 0]  # exp(1 / (2 sigma^2))
+    ratio = kernels[:, 0, 1] / kernels[:, 0, 0]  # exp(1 / (2 sigma^2))
     sigma = (2 * np.log(ratio[np.isfinite(ratio)])) ** -0.5
     assert np.quantile(sigma, [0.25, 0.5, 0.75, 1]) == pytest.approx([0.575, 1.05, 1.525, 2.0], abs=0.04)
 
@@ -171,7 +185,7 @@ def test_a_center_crop_is_torchvisions(
     # Width and height; where the margins are odd, torchvision and DALI may differ by one pixel in where they cut.
     sides = [(64, 48), (40, 49), (30, 30), (70, 45)]
     shaped = [_smooth(width, height) for width, height in sides]
-    manifest = make_shards(tmp_path, [_png(image) for image in shaped], [0] * 4)
+    manifest = make_shards(tmp_path, [encode(image) for image in shaped], [0] * 4)
     view = View(size=32, crop="center", resize=36, interpolation=interpolation, augmentation=POLICIES["none"])
     found = render(manifest, {"view": view})["view"][0]
     mode = {"linear": InterpolationMode.BILINEAR, "cubic": InterpolationMode.BICUBIC}[interpolation]
@@ -182,11 +196,45 @@ def test_a_center_crop_is_torchvisions(
         assert difference(found[number], transform(image)) < 1.0, sides[number]
 
 
+def center_cropped(image: np.ndarray, interpolation: Any) -> list[np.ndarray]:
+    """Return the center crop of an image, the same without a region, and the sides of the region."""
+    view = View(size=32, crop="center", resize=36, interpolation=interpolation)
+    graph: Any = pipeline_def
+
+    @graph(batch_size=1, num_threads=1, device_id=None, prefetch_queue_depth=1)
+    def both() -> Any:
+        picture: Any = fn.external_source(source=lambda: [image], layout="HWC")
+        whole: Any = fn.resize(picture, resize_shorter=36, interp_type=pipeline.INTERPOLATION[interpolation])
+        start, end = pipeline._middle(picture)
+        return pipeline._crop(picture, view, 0), fn.crop(whole, crop=(32, 32)), end - start
+
+    return [np.array(output.at(0)) for output in both().run()]
+
+
+@pytest.mark.parametrize("interpolation", ["linear", "cubic"])
+@pytest.mark.parametrize(("width", "height"), [(64, 48), (333, 127), (7, 9), (10, 80), (999, 125)])
+def test_images_that_are_not_narrow_are_cropped_as_without_a_region(
+    width: int, height: int, interpolation: Any
+) -> None:
+    with_region, without, sides = center_cropped(np.asarray(_smooth(width, height)), interpolation)
+    np.testing.assert_array_equal(with_region, without)
+    assert sides.tolist() == [height, width]
+
+
+@pytest.mark.parametrize(("width", "height"), [(6000, 20), (9, 3001)])
+def test_only_the_middle_of_a_strip_is_enlarged(width: int, height: int) -> None:
+    strip = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    strip[:, :, 0] = np.linspace(0, 255, max(width, height)).reshape((1, -1) if width > height else (-1, 1))
+    with_region, without, sides = center_cropped(strip, "linear")
+    assert sorted(sides.tolist()) == [min(width, height), 8 * min(width, height)]
+    assert np.abs(with_region.astype(int) - without).mean() < 3  # they begin at other fractions of a pixel
+
+
 def test_random_crops_have_torchvisions_areas_and_ratios(tmp_path: Path, make_shards: Callable[..., Manifest]) -> None:
     count, side = 1000, 128
     ramp = np.arange(side, dtype=np.uint8) * 2
     coordinates = np.stack([np.tile(ramp, (side, 1)), np.tile(ramp[:, None], (1, side)), np.zeros((side, side))], -1)
-    encoded = _png(Image.fromarray(coordinates.astype(np.uint8)))
+    encoded = encode(Image.fromarray(coordinates.astype(np.uint8)))
     manifest = make_shards(tmp_path, [encoded] * count, [0] * count, per_shard=count)
     found = render(manifest, {"view": View(size=64, area=(0.2, 0.8), augmentation=POLICIES["none"])})["view"][0]
     # Red is twice the column, green twice the row: their steps say how wide and high a crop was.
@@ -324,15 +372,17 @@ def test_randaugments_operations_are_fixmatchs(pictures: list[Image.Image]) -> N
 
     @pipeline_def(enable_conditionals=True)
     def every_operation(sign: int) -> tuple[Any, ...]:
-        image = fn.external_source(source=lambda: batch, batch=True, layout="HWC")
+        image: Any = fn.external_source(source=lambda: batch, batch=True, layout="HWC")
+        image = image.gpu() if DEVICE == "cuda" else image
         negative: Any = fn.random.coin_flip(probability=float(sign < 0), seed=1)
         strength = pipeline.signed_bin(magnitude, negative)
         return tuple(apply_operation(operation, image, strength) for operation in pool)
 
+    device_id = 0 if DEVICE == "cuda" else None
     for sign in (1, -1):
-        graph = every_operation(sign, batch_size=len(chosen), num_threads=1, device_id=None)  # pyright: ignore[reportCallIssue]
+        graph = every_operation(sign, batch_size=len(chosen), num_threads=1, device_id=device_id)  # pyright: ignore[reportCallIssue]
         graph.build()
-        found = [torch.from_numpy(np.array(output.as_tensor())).permute(0, 3, 1, 2) for output in graph.run()]
+        found = [torch.from_dlpack(output.as_tensor()).cpu().permute(0, 3, 1, 2) for output in graph.run()]
         references = [_clsa_references(image, magnitude, sign) for image in chosen]
         mirrored = [_clsa_references(image, magnitude, -sign) for image in chosen]
         for index, operation in enumerate(pool):
@@ -362,22 +412,12 @@ def test_pictures_turned_by_exif_and_grey_ones_are_read_as_seen(
     picture = pictures[0].resize((64, 64))
     exif = Image.Exif()
     exif[0x0112] = 6  # to be shown turned by 90 degrees
-    turned = _encode(picture, "JPEG", quality=95, exif=exif)
-    grey = _encode(picture.convert("L"), "JPEG", quality=95)
+    turned = encode(picture, "JPEG", quality=95, exif=exif)
+    grey = encode(picture.convert("L"), "JPEG", quality=95)
     manifest = make_shards(tmp_path, [turned, grey], [0, 0])
     found = augment(manifest, 64)
     assert difference(found[0], tv.pil_to_tensor(picture.rotate(-90))) < 5
     assert difference(found[1], tv.rgb_to_grayscale(tv.pil_to_tensor(picture), 3)) < 5
-
-
-def _encode(image: Image.Image, kind: str, **options: Any) -> bytes:
-    file = io.BytesIO()
-    image.save(file, kind, **options)
-    return file.getvalue()
-
-
-def _png(image: Image.Image) -> bytes:
-    return _encode(image, "PNG")
 
 
 def _smooth(width: int, height: int) -> Image.Image:

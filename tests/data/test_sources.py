@@ -20,13 +20,13 @@ from ssl_core.data.records import Record
 from ssl_core.data.sources.dispatch import open_source
 from ssl_core.data.sources.library import library_split
 
+from .conftest import encode
+
 PLACES = ("train/cat/1.png", "train/cat/2.png", "train/ant/deep/3.png", "test/dog/4.png")
 
 
 def png(value: int) -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", (4, 4), (value, 0, 0)).save(buffer, "PNG")
-    return buffer.getvalue()
+    return encode(Image.new("RGB", (4, 4), (value, 0, 0)))
 
 
 def folder(root: Path, *places: str) -> Path:
@@ -190,6 +190,41 @@ def test_annotations_label_the_images_of_a_folder(tmp_path: Path) -> None:
     assert found == "annotations.file val/notes.txt cannot be read: No such file or directory"
 
 
+def test_a_table_of_kaggles_kind_labels_images_by_names_without_extension(tmp_path: Path) -> None:
+    folder(tmp_path, "train/0a.png", "train/0b.png")
+    (tmp_path / "train.csv").write_text('\ufeffid,note,label\n0b,"a, b",1\n0a,,0\n\n', encoding="utf-8")
+    annotations: dict[str, Any] = {
+        "file": "train.csv", "separator": ",", "image_column": "id", "class_column": "label"
+    }  # fmt: skip
+    splits = {"train": {"folder": "train", "annotations": annotations}}
+    source = card("image_folder", splits, path=str(tmp_path))
+    assert labels(records(source, tmp_path)[1]["train"]) == [("0a.png", 0), ("0b.png", 1)]
+    (tmp_path / "train.csv").write_text("id,label\n0b,1\n0a,0\n0a,1\n")
+    assert "train.csv line 4: the image 0a has the classes 0 and 1" in error(source, tmp_path)
+    annotations["class_column"] = "lable"
+    found = error(card("image_folder", splits, path=str(tmp_path)), tmp_path)
+    assert found == "train.csv has no column 'lable' in its first line (id, label): correct the card"
+    annotations["class_column"] = 1
+    with pytest.raises(ValueError, match="write both as numbers, or both as names"):
+        card("image_folder", splits, path=str(tmp_path))
+
+
+def test_a_pattern_takes_the_class_from_the_path(tmp_path: Path) -> None:
+    folder(tmp_path, "cat.0.png", "dog.0.png", "dog.1.png")
+    splits = {"train": {"class_pattern": "^(.+?)[.]"}}
+    classes, found = records(card("image_folder", splits, path=str(tmp_path)), tmp_path)
+    assert (classes, labels(found["train"])) == (
+        ("cat", "dog"), [("cat.0.png", 0), ("dog.0.png", 1), ("dog.1.png", 1)]
+    )  # fmt: skip
+    found = error(card("image_folder", {"train": {"class_pattern": "(cat)"}}, path=str(tmp_path)), tmp_path)
+    assert "dog.0.png does not match class_pattern (cat): correct the pattern" in found
+    for pattern, fault in (("cat", "has 0 groups, not one"), ("(cat", "is not a regular expression")):
+        with pytest.raises(ValueError, match=fault):
+            card("image_folder", {"train": {"class_pattern": pattern}}, path=str(tmp_path))
+    with pytest.raises(ValueError, match="set one of labels: none, annotations and class_pattern"):
+        card("image_folder", {"train": {"class_pattern": "(cat)", "labels": "none"}}, path=str(tmp_path))
+
+
 def test_tiny_imagenet_in_its_original_layout(root: Path, shared_data: Path, tmp_path: Path, monkeypatch: Any) -> None:
     from ssl_core.data.card import load_card
 
@@ -330,24 +365,6 @@ def test_tables_of_paths(tmp_path: Path) -> None:
         assert found["test"] == [Record("i/3.png", png(2), 1)]
 
 
-def test_numbers_in_a_table_are_label_ids(tmp_path: Path) -> None:
-    folder(tmp_path, "1.png", "2.png")
-    (tmp_path / "t.csv").write_text("path,label\n1.png,1\n2.png,0\n")
-    classes, found = records(card("table", {"train": {"file": str(tmp_path / "t.csv")}}), tmp_path)
-    assert classes is None
-    assert [record.label for record in found["train"]] == [1, 0]
-
-
-def test_mistakes_in_a_table_are_reported(tmp_path: Path) -> None:
-    (tmp_path / "t.csv").write_text("path,lable\n1.png,\n")
-    splits = {"train": {"file": str(tmp_path / "t.csv")}}
-    assert "has no column 'label'; did you mean 'lable'?" in error(card("table", splits), tmp_path)
-    assert "a row has no 'lable'" in error(card("table", splits, label="lable"), tmp_path)
-    (tmp_path / "t.parquet").write_bytes(b"nothing")
-    found = error(card("table", {"train": {"file": str(tmp_path / "t.parquet")}}), tmp_path)
-    assert "is not a Parquet file" in found
-
-
 # Libraries
 
 
@@ -425,10 +442,3 @@ def test_the_ground_of_a_coloured_digit_is_dark(tmp_path: Path) -> None:
 
 def test_too_many_digits_are_refused(tmp_path: Path) -> None:
     assert "1797" in error(card("sklearn_digits", {"train": {"images": 1798}}), tmp_path)
-
-
-def test_a_message_quotes_at_most_200_characters_of_a_value(tmp_path: Path) -> None:
-    (tmp_path / "t.csv").write_text(f"path,label\n{'x' * 5000},\n")
-    message = error(card("table", {"train": {"file": str(tmp_path / "t.csv")}}), tmp_path)
-    assert "a row has no 'label': " in message
-    assert message.count("x") < 210

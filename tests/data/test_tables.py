@@ -110,9 +110,14 @@ def test_no_message_prints_the_bytes_of_an_image(tmp_path: Path) -> None:
 # Labels
 
 
-def labels_of(folder_: Path, *values: str, **more: Any) -> tuple[Any, list[int]]:
+def labelled(folder_: Path, values: tuple[str, ...], **more: Any) -> Any:
+    """Return the card of a table with a row per label."""
     rows = [f"{number}.png,{value}" for number, value in enumerate(values)]
-    classes, splits = records(table_card(csv(folder_, "\n".join(["path,label", *rows])), **more), folder_)
+    return table_card(csv(folder_, "\n".join(["path,label", *rows])), **more)
+
+
+def labels_of(folder_: Path, *values: str, **more: Any) -> tuple[Any, list[int]]:
+    classes, splits = records(labelled(folder_, values, **more), folder_)
     return classes, [record.label for record in splits["train"]]
 
 
@@ -154,17 +159,13 @@ def test_numbers_that_become_names_are_reported(images: Path, capsys: pytest.Cap
 def test_listed_classes_decide_what_a_number_is(images: Path) -> None:
     assert labels_of(images, "0", "2", "2", classes=["a", "b", "c"]) == (("a", "b", "c"), [0, 2, 2])
     assert labels_of(images, "3", "5", "5", classes=["5", "3"]) == (("5", "3"), [1, 0, 0])
-    assert "the label 5 is outside 0..1" in error_of_labels(images, "0", "5", classes=["a", "b"])
-
-
-def error_of_labels(folder_: Path, *values: str, **more: Any) -> str:
-    rows = [f"{number}.png,{value}" for number, value in enumerate(values)]
-    return error(table_card(csv(folder_, "\n".join(["path,label", *rows])), **more), folder_)
+    assert "the label 5 is outside 0..1" in error(labelled(images, ("0", "5"), classes=["a", "b"]), images)
 
 
 def test_labels_that_cannot_be_numbered_are_refused(images: Path) -> None:
-    assert "the label -1 is below 0: number classes from 0" in error_of_labels(images, "-1", "0")
-    assert "some labels are class names ('cat') and others are numbers" in error_of_labels(images, "3", "cat")
+    assert "the label -1 is below 0: number classes from 0" in error(labelled(images, ("-1", "0")), images)
+    message = "some labels are class names ('cat') and others are numbers"
+    assert message in error(labelled(images, ("3", "cat")), images)
 
 
 def test_blanks_at_the_ends_are_removed_and_reported(images: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -215,10 +216,7 @@ def test_paths_outside_of_the_folder_need_the_cards_permission(tmp_path: Path) -
     assert [record.image for record in records(table_card(path), tmp_path)[1]["train"]] == [png(2), png(0)]
 
 
-def test_only_regular_files_are_read(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "pipe.png")
-    with pytest.raises(OSError, match="a named pipe instead of a regular file"):  # sharding names the image
-        error(table_card(csv(tmp_path, "path,label\npipe.png,a\n")), tmp_path)
+def test_a_pipe_in_place_of_the_table_is_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.csv")
     assert "pipe.csv is not a regular file" in error(table_card(tmp_path / "pipe.csv"), tmp_path)
 
@@ -234,6 +232,7 @@ def test_mistakes_of_spreadsheets_name_file_and_line(images: Path) -> None:
         (b"path,label,label\n0.png,a,b\n", "has several columns 'label'"),
         (b"", "has no column 'path'"),
         (b"file,label\n", "has no column 'path'; possible: file, label"),
+        (b"path,lable\n1.png,\n", "has no column 'label'; did you mean 'lable'?"),
     ):
         path.write_bytes(text)
         message = error(table_card(path), images)

@@ -1,7 +1,9 @@
 """Shards of coloured squares and a small untrained backbone, made once."""
 
 import io
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,16 +11,29 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ssl_core.config import Backbone
+from ssl_core.config import Backbone, Dataset
 from ssl_core.data.shards import Manifest, Shard, Split, new_shard
 from ssl_core.evaluations.base import Subjects
 from ssl_core.evaluations.parts.features import Pixels
 from ssl_core.files import write_text
 from ssl_core.networks.backbones import build_backbone, save_backbone
+from ssl_core.stages import evaluate
 
 COLOURS = ((200, 60, 60), (60, 200, 60), (60, 60, 200))
 MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
 SEED = 3
+SQUARES = Dataset(name="squares")
+
+
+def quiet(metrics: dict[str, float], epoch: int) -> None:
+    """Take a run's metrics and log none."""
+
+
+def measure(spec: dict[str, Any], backbone: Path, manifest: Path, output: Path, **options: Any) -> dict[str, Any]:
+    """Run the stage `evaluate` and return the results that it wrote."""
+    files = {"backbone": backbone, "manifest": manifest, "output": output}
+    evaluate.run("mine", "few", spec=spec, code="c0de", threads=1, **files, **options)
+    return json.loads(output.read_text(), parse_constant=pytest.fail)  # NaN is no JSON
 
 
 class Tiny(nn.Module):

@@ -12,9 +12,8 @@ from ssl_core.data.shards import Manifest
 from ssl_core.evaluations import base
 from ssl_core.experiments import checks
 from ssl_core.experiments.needs import SplitLabels, check_needs, contracts
-from ssl_core.stages import evaluate
 
-from .conftest import Tiny, write_shards
+from .conftest import Tiny, measure, quiet, write_shards
 
 SQUARES = {"name": "squares"}
 # Settings that make a test short. Other protocols run with their defaults.
@@ -38,7 +37,7 @@ def spec_of(name: str, **changes: Any) -> dict[str, Any]:
 def run(name: str, subjects: base.Subjects, manifest: Manifest, **changes: Any) -> base.Outcome:
     protocol = base.load({"protocol": name}, "")
     config = parse(protocol.Config, spec_of(name, **changes), "evaluations.mine")
-    return base.evaluate(protocol, config, subjects, manifest, lambda values, epoch: None)
+    return base.evaluate(protocol, config, subjects, manifest, quiet)
 
 
 def needs_of(name: str) -> Any:
@@ -77,33 +76,22 @@ def results(backbone_path, manifest_path, tmp_path_factory):
 
     def run_stage(name: str) -> dict[str, Any]:
         if name not in written:
-            output = folder / f"{name}.json"
-            options: dict[str, Any] = {"backbone": backbone_path, "manifest": manifest_path, "threads": 1}
-            evaluate.run("mine", name, spec=spec_of(name), output=output, code="c0de", **options)
-            written[name] = json.loads(output.read_text(), parse_constant=pytest.fail)  # NaN is no JSON
+            written[name] = measure(spec_of(name), backbone_path, manifest_path, folder / f"{name}.json")
         return written[name]
 
     return run_stage
 
 
 @pytest.mark.parametrize("name", MEASURING)
-def test_a_second_run_gives_the_same_numbers(name, subjects, manifest):
-    first, second = run(name, subjects, manifest), run(name, subjects, manifest)
-    assert (first.metrics, first.hyperparameters, first.details) == (
-        second.metrics,
-        second.hyperparameters,
-        second.details,
-    )
-    assert {key: array.tobytes() for key, array in first.drawing.items()} == {
-        key: array.tobytes() for key, array in second.drawing.items()
-    }
-
-
-@pytest.mark.parametrize("name", MEASURING)
-def test_networks_are_unchanged(name, subjects, manifest):
+def test_a_second_run_gives_the_same_numbers_and_networks_are_unchanged(name, subjects, manifest):
     network = subjects.networks["pretrained"]
     before = {key: value.clone() for key, value in network.state_dict().items()}
-    run(name, subjects, manifest)
+    results = []
+    for _ in range(2):
+        outcome = run(name, subjects, manifest)
+        arrays = {key: array.tobytes() for key, array in outcome.drawing.items()}
+        results.append((outcome.metrics, outcome.hyperparameters, outcome.details, arrays))
+    assert results[0] == results[1]
     assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
     assert network.training
     assert all(weight.grad is None for weight in network.parameters())

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from ssl_core.config import Dataset
 from ssl_core.evaluations.base import Subjects
 from ssl_core.evaluations.knn import (
     BEST_K,
     Config,
+    _largest,
     _score_best,
     _score_weighted,
     into_space,
@@ -20,9 +20,7 @@ from ssl_core.evaluations.knn import (
 )
 from ssl_core.evaluations.parts.features import Features
 
-from .conftest import MEAN, STD
-
-TRAIN = Dataset(name="squares")
+from .conftest import MEAN, SQUARES, STD, quiet
 
 
 @pytest.fixture
@@ -60,7 +58,7 @@ def oracle(bank, queries, labels, k, *, temperature=None):
 @pytest.mark.parametrize("temperature", [0.07, 1.0])
 def test_weighted_knn_agrees_with_brute_force(rows, k, temperature):
     bank, queries, labels, truth = rows
-    config = Config(dataset=TRAIN, k=k, temperature=temperature)
+    config = Config(dataset=SQUARES, k=k, temperature=temperature)
     subjects = Subjects({"pretrained": torch.nn.Identity()}, 16, MEAN, STD)
     metrics, _ = _score_weighted(config, subjects, make_features(bank, labels), make_features(queries, truth), 4)
     hits = oracle(bank, queries, labels, k, temperature=temperature) == truth.numpy()
@@ -71,7 +69,7 @@ def test_best_nn_agrees_with_brute_force_and_states_that_k_is_chosen_on_test(row
     bank, queries, labels, truth = rows
     subjects = Subjects({"pretrained": torch.nn.Identity()}, 16, MEAN, STD)
     metrics, settings = _score_best(
-        Config(dataset=TRAIN, variant="best"), subjects, make_features(bank, labels), make_features(queries, truth), 4
+        Config(dataset=SQUARES, variant="best"), subjects, make_features(bank, labels), make_features(queries, truth), 4
     )
     expected = {k: 100 * (oracle(bank, queries, labels, k) == truth.numpy()).mean() for k in BEST_K if k <= 90}
     table = metrics["pretrained"]["top1_by_k"]
@@ -79,6 +77,13 @@ def test_best_nn_agrees_with_brute_force_and_states_that_k_is_chosen_on_test(row
     assert metrics["pretrained"]["best_nn_top1"] == max(table.values())
     assert "top1" not in metrics["pretrained"]
     assert settings["how"] == "highest top1 on the test split"
+
+
+@pytest.mark.parametrize(("columns", "k"), [(40, 20), (5003, 1), (5003, 7), (5003, 300), (16384, 200)])
+def test_the_largest_similarities_are_those_of_topk(columns, k):
+    similarity = torch.randn(9, columns, generator=torch.Generator().manual_seed(0))
+    for found, expected in zip(_largest(similarity, k), similarity.topk(k, dim=1), strict=True):
+        assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("euclidean", [True, False])
@@ -117,20 +122,17 @@ def test_votes_stay_finite_at_a_low_temperature():
 
 
 def test_neighbours_are_capped_at_the_training_images_and_the_result_states_it(subjects, manifest):
-    outcome = run(Config(dataset=TRAIN, k=200), subjects, manifest, lambda metrics, step: None)
+    outcome = run(Config(dataset=SQUARES, k=200), subjects, manifest, quiet)
     assert outcome.hyperparameters["k"] == 60
     assert outcome.hyperparameters["how"] == "200 capped at the 60 training images"
 
 
 def test_colours_are_neighbours_of_their_kind(subjects, manifest):
-    outcome = run(Config(dataset=TRAIN, k=5, more_k=(1, 20)), subjects, manifest, lambda metrics, step: None)
+    outcome = run(Config(dataset=SQUARES, k=5, more_k=(1, 20)), subjects, manifest, quiet)
     assert outcome.metrics["pixels"] == {"top1": 100.0, "top1_by_k": {"1": 100.0, "5": 100.0, "20": 100.0}}
     assert (outcome.num_train, outcome.num_test, outcome.split) == (60, 31, "test")
 
 
 def test_the_two_kinds_of_knn_carry_different_protocol_names(subjects, manifest):
-    names = {
-        run(Config(dataset=TRAIN, variant=variant), subjects, manifest, lambda metrics, step: None).protocol
-        for variant in ("weighted", "best")
-    }
-    assert names == {"knn/v1", "knn-best/v1"}
+    configs = [Config(dataset=SQUARES, variant=variant) for variant in ("weighted", "best")]
+    assert [run(config, subjects, manifest, quiet).protocol for config in configs] == ["knn/v1", "knn-best/v1"]

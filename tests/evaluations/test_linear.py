@@ -3,23 +3,18 @@ import torch
 import torch.nn.functional as F
 
 from ssl_core.blocks.schedules import learning_rate
-from ssl_core.config import Dataset, Training, parse
+from ssl_core.config import Training, parse
 from ssl_core.evaluations.linear import VARIANTS, Config, plan, run
 from ssl_core.evaluations.parts.features import Pixels, training_view
 from ssl_core.evaluations.parts.probe import LastBlocks, Probe, read_out
 
-from .conftest import Tiny
+from .conftest import SQUARES, Tiny, quiet
 
-TRAIN = Dataset(name="squares")
 GOOD_AND_BAD = (1e-9, 0.01)  # the first leaves the random weights as they are
 
 
-def quiet(metrics, step):
-    pass
-
-
 def short(**options):
-    return Config(dataset=TRAIN, **{"epochs": 4, "batch_size": 16, "learning_rate": 0.1, **options})
+    return Config(dataset=SQUARES, **{"epochs": 4, "batch_size": 16, "learning_rate": 0.1, **options})
 
 
 def make_probe(rates=(0.1,), dim=4):
@@ -85,12 +80,12 @@ def test_the_last_epoch_counts_and_the_best_is_reported_separately(subjects, man
     ],
 )
 def test_the_protocol_name_tells_probes_apart(options, name):
-    assert Config(dataset=TRAIN, **options).protocol_name() == name
+    assert Config(dataset=SQUARES, **options).protocol_name() == name
 
 
 def test_settings_that_differ_from_the_variant_are_listed():
-    assert Config(dataset=TRAIN, variant="moco").overridden() == []
-    assert Config(dataset=TRAIN, variant="moco", epochs=10, learning_rate=30.0).overridden() == ["epochs"]
+    assert Config(dataset=SQUARES, variant="moco").overridden() == []
+    assert Config(dataset=SQUARES, variant="moco", epochs=10, learning_rate=30.0).overridden() == ["epochs"]
 
 
 @pytest.mark.parametrize(
@@ -111,7 +106,7 @@ def test_settings_that_differ_from_the_variant_are_listed():
     ],
 )
 def test_published_probes_have_their_learning_rates(variant, peak, last, epochs):
-    config = Config(dataset=TRAIN, variant=variant)
+    config = Config(dataset=SQUARES, variant=variant)
     training = plan(config, config.rates()[0], config.batch_size)
     rates = [learning_rate(step, training=training, steps_per_epoch=100) for step in (0, 100 * epochs - 1)]
     assert (rates[0], training.epochs) == (pytest.approx(peak), epochs)
@@ -119,7 +114,7 @@ def test_published_probes_have_their_learning_rates(variant, peak, last, epochs)
 
 
 def test_a_shorter_run_keeps_its_milestones_in_place():
-    config = Config(dataset=TRAIN, epochs=20)
+    config = Config(dataset=SQUARES, epochs=20)
     training = plan(config, 10.0, 256)
     rates = [learning_rate(step, training=training, steps_per_epoch=1) for step in (11, 12, 15, 16)]
     assert rates == pytest.approx([10, 1, 1, 0.1])

@@ -8,19 +8,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from ssl_core.config import Dataset
 from ssl_core.data.loader import Loader
 from ssl_core.evaluations import knn, linear, logistic, low_shot
 from ssl_core.evaluations.parts import features
 from ssl_core.evaluations.parts.features import center_view, extract, make_loader
 
-TRAIN = Dataset(name="squares")
+from .conftest import SQUARES, quiet
 
 
 def read(subjects, manifest, batch_size, **part):
     views = {"probe": center_view(16)}
     options = {"seed": 0, "shuffle": False, "mean": subjects.mean, "std": subjects.std, **part}
-    with Loader(manifest, TRAIN, views, batch_size=batch_size, **options) as loader:
+    with Loader(manifest, SQUARES, views, batch_size=batch_size, **options) as loader:
         return extract(subjects.networks, loader)
 
 
@@ -53,13 +52,13 @@ def test_features_in_a_file_give_the_same_results(protocol, options, subjects, m
     results = []
     for limit in (features.MEMORY_LIMIT, 0):
         monkeypatch.setattr(features, "MEMORY_LIMIT", limit)
-        results.append(protocol.run(config, subjects, manifest, lambda metrics, epoch: None))
+        results.append(protocol.run(config, subjects, manifest, quiet))
     assert results[0] == results[1]
 
 
 def test_more_features_than_the_limit_are_in_a_file(subjects, manifest, monkeypatch):
     monkeypatch.setattr(features, "MEMORY_LIMIT", 60 * 8 * 4)  # what the network gives fits, pixels do not
-    with make_loader(subjects, manifest, TRAIN, center_view(16)) as loader:
+    with make_loader(subjects, manifest, SQUARES, center_view(16)) as loader:
         found = extract(subjects.networks, loader)
     (mapped,) = [line for line in Path("/proc/self/maps").read_text().splitlines() if "ssl-core-features-" in line]
     first, last = (int(end, 16) for end in mapped.split()[0].split("-"))
@@ -81,6 +80,7 @@ from ssl_core.evaluations import knn, logistic
 from ssl_core.evaluations.base import Subjects
 from ssl_core.evaluations.parts import features
 from ssl_core.evaluations.parts.features import Features, Pixels, allocate, center_view, extract, make_loader
+
 
 torch.set_num_threads(1)
 features.MEMORY_LIMIT = 2**20

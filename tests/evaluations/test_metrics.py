@@ -5,7 +5,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ssl_core.config import Dataset
 from ssl_core.data.shards import Manifest
 from ssl_core.evaluations.metrics import (
     Config,
@@ -22,14 +21,9 @@ from ssl_core.evaluations.metrics import (
     uniformity,
 )
 
-from .conftest import write_shards
+from .conftest import SQUARES, quiet, write_shards
 
-TRAIN = Dataset(name="squares")
 AXES = torch.eye(3)
-
-
-def quiet(metrics, step):
-    pass
 
 
 @pytest.fixture
@@ -135,20 +129,20 @@ def test_the_effective_rank_does_not_count_the_mean():
 
 
 def test_tolerance_is_one_minus_half_the_intra_class_alignment(rows):
-    metrics = measure(Set(rows, rows, rows), torch.arange(40) % 3, Config(dataset=TRAIN))
+    metrics = measure(Set(rows, rows, rows), torch.arange(40) % 3, Config(dataset=SQUARES))
     assert metrics["tolerance"] == pytest.approx(1 - metrics["intra_class_alignment"] / 2, abs=1e-5)
     assert (metrics["alignment"], metrics["alignment_copies"], metrics["instance_top1"]) == (0, 0, 100)
 
 
 def test_lengths_of_features_do_not_matter_to_what_lies_on_the_sphere(rows):
-    config, labels = Config(dataset=TRAIN), torch.arange(40) % 3
+    config, labels = Config(dataset=SQUARES), torch.arange(40) % 3
     short, long = (measure(Set(*(rows.roll(n, 0) * s for n in range(3))), labels, config) for s in (1, 7))
     assert long == pytest.approx(short, abs=1e-4)
 
 
 def test_the_set_follows_from_the_seed_and_the_result_says_which(subjects, manifest):
     first, again, other = (
-        run(Config(dataset=TRAIN, images_per_class=6, seed=seed), subjects, manifest, quiet) for seed in (1, 1, 2)
+        run(Config(dataset=SQUARES, images_per_class=6, seed=seed), subjects, manifest, quiet) for seed in (1, 1, 2)
     )
     assert first == again
     assert first.hyperparameters["set"] != other.hyperparameters["set"]
@@ -160,20 +154,20 @@ def test_the_set_follows_from_the_seed_and_the_result_says_which(subjects, manif
 
 
 def test_images_are_drawn_by_class_and_no_class_gives_more_than_it_has(manifest):
-    images = choose(manifest, "test", Config(dataset=TRAIN, images_per_class=5))
+    images = choose(manifest, "test", Config(dataset=SQUARES, images_per_class=5))
     assert np.bincount(np.array(images) % 3).tolist() == [5, 5, 5]
-    assert choose(manifest, "test", Config(dataset=TRAIN)) == list(range(31))
+    assert choose(manifest, "test", Config(dataset=SQUARES)) == list(range(31))
 
 
 def test_a_data_set_without_labels_is_measured_without_classes(subjects, tmp_path):
     bare = Manifest.load(write_shards(tmp_path, train=[0] * 4, test=[0] * 24, labelled=False))
-    outcome = run(Config(dataset=TRAIN, images=20), subjects, bare, quiet)
+    outcome = run(Config(dataset=SQUARES, images=20), subjects, bare, quiet)
     assert outcome.num_test == 20
     assert "tolerance" not in outcome.metrics["pretrained"]
 
 
 def test_copies_are_not_changed_in_ways_that_the_card_avoids():
-    views = make_views(Config(dataset=TRAIN), 16, ("flip",))
+    views = make_views(Config(dataset=SQUARES), 16, ("flip",))
     assert views["copies"].augmentation.flip == 0
     assert views["copies"].augmentation.jitter == 0.8
     assert views["original"].augmentation.jitter == 0
@@ -181,4 +175,4 @@ def test_copies_are_not_changed_in_ways_that_the_card_avoids():
 
 def test_an_unknown_augmentation_is_a_clear_error():
     with pytest.raises(ValueError, match="did you mean 'contrastive'"):
-        make_views(Config(dataset=TRAIN, augmentation="contrastve"), 16, ())
+        make_views(Config(dataset=SQUARES, augmentation="contrastve"), 16, ())

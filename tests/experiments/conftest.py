@@ -55,12 +55,12 @@ def schema() -> dict[str, Any]:
     return json.loads(bundled.SCHEMA.read_text())
 
 
-def changed(path: str, value: Any) -> dict[str, Any]:
-    """Return the good configuration with one value set."""
-    config = copy.deepcopy(VALID)
+def changed(path: str, value: Any, config: dict[str, Any] = VALID) -> dict[str, Any]:
+    """Return a configuration with one value set, by default the valid one."""
+    config = copy.deepcopy(config)
     *parents, key = path.split("/")
     section = config
     for parent in parents:
-        section = section[parent]
+        section = section.setdefault(parent, {})
     section[key] = value
     return config

@@ -6,6 +6,7 @@ import pickle
 import random
 import shutil
 import struct
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -26,8 +27,9 @@ from ssl_core.training.checkpoint import (
     remove_checkpoint,
     save_checkpoint,
 )
+from tests.waiting import wait_until
 
-from .conftest import KNN, SPEC
+from .conftest import KNN, SPEC, Undisturbed, Warm
 
 FLIPS = 1000 if "--long" in sys.argv else 100
 Result = TypeVar("Result")
@@ -72,6 +74,58 @@ def test_a_flipped_bit_in_a_shard_is_found(name: str, copy: Path) -> None:
         path.write_bytes(flipped(whole, generator))
         with pytest.raises(ValueError, match=rf"{name} (is not the file that was written|has \d+ lines instead)"):
             verify(manifest, "train", deep=True)
+
+
+def test_a_tar_that_is_cut_while_it_is_read_is_named(warm: Warm, undisturbed: Undisturbed, tmp_path: Path) -> None:
+    """The kernel sends SIGBUS to DALI's threads, which read the mapped file."""
+    folder = shutil.copytree(undisturbed.before["pretrain"], tmp_path / "project")
+    endless = {**SPEC, "training": {**SPEC["training"], "epochs": 10_000}}
+    running = warm.start(folder, "pretrain", more=["--spec", json.dumps(endless)])
+    wait_until((folder / "checkpoints" / "tiny.pt").exists)
+    os.truncate(folder / "shards" / "tiny" / "train-000000.tar", 0)
+    ended = running.wait()
+    assert ended.status == 2, ended.output
+    message = (
+        "error: a file was cut short while it was read (SIGBUS): shards/tiny/train-000000.tar has 0 bytes instead of"
+    )
+    assert ended.output.splitlines()[-1].startswith(message), ended.output
+
+
+# Maps a file, cuts it and reads it, in a thread.
+CUT = """
+import mmap, os, sys, threading
+from ssl_core.experiments.processes import report_bus_error
+
+def check():
+    if sys.argv[2] == "changed":
+        raise ValueError("x.tar has 0 bytes instead of 4096: shard again")
+
+def cut_and_read():
+    with open(sys.argv[1], "rb+") as file:
+        content = mmap.mmap(file.fileno(), 0)
+        file.truncate(0)
+        content[0]
+
+report_bus_error(check)
+thread = threading.Thread(target=cut_and_read)
+thread.start()
+thread.join()
+"""
+
+
+@pytest.mark.parametrize(
+    ("state", "reason"),
+    [
+        ("changed", "x.tar has 0 bytes instead of 4096: shard again"),
+        ("equal", "all shards are whole; look for a changed file of weights or a failing disk"),
+    ],
+)
+def test_a_bus_error_ends_in_one_line(state: str, reason: str, tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(bytes(4096))
+    command = [sys.executable, "-c", CUT, str(tmp_path / "x"), state]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    assert ended.returncode == 2
+    assert ended.stderr == f"error: a file was cut short while it was read (SIGBUS): {reason}\n"
 
 
 @pytest.mark.parametrize(

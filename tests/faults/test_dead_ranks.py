@@ -5,13 +5,17 @@ import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
-from .conftest import SPEC, Ended, Stage, Undisturbed, Warm, contents
-from .test_interruptions import children, survivors, until
+from tests.waiting import wait_until
+
+from .conftest import COMMANDS, SPEC, Ended, Stage, Undisturbed, Warm, contents
+from .test_interruptions import children, survivors
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]
 TWO = json.dumps({**SPEC, "training": {**SPEC["training"], "gpus": 2}})
@@ -45,16 +49,16 @@ def test_a_killed_rank_ends_the_run_within_a_minute(
     folder = tmp_path / "project"
     shutil.copytree(undisturbed.before["pretrain"], folder)
     running = start(warm, folder)
-    processes = until(lambda: ranks(running.process))
+    processes = wait_until(lambda: ranks(running.process))
     if moment == "training":
-        until(lambda: list(map(hash, (folder / "checkpoints").glob("tiny.pt"))))
+        wait_until((folder / "checkpoints" / "tiny.pt").exists)
     time.sleep(random.Random(f"{moment} {victim}").uniform(0, 1))  # the moment is under test
     os.kill(processes[victim], signal.SIGKILL)
     killed = time.monotonic()
     ended = running.wait()
     assert time.monotonic() - killed < MINUTE
     assert_one_error(ended, f"process {victim} of 2 failed: it was killed, most likely for want of memory")
-    until(lambda: [] if survivors(running.process) else [1])
+    wait_until(lambda: not survivors(running.process))
     ended = start(warm, folder).wait()
     assert ended.status == 0, ended.output
     assert ("continuing at step" in ended.output) == (moment == "training")
@@ -65,13 +69,36 @@ def test_ranks_do_not_outlive_a_killed_launcher(warm: Warm, undisturbed: Undistu
     folder = tmp_path / "project"
     shutil.copytree(undisturbed.before["pretrain"], folder)
     running = start(warm, folder)
-    until(lambda: ranks(running.process))
-    until(lambda: list(map(hash, (folder / "checkpoints").glob("tiny.pt"))))
+    wait_until(lambda: ranks(running.process))
+    wait_until((folder / "checkpoints" / "tiny.pt").exists)
     os.kill(running.process, signal.SIGKILL)
     assert running.wait().status == -signal.SIGKILL
     killed = time.monotonic()
-    until(lambda: [] if survivors(running.process) else [1])
+    wait_until(lambda: not survivors(running.process))
     assert time.monotonic() - killed < MINUTE
+
+
+def test_ranks_meet_on_a_host_whose_name_does_not_resolve(
+    undisturbed: Undisturbed, whole: dict[str, bytes], tmp_path: Path
+) -> None:
+    namespace = ["unshare", "--user", "--map-root-user", "--uts"]
+    if subprocess.call([*namespace, "hostname", "nowhere.invalid"]):
+        pytest.skip("no user namespaces")
+    folder = shutil.copytree(undisturbed.before["pretrain"], tmp_path / "project")
+    stage = [
+        str(Path(sys.executable).with_name("ssl-core")),
+        "pretrain",
+        *COMMANDS["pretrain"],
+        "--spec",
+        TWO,
+        "--threads",
+        "2",
+    ]
+    shell = ["sh", "-c", 'hostname nowhere.invalid && exec "$@"', "sh", *stage]
+    run = subprocess.run([*namespace, *shell], cwd=folder, capture_output=True, text=True, timeout=600)
+    assert run.returncode == 0, run.stderr
+    assert "nowhere.invalid" not in run.stderr
+    assert contents(folder) == whole
 
 
 def assert_one_error(ended: Ended, words: str) -> None:

@@ -1,6 +1,5 @@
 """Input made to do harm, or by broken tools, is refused in one line or handled; nothing is written elsewhere."""
 
-import io
 import json
 import os
 import struct
@@ -13,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image
 
 from ssl_core.data.card import load_card
 from ssl_core.data.shards import Manifest
 from ssl_core.stages import shard
+from tests.data.test_mutations import join_chunks, split_chunks
+from tests.data.test_sources import png, tar
 
 ODD_NAMES = {
     "a newline": "one\ntwo.png",
@@ -30,21 +30,6 @@ ODD_NAMES = {
     "only dots": "...png.png",
     "a leading dash": "-rf.png",
 }
-
-
-def png(color: int = 0) -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", (8, 8), (color, 0, 0)).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def tar(path: Path, members: dict[str, bytes], **compression: Any) -> Path:
-    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT, **compression) as archive:
-        for name, content in members.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            archive.addfile(member, io.BytesIO(content))
-    return path
 
 
 def card(folder: Path, source: dict[str, Any], **more: Any) -> Path:
@@ -73,9 +58,9 @@ def outside(folder: Path) -> set[str]:
 def test_a_tar_of_traps_writes_nothing_outside_and_reads_nothing_outside(tmp_path: Path) -> None:
     archive = tar(
         tmp_path / "evil.tar",
-        {"cat/1.png": png(), "../2.png": png(), "/tmp/3.png": png(), "cat/../../4.png": png(), "dog/..": png()},
+        {"cat/1.png": png(0), "../2.png": png(0), "/tmp/3.png": png(0), "cat/../../4.png": png(0), "dog/..": png(0)},
     )
-    (tmp_path / "secret.png").write_bytes(png())
+    (tmp_path / "secret.png").write_bytes(png(0))
     with tarfile.open(archive, "a") as file:
         kinds = (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE, tarfile.DIRTYPE)
         for number, kind in enumerate(kinds):
@@ -94,7 +79,7 @@ def test_file_names_of_any_kind_become_short_keys(tmp_path: Path) -> None:
     for name in ODD_NAMES.values():
         place = tmp_path / "images" / name.removesuffix(".png").lstrip(".")[:200] / name
         place.parent.mkdir(parents=True)
-        place.write_bytes(png())
+        place.write_bytes(png(0))
     manifest = sharded(tmp_path, {"type": "image_folder", "path": str(tmp_path / "images"), "splits": {"train": {}}})
     shown = [name for name in ODD_NAMES.values() if not name.startswith(".")]  # as `ls` shows them
     assert manifest.split("train").images == len(shown)
@@ -106,7 +91,7 @@ def test_file_names_of_any_kind_become_short_keys(tmp_path: Path) -> None:
 
 def test_the_manifest_lists_bad_images_with_names_of_any_kind(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
-    (tmp_path / "images" / "good.png").write_bytes(png())
+    (tmp_path / "images" / "good.png").write_bytes(png(0))
     for name in ODD_NAMES.values():
         (tmp_path / "images" / name).write_bytes(b"no image")
     source = {"type": "image_folder", "path": str(tmp_path / "images"), "splits": {"train": {"labels": "none"}}}
@@ -127,7 +112,7 @@ def test_names_of_300_characters_in_a_tar(tmp_path: Path) -> None:
 @pytest.mark.parametrize("members", [5_000, pytest.param(500_000, marks=pytest.mark.long)])
 def test_very_many_tiny_members_cost_little_memory(members: int, tmp_path: Path) -> None:
     block = b"".join(
-        header(f"cat/{number:07d}.{'png' if number % 500 == 0 else 'txt'}", png() if number % 500 == 0 else b"")
+        header(f"cat/{number:07d}.{'png' if number % 500 == 0 else 'txt'}", png(0) if number % 500 == 0 else b"")
         for number in range(members)
     )
     (tmp_path / "evil.tar").write_bytes(block + bytes(1024))
@@ -154,22 +139,16 @@ def header(name: str, content: bytes) -> bytes:
 
 def bomb_png(side: int) -> bytes:
     """Return a black picture of `side` squared pixels in a few kB."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
     deflate = zlib.compressobj(9)
     rows = b"".join(deflate.compress(bytes(1 + side // 8)) for _ in range(side)) + deflate.flush()
     size = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", size) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+    return join_chunks([(b"IHDR", size), (b"IDAT", rows), (b"IEND", b"")])
 
 
 def bomb_text() -> bytes:
     """Return a small picture with a comment of 64 MB, compressed."""
-    whole = png()
-    data = b"Comment\0\0" + zlib.compress(bytes(1 << 26))
-    chunk = struct.pack(">I", len(data)) + b"zTXt" + data + struct.pack(">I", zlib.crc32(b"zTXt" + data))
-    return whole[:33] + chunk + whole[33:]
+    head, *rest = split_chunks(png(0))
+    return join_chunks([head, (b"zTXt", b"Comment\0\0" + zlib.compress(bytes(1 << 26))), *rest])
 
 
 @pytest.mark.parametrize(
@@ -204,7 +183,7 @@ def test_images_that_would_blow_up_or_run_something_are_refused(
     ],
 )
 def test_labels_that_are_none_are_refused(label: bytes, words: str, tmp_path: Path) -> None:
-    archive = tar(tmp_path / "evil.tar", {"a.png": png(), "a.cls": label, "b.png": png(), "b.cls": b"0"})
+    archive = tar(tmp_path / "evil.tar", {"a.png": png(0), "a.cls": label, "b.png": png(0), "b.cls": b"0"})
     line = refusal(tmp_path, {"type": "webdataset", "splits": {"train": {"tars": str(archive)}}})
     assert words in line
 
@@ -274,7 +253,7 @@ def test_xml_that_blows_up_or_reads_files_is_refused(text: str, tmp_path: Path) 
 @pytest.mark.parametrize("up", ["../secret.png", "a/../../secret.png"])
 def test_a_list_of_images_cannot_name_files_outside_its_data_set(up: str, tmp_path: Path) -> None:
     (tmp_path / "coco").mkdir()
-    (tmp_path / "secret.png").write_bytes(png())
+    (tmp_path / "secret.png").write_bytes(png(0))
     listed = {"images": [{"id": 1, "file_name": up}], "categories": [{"id": 1, "name": "cat"}]}
     listed["annotations"] = [{"image_id": 1, "category_id": 1}]
     (tmp_path / "coco" / "train.json").write_text(json.dumps(listed))

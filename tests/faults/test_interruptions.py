@@ -7,11 +7,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
+
+from tests.waiting import wait_until
 
 from .conftest import STAGES, Undisturbed, Warm, contents, final
 
@@ -31,7 +33,7 @@ def disturb(warm: Warm, undisturbed: Undisturbed, folder: Path, stage: str, name
         running.send(number, group=group)
         ended = running.wait()
         assert ended.status in {0} | ENDS[name], ended.output
-        until(lambda group=running.process: [] if survivors(group) else [group])  # its workers end with it
+        wait_until(lambda group=running.process: not survivors(group))  # its workers end with it
         hits += ended.status != 0
         written = final(folder)
         assert {file: whole.get(file) for file in written} == written, f"{stage}, {name}, seed {seed}"
@@ -73,7 +75,7 @@ def test_a_killed_shard_worker_ends_the_stage_with_a_message(warm: Warm, bare: P
     shutil.copytree(bare, folder)
     (folder / "images/train/circle/slow.png").symlink_to("/dev/zero")  # a worker reads it until it is killed
     running = warm.start(folder, "shard")
-    (worker, *_) = until(lambda: children(running.process))
+    (worker, *_) = wait_until(lambda: children(running.process))
     os.kill(worker, signal.SIGKILL)
     ended = running.wait()
     assert ended.status == 2
@@ -94,15 +96,6 @@ def test_a_worker_whose_parent_died_before_it_began_does_not_stay() -> None:
         "os._exit(0)"  # as if SIGTERM had come
     )
     assert subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.PIPE).stdout == b""
-
-
-def until(look: Callable[[], list[int]]) -> list[int]:
-    """Call `look` until its result is not empty; return it."""
-    deadline = time.monotonic() + 300
-    while not (result := look()):
-        assert time.monotonic() < deadline
-        time.sleep(0.005)  # between looks
-    return result
 
 
 def children(process: int) -> list[int]:

@@ -102,6 +102,46 @@ def test_a_lock_file_is_never_followed_through_a_link(tmp_path: Path) -> None:
     assert (tmp_path / "precious").read_text() == "kept"
 
 
+# Begins as a workflow does, reports it, and ends with its standard input.
+LOCKING = """
+import sys
+from pathlib import Path
+from ssl_core.experiments.processes import remove_stale_locks
+remove_stale_locks(Path(sys.argv[1]))
+print("runs", flush=True)
+sys.stdin.read()
+"""
+
+
+def run_workflow(folder: Path) -> None:
+    with start(LOCKING, str(folder)) as workflow:
+        assert read_line(workflow) == "runs"
+        workflow.communicate()
+
+
+def test_locks_of_snakemake_are_removed_after_the_end_of_every_workflow(tmp_path: Path) -> None:
+    lock = tmp_path / "locks" / "0.input.lock"
+    lock.parent.mkdir()
+    with start(LOCKING, str(tmp_path)) as workflow:
+        assert read_line(workflow) == "runs"
+        lock.touch()
+        run_workflow(tmp_path)
+        assert lock.exists()
+        workflow.kill()
+    run_workflow(tmp_path)
+    assert not lock.exists()
+
+
+def test_locks_of_a_workflow_on_another_host_stay(tmp_path: Path) -> None:
+    lock = tmp_path / "locks" / "0.input.lock"
+    lock.parent.mkdir()
+    lock.touch()
+    (tmp_path / "workflows.lock").write_text("another-host")
+    run_workflow(tmp_path)
+    run_workflow(tmp_path)
+    assert lock.exists()
+
+
 # A stage that would train for ever.
 ENDLESS = """
 import sys, threading

@@ -8,12 +8,13 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from ssl_core.tracking import run as tracking
+from tests.waiting import wait_until
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(600)]
 STEPS = 200
@@ -46,10 +47,7 @@ class Server:
                 stderr=log,
                 start_new_session=True,
             )
-        deadline = time.monotonic() + 180
-        while not self.answers():
-            assert time.monotonic() < deadline, (self.folder / "server.log").read_text()
-            time.sleep(0.2)  # between looks
+        wait_until(self.answers)
 
     def answers(self) -> bool:
         try:
@@ -103,10 +101,10 @@ def test_all_numbers_arrive_whatever_the_server_did_meanwhile(
                 slowest = max(slowest, time.monotonic() - begin)
 
         log(range(50))
-        wait_for(lambda: "warning" in capfd.readouterr().err)
+        wait_until(lambda: "warning" in capfd.readouterr().err)
         server.start()
         log(range(50, 80))
-        wait_for(lambda: run.id is not None)  # after RETRY_SECONDS
+        wait_until(lambda: run.id is not None)  # after RETRY_SECONDS
         server.send(signal.SIGSTOP)  # it accepts connections and never answers
         log(range(80, 120))
         time.sleep(8)  # longer than the time limit of a request
@@ -121,19 +119,12 @@ def test_all_numbers_arrive_whatever_the_server_did_meanwhile(
     assert "warning" not in capfd.readouterr().err  # only the first failure warns
 
 
-def wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 120
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.2)  # between looks
-
-
 def test_a_server_that_dies_for_good_costs_a_warning_and_the_end_is_in_time(
     server: Server, capfd: pytest.CaptureFixture[str]
 ) -> None:
     server.start()
     with tracking.start("pretrain", "tiny", digest="d", parameters={"a": 1}) as run:
-        wait_for(lambda: run.id is not None)
+        wait_until(lambda: run.id is not None)
         server.kill()
         for step in range(STEPS):
             run.metrics({"loss": float(step)}, step=step)

@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.waiting import wait_until
 from tests.workflow.conftest import finish, start
 
 from .conftest import KNN, SPEC, contents, final
-from .test_interruptions import survivors, until
+from .test_interruptions import survivors
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(3600)]
 TARGET = "results/tiny/knn.json"
@@ -58,19 +59,17 @@ def test_the_workflow_ended_at_random_moments_goes_on_to_the_same_bytes(
         if process.poll() is None:
             os.killpg(process.pid, kind)
         output, _ = process.communicate(timeout=600)
-        until(lambda group=process.pid: [] if survivors(group) else [1])
+        wait_until(lambda group=process.pid: not survivors(group))
         hits += process.returncode != 0
         written = final(folder)
         assert {file: whole.get(file) for file in written} == written, f"{kind.name} after {moment:.1f} s: {output}"
-        if (folder / ".snakemake" / "locks").is_dir() and any((folder / ".snakemake" / "locks").iterdir()):
-            finish(folder, "--unlock")
-        finish(folder, "--rerun-incomplete", TARGET)
+        finish(folder, TARGET)
         assert contents(folder) == whole, f"{kind.name} after {moment:.1f} s"
     print(f"ended {hits} times of {MOMENTS} before it had finished")
     assert hits >= MOMENTS // 2
 
 
-def test_a_kill_between_an_output_and_snakemakes_record_of_it_needs_rerun_incomplete(
+def test_an_output_that_a_kill_left_without_snakemakes_record_is_made_again(
     project: Path, undisturbed: tuple[dict[str, bytes], float], tmp_path: Path
 ) -> None:
     folder = tmp_path / "project"
@@ -85,10 +84,7 @@ def test_a_kill_between_an_output_and_snakemakes_record_of_it_needs_rerun_incomp
     assert process.returncode == -signal.SIGKILL
     assert (folder / target).exists()
     stage.unlink()
-    finish(folder, "--unlock")
-    output, _ = start(folder, target).communicate(timeout=300)
-    assert "rerun your command with the --rerun-incomplete flag" in output
-    finish(folder, "--rerun-incomplete", target)
+    assert "1 of 1 steps (100%) done" in finish(folder, target)
     assert contents(folder).items() <= undisturbed[0].items()
 
 
@@ -103,7 +99,7 @@ def test_a_second_workflow_in_the_same_folder_is_refused_and_does_not_disturb_th
     gate.write_text(f'#!/bin/sh\ntouch started\nuntil [ -e go ]; do sleep 0.05; done\nexec {real} "$@"\n')
     gate.chmod(0o755)
     first = start(folder, TARGET)
-    until(lambda: [1] if (folder / "started").exists() else [])
+    wait_until((folder / "started").exists)
     second = start(folder, TARGET)
     output, _ = second.communicate(timeout=120)
     assert second.returncode != 0

@@ -45,6 +45,15 @@ def test_measured_numbers_are_beside_reported_ones_and_missing_ones_are_not_run(
     ]
 
 
+def test_a_number_may_belong_to_any_metric(tmp_path: Path) -> None:
+    measure(tmp_path, "one", 87.24)
+    claims = {"one": {"source": "Table 1", "results": {"linear.top5": 98.5}}}
+    config = {**CONFIG, "evaluations": {"linear": {}}, "reported": claims}
+    assert lines(compare.run(config, tmp_path))[1] == [
+        "one", "linear.top5", "98.5", "99.0", "+0.5", "linear/v1 top5", "Table 1",
+    ]  # fmt: skip
+
+
 def test_missing_seeds_are_counted(tmp_path: Path) -> None:
     measure(tmp_path, "many-seed0", 85.0)
     assert lines(compare.run(CONFIG, tmp_path))[3][3] == "85.0 (1 of 3)"

@@ -13,10 +13,12 @@ from PIL import Image
 
 from ssl_core import cli
 from ssl_core.config import Backbone, Training
+from ssl_core.data.shards import Manifest, Split, new_shard
 from ssl_core.experiments import overlays
-from ssl_core.look import doctor, forecast
+from ssl_core.look import doctor, explain, forecast
 from ssl_core.methods.base import resolve
 from ssl_core.networks.backbones import build_backbone
+from ssl_core.training.memory import count, estimate
 
 RunCommand = Callable[..., str]
 
@@ -89,14 +91,24 @@ def test_the_settings_are_yaml_that_resolves_to_the_same_experiment(explained: s
         ("queue_size: 16", "config.yaml"),
         ("epochs: 3", "mine.yaml"),
         ("solarize: 0.0", "mine.yaml (simclr)"),
-        ("student_temperature: 0.1", "paper default (preset small)"),
-        ("learning_rate: 0.06", "paper default (preset small)"),
+        ("student_temperature: 0.1", "preset small"),
+        ("learning_rate: 0.06", "preset small"),
         ("gradient_clip: null", "default"),
     ],
 )
 def test_each_value_has_its_origin(line: str, origin: str, explained: str) -> None:
     (row,) = [row for row in explained.splitlines() if row.strip().startswith(line + " ")]
     assert row.endswith(f"  # {origin}")
+
+
+def test_the_presets_source_is_printed(explained: str) -> None:
+    assert "# preset small: Zheng et al., journal version, small images (docs/sources.md#ressl)" in explained
+
+
+def test_a_batch_that_cannot_fit_names_the_settings(run_command: RunCommand, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(explain, "capacity", lambda training: 0.902e9)  # little more than the libraries
+    output = run_command("explain", "first", "--no-time").replace("\n#      ", "")
+    assert "does not fit: training.batch_size 8 needs about 1 GB per process for 8 images at once" in output
 
 
 def test_a_point_of_a_sweep_names_the_sweep_as_origin(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,6 +124,40 @@ def test_it_counts_images_steps_and_batches(explained: str) -> None:
     assert "effective learning rate: 0.001875 = 0.06 x 8 / 256, sgd" in explained
     assert "seen by teacher" in explained
     assert "tiny's card switches off flip" in explained
+
+
+def test_it_counts_the_decoded_images_of_a_batch(explained: str) -> None:
+    assert "stored images: 256 pixels on average, 256 pixels at most" in explained
+    assert "decoded images 6.14 kB" in explained.replace("\n#      ", "")  # 3 bytes x 256 pixels x 8 images
+
+
+def test_sizes_of_decoded_images_are_read_from_their_headers(tmp_path: Path) -> None:
+    with new_shard(tmp_path / "train-000000.tar") as writer:
+        for number, side in enumerate((20, 50)):
+            file = io.BytesIO()
+            Image.new("RGB", (side, 10)).save(file, "JPEG", icc_profile=bytes(100_000))  # a long header
+            writer.add(number, "jpg", file.getvalue(), 0)
+        shard = writer.close()
+    split = Split(images=2, labelled=True, bytes=shard.bytes, class_counts=None, shards=(shard,), rejected=())
+    (tmp_path / "manifest.json").write_text(
+        Manifest(
+            dataset="tiny",
+            image_size=8,
+            mean=(0.5, 0.5, 0.5),
+            std=(0.5, 0.5, 0.5),
+            classes=None,
+            avoid=(),
+            splits={"train": split},
+        ).model_dump_json()
+    )
+    manifest = Manifest.load(tmp_path / "manifest.json")
+    assert forecast.decoded_pixels(manifest, "train").tolist() == [200, 500]
+
+
+def test_decoded_images_of_a_batch_vary_with_its_images() -> None:
+    assert forecast.largest_batch(np.array([100]), 8) == 800
+    photographs = np.array([10**7] + [10**5] * 99)
+    assert 2e7 < forecast.largest_batch(photographs, 32) < 9e7  # some of 32 are the large one, never all
 
 
 def test_ten_steps_are_timed_if_there_are_shards(run_command: RunCommand) -> None:
@@ -160,14 +206,15 @@ def test_a_step_costs_its_forward_and_backward_passes(project: Path, monkeypatch
 
     monkeypatch.chdir(project)
     subject = find_subject(overlays.load_configuration([]).experiment("first"))
-    method = forecast.build(subject.resolved, 16, subject.views, num_images=20, batch_size=8)
+    method = forecast.build(subject.resolved, 16, subject.views, num_images=20)
     walked = forecast.walk(method, subject.views, subject.resolved.training)
     # A student's pass forward and, about twice that, backward, and a teacher's; heads come on top.
     assert 3.7 < walked.step / walked.backbone < 4.5
-    memory = forecast.memory(method, subject.views, subject.resolved.training, walked, 20)
-    assert memory["gradients and optimizer"] == 2 * 4 * forecast.count(method, trained=True)
-    adamw = forecast.memory(method, subject.views, Training(optimizer="adamw", batch_size=16), walked, 20)
-    assert adamw["gradients and optimizer"] == 3 * 4 * forecast.count(method, trained=True)
+    uses = {"activations": walked.activations, "num_images": 20}
+    memory = estimate(method, subject.views, subject.resolved.training, **uses)
+    assert memory["gradients and optimizer"] == 2 * 4 * count(method, trained=True)
+    adamw = estimate(method, subject.views, Training(optimizer="adamw", batch_size=16), **uses)
+    assert adamw["gradients and optimizer"] == 3 * 4 * count(method, trained=True)
     assert adamw["activations"] == 2 * memory["activations"]
 
 
@@ -183,3 +230,12 @@ def test_the_doctor_reports_what_works_and_what_fails(
     monkeypatch.setattr("sys.executable", "/bin/false")  # DALI is tried in a process of its own
     assert not doctor.examine()
     assert any(line.startswith("fails    DALI") for line in capsys.readouterr().out.splitlines())
+
+
+@pytest.mark.parametrize("address", ["http://me:secret@127.0.0.1:9", "postgresql://me:secret@host/mlflow"])
+def test_the_doctor_prints_no_password(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SSL_TRACKING", "")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+    (finding,) = doctor._database()
+    assert finding.message.startswith(f"{address.partition(':')[0]}://***@")
+    assert "secret" not in finding.message

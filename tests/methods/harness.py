@@ -18,7 +18,7 @@ from ssl_core.blocks import distributed
 from ssl_core.config import Training
 from ssl_core.data.loader import Batch
 from ssl_core.data.views import Views
-from ssl_core.methods.base import Losses, Method, MethodConfig, Progress
+from ssl_core.methods.base import Losses, Method, MethodConfig, Progress, resolve
 from ssl_core.networks.batchnorm import SplitBatchNorm1d, SplitBatchNorm2d, synchronise_batchnorm
 from ssl_core.training.loop import Trainer
 from ssl_core.training.monitor import Alarm, spread
@@ -30,6 +30,7 @@ SIZES = (PIXELS, 16, 32, 64, 96)
 EPOCHS = 2
 START = Progress(0, 100)
 CPU = torch.device("cpu")
+DEVICE = "cpu"  # of `trainer`; tests/gpu sets it
 ROOT = Path(__file__).parents[2]
 
 
@@ -59,6 +60,12 @@ def make(method: type[Method], config: MethodConfig, *, num_images: int = NUM_IM
     """Build `method` around `Tiny` from a fixed seed; `Any`, because tests use attributes of particular methods."""
     torch.manual_seed(0)
     return method(config, Tiny(), num_images=num_images, batch_size=batch_size, seed=0)  # pyright: ignore[reportArgumentType]
+
+
+def resolved(name: str, **settings: Any) -> Any:
+    """Resolve an experiment that pre-trains ResNet-18 by a method with these settings."""
+    experiment = {"dataset": {"name": "demo"}, "backbone": {"name": "resnet18"}}
+    return resolve({**experiment, "method": {"name": name, **settings}})
 
 
 def smallest_views(method: type[Method], config: MethodConfig) -> Views:
@@ -91,6 +98,16 @@ def select(whole: Batch, rows: Any) -> Batch:
 def remember(model: Method, *losses: Losses, progress: Progress = START) -> None:
     """Call `after_step` with the memory of these forward passes, as the training loop does."""
     model.after_step(progress, [each.memory or {} for each in losses])
+
+
+def step(model: Method, optimizer: torch.optim.Optimizer, one: Batch, progress: Progress) -> None:
+    """Take one optimizer step as the training loop does."""
+    losses = model(one, progress)
+    losses.total.backward()
+    model.before_step(progress)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    remember(model, losses, progress=progress)
 
 
 def collapse_alarms(method: type[Method], config: MethodConfig) -> float:
@@ -139,7 +156,7 @@ def trainer(method: type[Method], config: MethodConfig, **training: Any) -> Trai
         **{"epochs": EPOCHS, "batch_size": BATCH, "warmup_epochs": 0.5, "precision": "fp32", **training}
     )
     loader = Noise(smallest_views(method, config), BATCH // settings.accumulation)
-    result = Trainer(make(method, config), loader, settings, device=CPU)  # pyright: ignore[reportArgumentType]
+    result = Trainer(make(method, config), loader, settings, device=torch.device(DEVICE))  # pyright: ignore[reportArgumentType]
     result.log_steps = 1
     return result
 
@@ -156,7 +173,7 @@ def resume_is_exact(
 
     def keep_state(row: dict[str, float]) -> None:
         if row["step"] in stops:
-            states[int(row["step"])] = _dump(whole.state())
+            states[int(row["step"])] = state_bytes(whole.state())
 
     start = whole.loader.state()
     whole.method.prepare(whole.loader, whole.device)
@@ -167,8 +184,8 @@ def resume_is_exact(
         second = trainer(method, config, **training)
         second.restore(torch.load(io.BytesIO(state), weights_only=True))
         _run(second, log=lambda row: None)
-        assert _dump(second.method.state_dict()) == _dump(whole.method.state_dict()), _differences(second, whole)
-        assert _dump(second.optimizer.state_dict()) == _dump(whole.optimizer.state_dict())
+        for one, other in ((second.method, whole.method), (second.optimizer, whole.optimizer)):
+            assert state_bytes(one.state_dict()) == state_bytes(other.state_dict()), _differences(second, whole)
         assert second.history == whole.history
 
 
@@ -178,7 +195,7 @@ def _run(trainer: Trainer, log: Callable[[dict[str, float]], None]) -> None:
         trainer.run(save=lambda: None, log=log)
 
 
-def _dump(state: Any) -> bytes:
+def state_bytes(state: Any) -> bytes:
     file = io.BytesIO()
     torch.save(state, file)
     return file.getvalue()

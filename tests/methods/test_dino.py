@@ -1,21 +1,36 @@
 """DINO: the loss, its centre and temperatures, the head, the teacher, and the loss over many crops."""
 
-import math
+from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from timm.layers.drop import DropPath
 
 from ssl_core.blocks.multicrop import balance
 from ssl_core.config import parse
+from ssl_core.data.loader import Loader
 from ssl_core.methods.base import Progress, resolve
-from ssl_core.methods.dino import DINO, Config, Head, distillation_loss
-from tests.methods.harness import START, batch, make, remember, resume_is_exact, select, two_processes_equal_one
+from ssl_core.methods.base import build as build_method
+from ssl_core.methods.dino import DINO, Config, Head
+from ssl_core.training.loop import Trainer
+from ssl_core.training.memory import random_batch
+from tests.methods.harness import (
+    START,
+    batch,
+    make,
+    remember,
+    resolved,
+    resume_is_exact,
+    select,
+    step,
+    two_processes_equal_one,
+)
 
 SMALL = {"num_outputs": 10, "head_hidden": 12, "bottleneck_dim": 5, "teacher_momentum": 0.9}
 LOCALS = {"num_locals": 3, "local_size": 6, "alpha": 0.4}
-TEMPERATURES = {"student_temperature": 0.1, "teacher_temperature": 0.04}
 
 
 def config(**changes):
@@ -30,26 +45,7 @@ def logits(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def step(model, optimizer, one, progress):
-    losses = model(one, progress)
-    losses.total.backward()
-    model.before_step(progress)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    remember(model, losses, progress=progress)
-
-
 # The loss
-
-
-def test_distillation_loss_matches_a_numpy_oracle_in_double_precision():
-    student, teacher, centre = logits(3, 4, 6).double(), logits(2, 4, 6, seed=1).double(), logits(6, seed=2).double()
-    found = distillation_loss(student, teacher, centre, **TEMPERATURES)
-    sharp = np.exp((teacher.numpy() - centre.numpy()) / 0.04)
-    target = sharp / sharp.sum(2, keepdims=True)
-    logs = student.numpy() / 0.1 - np.log(np.exp(student.numpy() / 0.1).sum(2, keepdims=True))
-    expected = [[-(t * s).sum(1).mean() for s in logs] for t in target]
-    np.testing.assert_allclose(found, expected, atol=1e-12)
 
 
 @pytest.mark.parametrize(("num_locals", "terms", "share"), [(6, 14, 1 / 7), (10, 22, 1 / 11)])
@@ -78,13 +74,6 @@ def test_one_global_view_may_be_compared_with_local_ones():
     assert set(parts) == {"local"}
 
 
-def test_a_constant_encoder_has_the_loss_log_of_the_number_of_outputs():
-    # Once the centre equals the teacher's constant output, the target is uniform.
-    teacher = logits(6).expand(2, 4, 6)
-    pairs = distillation_loss(torch.zeros(2, 4, 6), teacher, teacher[0, 0], **TEMPERATURES)
-    torch.testing.assert_close(pairs, torch.full((2, 2), math.log(6)))
-
-
 def test_a_flatter_teacher_is_refused():
     with pytest.raises(ValueError, match=r"up to 0\.2, must be below student_temperature 0\.1"):
         parse(Config, {"teacher_temperature": 0.2}, "method")
@@ -104,18 +93,8 @@ def test_the_centre_is_in_the_checkpoint_and_moves_to_the_batch_mean_after_the_s
     model, one = make(DINO, config(centre_momentum=0.75)), batch(views())
     assert model.state_dict()["centre"].tolist() == [0.0] * 10
     outputs = model.teacher(torch.cat([one.views["global_first"][0], one.views["global_second"][0]]))
-    losses = model(one, START)
-    assert model.centre.tolist() == [0.0] * 10
-    remember(model, losses)
+    remember(model, model(one, START))
     torch.testing.assert_close(model.centre, 0.25 * outputs.mean(dim=0))
-
-
-def test_the_centre_equals_the_mean_of_all_teacher_outputs_in_the_limit():
-    model, one = make(DINO, config(teacher_momentum=1.0)).eval(), batch(views())
-    outputs = [model.teacher(one.views[group][0]) for group in ("global_first", "global_second")]
-    for _ in range(200):
-        remember(model, model(one, START))
-    torch.testing.assert_close(model.centre, torch.cat(outputs).mean(dim=0).detach(), atol=1e-5, rtol=1e-5)
 
 
 def test_micro_batches_give_one_centre_update_by_their_common_mean():
@@ -167,20 +146,6 @@ def test_the_last_layer_is_frozen_for_the_configured_share():
     assert moved == [False, False, False, True, True]
 
 
-def test_the_teacher_follows_the_student_after_the_step_on_a_cosine_to_one():
-    model, one = make(DINO, config(teacher_momentum=0.5)), batch(views())
-    weight = lambda: model.teacher[0].layer.weight  # noqa: E731
-    expected = weight().clone()
-    for number in range(5):
-        losses = model(one, Progress(number, 10))
-        with torch.no_grad():
-            model.backbone.layer.weight.add_(1)
-        momentum = 1 - 0.5 * 0.5 * (1 + math.cos(math.pi * number / 10))
-        expected = momentum * expected + (1 - momentum) * model.backbone.layer.weight.detach()
-        remember(model, losses, progress=Progress(number, 10))
-        torch.testing.assert_close(weight(), expected)
-
-
 # Many crops
 
 
@@ -195,9 +160,7 @@ def test_equal_sizes_share_a_forward_the_head_sees_everything_and_the_teacher_on
 
 
 def test_views_have_the_papers_augmentations_and_networks():
-    spec = {"dataset": {"name": "demo"}, "backbone": {"name": "resnet18"}}
-    experiment = resolve({**spec, "method": {"name": "dino", "preset": "sslight"}})
-    views = DINO.views(experiment.method, 224)
+    views = DINO.views(resolved("dino", preset="sslight").method, 224)
     assert {name: view.seen_by for name, view in views.items()} == {
         "global_first": ("student", "teacher"),
         "global_second": ("student", "teacher"),
@@ -206,8 +169,7 @@ def test_views_have_the_papers_augmentations_and_networks():
     assert [views[name].augmentation.blur for name in views] == [1.0, 0.1, 0.5]
     assert [views[name].augmentation.solarize for name in views] == [0.0, 0.2, 0.0]
     assert (views["local"].count, views["local"].size, views["local"].area) == (6, 128, (0.05, 0.3))
-    official = resolve({**spec, "method": {"name": "dino", "preset": "official"}})
-    assert (official.method.num_outputs, DINO.views(official.method, 224)["local"].size) == (65536, 96)
+    assert DINO.views(resolved("dino", preset="official").method, 224)["local"].size == 96
 
 
 def test_local_views_as_large_as_global_ones_are_refused():
@@ -222,3 +184,75 @@ def test_learned_lengths_and_a_frozen_layer_resume_and_run_in_two_processes(tmp_
     variant = config(freeze=0.1, norm_last_layer=False, **LOCALS)
     resume_is_exact(DINO, variant, optimizer="adamw", accumulation=2, learning_rate=1e-3)
     two_processes_equal_one(DINO, variant, folder=tmp_path)
+
+
+# SSLight's vision transformers
+
+VIT = {
+    "dataset": {"name": "imagenet"},
+    "backbone": {"name": "vit_tiny_32"},
+    "method": {"name": "dino", "preset": "sslight_vit"},
+    "training": {
+        "batch_size": 4,
+        "epochs": 2,
+        "warmup_epochs": 1,
+        "learning_rate_scaling": "none",
+        "precision": "fp32",
+    },
+}
+
+
+def test_the_preset_for_transformers_has_the_papers_values():
+    resolved = resolve({**VIT, "training": {}})
+    training, method = resolved.training, resolved.method
+    assert (training.optimizer, training.learning_rate, training.minimum_learning_rate) == ("adamw", 5e-4, 1e-5)
+    assert (training.weight_decay, training.final_weight_decay, training.gradient_clip) == (0.04, 0.4, None)
+    assert (training.batch_size, training.epochs, training.warmup_epochs) == (1024, 200, 10)
+    assert (method.num_outputs, method.head_batchnorm, method.norm_last_layer) == (65536, False, True)
+    assert (method.teacher_momentum, method.temperature_warmup * training.epochs) == (0.996, 30)
+    assert (method.area, method.num_locals, method.alpha, resolved.backbone.drop_path) == ((0.3, 1.0), 10, 0.4, 0.1)
+    views = DINO.views(method, 224)
+    assert (views["local"].size, views["local"].count, views["local"].area) == (128, 10, (0.05, 0.3))
+    baseline = resolve({**VIT, "method": {"name": "dino", "preset": "sslight_vit_baseline"}}).method
+    assert (baseline.area, baseline.local_area, baseline.alpha) == ((0.25, 1.0), (0.05, 0.25), 1 / 11)
+    assert DINO.views(baseline, 224)["local"].size == 96
+
+
+def test_the_preset_for_transformers_trains_two_steps_at_224_pixels(capsys):
+    resolved = resolve({**VIT, "method": {**VIT["method"], "num_outputs": 64}})
+    views = DINO.views(resolved.method, 224)
+    method = build_method(resolved, 224, views, num_images=8)
+    assert capsys.readouterr().err == ""
+    loader = cast(Loader, SimpleNamespace(steps_per_epoch=1, num_images=4, next=lambda: random_batch(views, 4)))
+    trainer = Trainer(method, loader, resolved.training, device=torch.device("cpu"))
+    before = method.backbone.state_dict()["blocks.0.attn.qkv.weight"].clone()
+    decays = []
+    for _ in range(trainer.total_steps):
+        trainer._one_step()
+        trainer.step += 1
+        decays.append([group["weight_decay"] for group in trainer.optimizer.param_groups])
+    assert decays == [[0.04, 0.0], [pytest.approx(0.22), 0.0]]  # the start and the middle of the cosine to 0.4
+    assert not torch.equal(method.backbone.state_dict()["blocks.0.attn.qkv.weight"], before)
+
+
+def test_the_teacher_drops_no_path():
+    resolved = resolve({**VIT, "method": {**VIT["method"], "num_outputs": 64}})
+    method = build_method(resolved, 64, {}, num_images=8)
+    student = [layer.drop_prob for layer in method.backbone.modules() if isinstance(layer, DropPath)]
+    teacher = [layer.drop_prob for layer in method.get_submodule("teacher").modules() if isinstance(layer, DropPath)]
+    assert student[-1] == pytest.approx(0.1)
+    assert teacher == [0.0] * len(student)
+
+
+@pytest.mark.parametrize(
+    ("backbone", "preset", "advice"),
+    [
+        ("vit_tiny_32", "sslight", "use preset sslight_vit_baseline or sslight_vit"),
+        ("resnet18", "sslight_vit", "use preset small or official or sslight_baseline or sslight"),
+    ],
+)
+def test_a_preset_on_the_other_kind_of_network_warns(backbone, preset, advice, capsys):
+    method = {"name": "dino", "preset": preset, "num_outputs": 64}
+    resolved = resolve({**VIT, "backbone": {"name": backbone}, "method": method})
+    build_method(resolved, 64, {}, num_images=8)
+    assert advice in capsys.readouterr().err

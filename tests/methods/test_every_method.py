@@ -4,6 +4,7 @@ A new method needs no entry here. Sizes are reduced by a rule: integers above 64
 file of weights (SEED's teacher) gets a small pre-trained network.
 """
 
+import copy
 import functools
 from pathlib import Path
 from typing import Any, get_args
@@ -12,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from ssl_core.blocks.schedules import cosine
 from ssl_core.config import Backbone, Experiment, Strict
 from ssl_core.methods import base
 from ssl_core.methods.base import Method, MethodConfig, Progress
@@ -23,6 +25,11 @@ NAMES = base.method_names()
 CASES = [(name, preset) for name in NAMES for preset in base.load_method_module(name).PRESETS]
 SMALL = 24
 PARTS_OF_A_RUN = [Progress(0, 100), Progress(50, 100), Progress(99, 100)]
+
+
+def with_setting(key: str) -> list[str]:
+    return [name for name in NAMES if key in base.method_class(name).Config.model_fields]
+
 
 each_method = pytest.mark.parametrize("name", NAMES)
 each_preset = pytest.mark.parametrize(("name", "preset"), CASES)
@@ -53,10 +60,8 @@ def required_settings(config: type[MethodConfig], weights: Path) -> dict[str, An
 
 def resolve(name: str, weights: Path, preset: str | None = None, **changes: Any) -> Experiment:
     """Resolve an experiment with this method, at its published sizes."""
-    section = {"name": name, **required_settings(base.method_class(name).Config, weights), **changes}
-    if preset is not None:
-        section["preset"] = preset
-    return base.resolve({"dataset": {"name": "demo"}, "backbone": {"name": "resnet18"}, "method": section})
+    settings = {**required_settings(base.method_class(name).Config, weights), **changes}
+    return harness.resolved(name, **settings, **({} if preset is None else {"preset": preset}))
 
 
 def small(name: str, weights: Path, preset: str | None = None, **changes: Any) -> Experiment:
@@ -173,8 +178,10 @@ def test_the_gradient_reaches_the_student_but_no_teacher_and_no_buffer(name: str
         part.requires_grad_(True)  # now only `no_grad` or `detach` in the forward pass keeps a gradient away
     losses = model.train()(draw(name, config), START)
     losses.total.backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.backbone.parameters())
-    assert [p.shape for part in frozen for p in part.parameters() if p.grad is not None] == []
+    teachers = {id(parameter) for part in frozen for parameter in part.parameters()}
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert {id(p) for p in trained if p.grad is None} == teachers
+    assert all(p.grad is None or p.grad.isfinite().all() for p in trained)
     harness.remember(model, losses)
     assert [key for key, value in model.named_buffers() if value.requires_grad] == []
 
@@ -191,17 +198,18 @@ def test_the_order_of_the_images_does_not_matter(name: str, weights: Path) -> No
 
 
 @each_method
-def test_every_temperature_reaches_the_loss(name: str, weights: Path) -> None:
+def test_every_number_of_the_loss_reaches_it(name: str, weights: Path) -> None:
     """In at least one preset and at one time of the run, since some belong to a warm-up or to a switch."""
-    keys = [key for key in base.method_class(name).Config.model_fields if key.endswith("temperature")]
-    unused = set(keys)
+    keys = base.method_class(name).Config.model_fields
+    unused = {key for key in keys if key.endswith(("temperature", "_weight", "epsilon", "iterations"))}
     for preset in base.load_method_module(name).PRESETS:
         config = small(name, weights, preset).method
         totals = totals_after_a_step(name, weights, preset)
         for key in sorted(unused):
             value = getattr(config, key)
             if value is not None:
-                others = totals_after_a_step(name, weights, preset, **{key: 1.2 * value})
+                other = value + 1 if isinstance(value, int) else 1.2 * value or 1.0
+                others = totals_after_a_step(name, weights, preset, **{key: other})
                 if not torch.equal(totals, others):
                     unused.remove(key)
     assert unused == set()
@@ -228,6 +236,47 @@ def test_losses_are_computed_in_float32_under_autocast(name: str, preset: str, w
         losses = model(draw(name, config), START)
     floats = [losses.total, losses.embedding, *losses.parts.values(), *(losses.memory or {}).values()]
     assert {value.dtype for value in floats if value.is_floating_point()} == {torch.float32}
+
+
+# after_step
+
+
+FINAL = "final_teacher_momentum"
+
+
+@pytest.mark.parametrize("end", [None, 1.0], ids=["constant", "cosine"])
+@pytest.mark.parametrize("name", with_setting("teacher_momentum"))
+def test_the_teacher_follows_the_student_once_per_step(name: str, end: float | None, weights: Path) -> None:
+    fixed = name not in with_setting(FINAL)  # the momentum always rises to 1
+    model: Any
+    changes: dict[str, Any] = {} if fixed else {FINAL: end}
+    model, config = build(name, weights, teacher_momentum=0.5, **changes)
+    teacher, student = model.teacher[0].layer.weight, model.backbone.layer.weight
+    assert torch.equal(teacher, student)
+    expected = teacher.clone()
+    for step in range(5):
+        progress = Progress(step, 10)
+        parts = [model(draw(name, config, seed=part), progress) for part in (0, 1)]
+        with torch.no_grad():
+            student.add_(1)  # as an optimizer might
+        momentum = cosine(0.5, 1.0, step / 10) if end or fixed else 0.5
+        expected.lerp_(student.detach(), 1 - momentum)
+        harness.remember(model, *parts, progress=progress)
+        torch.testing.assert_close(teacher, expected)
+
+
+@pytest.mark.parametrize("name", sorted({*with_setting("queue_size")} - {"swav"}))  # which has a queue per view
+def test_all_keys_of_a_step_enter_the_queue_after_it(name: str, weights: Path) -> None:
+    model: Any
+    model, config = build(name, weights)
+    expected = copy.deepcopy(model.queue)
+    parts = [model(draw(name, config, seed=part), START) for part in (0, 1)]
+    for part in parts:
+        expected.enqueue(part.memory["keys"].flatten(0, -2))
+    harness.remember(model, *parts)
+    assert torch.equal(model.queue.rows, expected.rows)
+    assert torch.equal(model.queue.position, expected.position)
+    assert torch.allclose(model.queue.rows.norm(dim=1), torch.ones(SMALL))
 
 
 # Training

@@ -12,7 +12,6 @@ from ssl_core.blocks.losses import info_nce
 from ssl_core.blocks.multicrop import balance
 from ssl_core.methods import dino, swav
 from ssl_core.methods.byol import regression_loss
-from ssl_core.methods.jigclu import clustering_loss
 from ssl_core.methods.simclr import nt_xent
 from ssl_core.methods.simsiam import negative_cosine
 from tests.methods.harness import START, batch, make
@@ -52,13 +51,6 @@ def test_mocos_loss_is_nt_xent_with_a_memory_bank(lightly):
     theirs = lightly.NTXentLoss(temperature=0.3, memory_bank_size=(16, 6))
     expected = theirs(query, key)  # without a gradient it leaves the bank alone
     torch.testing.assert_close(info_nce(query, key, theirs.memory_bank.bank, temperature=0.3), expected, **CLOSE)
-
-
-def test_jigclus_loss_of_two_patches_an_image_is_nt_xent(lightly):
-    patches = unit(12, 5)
-    expected = lightly.NTXentLoss(temperature=0.3)(patches[:6], patches[6:])
-    found = clustering_loss(patches, torch.arange(12) % 6, temperature=0.3, base_temperature=0.3)
-    torch.testing.assert_close(found, expected, **CLOSE)
 
 
 def test_simsiams_and_byols_losses_are_the_negative_cosine(lightly):

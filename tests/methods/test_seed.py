@@ -1,21 +1,19 @@
 """SEED: the loss, the queue, and teachers from every kind of file."""
 
-import math
-
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from scipy.special import log_softmax, softmax
 from torch import nn
 from torchvision.transforms.v2.functional import normalize
 
 from ssl_core.blocks.losses import info_nce
 from ssl_core.config import Backbone, parse
-from ssl_core.methods.base import resolve
 from ssl_core.methods.seed import SEED, Config, load_projector, seed_loss
 from ssl_core.networks.backbones import build_backbone, load_backbone, save_backbone, write_tensors
 from ssl_core.networks.heads import mlp
-from tests.methods.harness import CPU, START, Noise, batch, make, remember, resume_is_exact
+from tests.methods.harness import CPU, START, Noise, batch, make, resolved, resume_is_exact
 
 NETWORK = Backbone(name="mobilenet_v3_small", stem="small")  # its teacher sees 16 pixels, the student 8
 TEMPERATURES = {"student_temperature": 0.2, "teacher_temperature": 0.01}
@@ -58,13 +56,12 @@ def unit(*shape, seed=0):
 # The loss
 
 
-def test_seed_loss_matches_a_numpy_oracle_in_double_precision():
+def test_seed_loss_matches_scipy_in_double_precision():
     student, teacher, queue = unit(3, 5).double(), unit(3, 5, seed=1).double(), unit(7, 5, seed=2).double()
     expected = []
-    for s, t in zip(student.numpy(), teacher.numpy()):
-        support = np.vstack([t, queue.numpy()])
-        target, logits = np.exp(support @ t / 0.01 - 100), support @ s / 0.2
-        expected.append(-(target / target.sum() * (logits - np.log(np.exp(logits).sum()))).sum())
+    for s, t in zip(student, teacher):
+        support = torch.cat([t[None], queue])
+        expected.append(-(softmax(support @ t / 0.01) * log_softmax(support @ s / 0.2)).sum())
     found = seed_loss(student, teacher, queue, **TEMPERATURES)
     assert abs(found.item() - np.mean(expected)) < 1e-12
 
@@ -76,39 +73,14 @@ def test_a_sharp_teacher_makes_it_contrastive_learning_with_the_teachers_own_emb
     torch.testing.assert_close(found, info_nce(student, teacher, queue, temperature=0.2))
 
 
-def test_a_student_equal_to_its_teacher_pays_the_entropy_of_the_target():
-    teacher, queue = unit(4, 6), unit(9, 6, seed=1)
-    logits = torch.cat([torch.ones(4, 1), teacher @ queue.T], dim=1) / 0.1
-    entropy = torch.distributions.Categorical(logits=logits).entropy().mean()
-    found = seed_loss(teacher, teacher, queue, student_temperature=0.1, teacher_temperature=0.1)
-    torch.testing.assert_close(found, entropy)
-
-
-def test_a_student_without_direction_has_the_loss_log_of_the_number_of_candidates():
-    found = seed_loss(torch.zeros(4, 6), unit(4, 6), unit(9, 6, seed=1), **TEMPERATURES)
-    assert abs(found.item() - math.log(10)) < 1e-6
-
-
 # Queue and teacher
 
 
-def test_the_loss_uses_the_queue_as_it_stood_before_the_batch(files):
-    model, one = make(SEED, config(files)), batch(views(files))
-    before = model.queue.rows.clone()
-    losses = model(one, START)
-    assert torch.equal(model.queue.rows, before)
-    remember(model, losses)
-    torch.testing.assert_close(model.queue.rows[:16], losses.memory["keys"])
-    assert torch.equal(model.queue.rows[16:], before[16:])
-
-
-def test_the_teacher_stays_frozen_in_evaluation_mode_and_the_student_learns(files):
+def test_the_teacher_stays_in_evaluation_mode(files):
     model = make(SEED, config(files)).train()
     before = {name: value.clone() for name, value in model.teacher.state_dict().items()}
-    model(batch(views(files)), START).total.backward()
+    model(batch(views(files)), START)
     assert all(torch.equal(value, before[name]) for name, value in model.teacher.state_dict().items())
-    assert all(parameter.grad is None for parameter in model.teacher.parameters())
-    assert all(parameter.grad is not None for parameter in model.backbone.parameters())
     assert model.backbone.training
 
 
@@ -184,9 +156,8 @@ def test_a_teacher_that_is_not_there_is_refused(files):
 
 
 def test_the_code_preset_has_the_codes_temperature():
-    spec = {"dataset": {"name": "demo"}, "backbone": {"name": "resnet18"}}
-    method = {"name": "seed", "preset": "code", "teacher": {"weights": "some.safetensors"}}
-    assert resolve({**spec, "method": method}).method.teacher_temperature == 1e-4
+    teacher = {"weights": "some.safetensors"}
+    assert resolved("seed", preset="code", teacher=teacher).method.teacher_temperature == 1e-4
 
 
 def test_a_teacher_with_a_projector_resumes_exactly(files):

@@ -1,26 +1,25 @@
 """SwAV: assignments, swapped predictions, prototypes, queues, and the loss over many crops."""
 
-import math
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from ssl_core.blocks.multicrop import balance
 from ssl_core.config import parse
-from ssl_core.methods.base import Progress, resolve
+from ssl_core.methods.base import Progress
 from ssl_core.methods.swav import Config, SwAV, sinkhorn, swapped_prediction
 from tests.methods.harness import (
     START,
     batch,
     make,
     remember,
+    resolved,
     resume_is_exact,
     start_in_processes,
+    step,
     trainer,
     two_processes_equal_one,
 )
@@ -47,28 +46,7 @@ def sgd(model, rate=0.1):
     return torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9, weight_decay=0.1)
 
 
-def step(model, optimizer, one, progress):
-    """Take one optimizer step as the training loop does."""
-    losses = model(one, progress)
-    losses.total.backward()
-    model.before_step(progress)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    remember(model, losses, progress=progress)
-
-
 # Sinkhorn
-
-
-def test_sinkhorn_matches_a_numpy_oracle_with_the_papers_divisions():
-    scores = cosines(6, 4).numpy().astype(np.float64)
-    codes = np.exp(scores / 0.05).T
-    codes /= codes.sum()
-    for _ in range(3):
-        codes /= codes.sum(1, keepdims=True) * len(codes)
-        codes /= codes.sum(0, keepdims=True) * codes.shape[1]
-    expected = (codes * codes.shape[1]).T
-    np.testing.assert_allclose(sinkhorn(torch.from_numpy(scores), epsilon=0.05, iterations=3), expected, atol=1e-5)
 
 
 def test_samples_sum_to_one_and_prototypes_approach_equal_use():
@@ -79,12 +57,6 @@ def test_samples_sum_to_one_and_prototypes_approach_equal_use():
     assert ((codes.sum(dim=0) - 8).abs() < 4).all()
     exact = sinkhorn(scores, epsilon=0.05, iterations=300).sum(dim=0)
     torch.testing.assert_close(exact, torch.full((8,), 8.0), atol=1e-3, rtol=0)
-
-
-def test_a_constant_added_to_all_scores_changes_nothing():
-    scores = cosines(16, 6)
-    first, second = (sinkhorn(scores + shift, epsilon=0.05, iterations=3) for shift in (0, 2))
-    torch.testing.assert_close(first, second, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize(("factor", "epsilon"), [(1, 0.05), (100, 0.05), (1, 0.001)])
@@ -113,44 +85,18 @@ def test_sinkhorn_over_two_processes_equals_one_on_everything(tmp_path):
 # The loss
 
 
-def test_swapped_prediction_matches_a_numpy_oracle():
-    scores, codes = cosines(3, 5, 4).double(), cosines(2, 5, 4, seed=1).double().softmax(dim=2)
-    logits = scores.numpy() / 0.1
-    logs = logits - np.log(np.exp(logits).sum(2, keepdims=True))
-    expected = [[-(q * p).sum(1).mean() for p in logs] for q in codes.numpy()]
-    np.testing.assert_allclose(swapped_prediction(scores, codes, temperature=0.1), expected, atol=1e-12)
-
-
 def test_alpha_moves_weight_from_local_to_global_pairs():
     one = batch(views(**LOCALS))
     losses = make(SwAV, config(**LOCALS))(one, START)
     torch.testing.assert_close(losses.total.detach(), 0.4 * losses.parts["global"] + 0.6 * losses.parts["local"])
 
 
-def test_equal_scores_give_the_log_of_the_number_of_prototypes():
-    scores = torch.full((2, 8, 6), 0.3)
-    codes = torch.stack([sinkhorn(rows, epsilon=0.05, iterations=3) for rows in scores])
-    total, _ = balance(swapped_prediction(scores, codes, temperature=0.1), None)
-    assert abs(total.item() - math.log(6)) < 1e-6
-
-
-@pytest.mark.parametrize("change", [{"temperature": 0.2}, {"epsilon": 0.1}, {"sinkhorn_iterations": 1}])
-def test_each_number_of_the_configuration_reaches_the_loss(change):
-    one = batch(views())
-    losses = [make(SwAV, config(**changes))(one, START).total for changes in ({}, change)]
-    assert not torch.isclose(*losses)
-
-
-def test_no_gradient_reaches_the_codes_and_one_reaches_prototypes_and_projector():
+def test_no_gradient_reaches_the_codes():
     codes = cosines(2, 4, 6).softmax(dim=2).requires_grad_()
     scores = cosines(2, 4, 6).requires_grad_()
     swapped_prediction(scores, codes, temperature=0.1).sum().backward()
     assert codes.grad is None
     assert scores.grad is not None
-    model = make(SwAV, config())
-    model(batch(views()), START).total.backward()
-    assert model.prototypes.grad.abs().sum() > 0
-    assert model.projector[0].weight.grad.abs().sum() > 0
 
 
 # Prototypes and queues
@@ -239,17 +185,9 @@ def test_equal_sizes_share_a_forward_and_the_head_sees_everything_at_once():
     assert rows == [20]
 
 
-def test_presets_have_the_papers_values():
-    spec = {"dataset": {"name": "demo"}, "backbone": {"name": "resnet18"}, "method": {"name": "swav"}}
-    experiments = {
-        name: resolve({**spec, "method": {"name": "swav", "preset": name}})
-        for name in ("official", "sslight_baseline", "sslight")
-    }
-    sizes = {name: SwAV.views(one.method, 224)["local"].size for name, one in experiments.items()}
-    assert sizes == {"official": 96, "sslight_baseline": 96, "sslight": 128}
-    new = experiments["sslight"]
-    assert (new.method.alpha, new.method.area, new.method.local_area) == (0.4, (0.3, 1.0), (0.05, 0.3))
-    assert (new.training.batch_size, new.training.minimum_learning_rate) == (1024, 0.0048)
+@pytest.mark.parametrize(("preset", "size"), [("official", 96), ("sslight_baseline", 96), ("sslight", 128)])
+def test_presets_have_the_papers_local_views(preset, size):
+    assert SwAV.views(resolved("swav", preset=preset).method, 224)["local"].size == size
     assert parse(Config, {"num_prototypes": 50}, "method").queue_size == 3840
 
 

@@ -38,12 +38,12 @@ METADATA = {"mean": "[0.5]", "std": "[0.2]", "seed": "0", "digest_spec": "a", "d
         ("efficientnet_b0", True, 4_007_548, 1280),
         ("efficientnet_b1", True, 6_513_184, 1280),
         ("vit_tiny_16", True, 5_524_416, 192),
-        ("vit_tiny_32", True, 5_938_560, 192),
+        ("vit_tiny_32", True, 5_938_560, 192),  # SSLight prints 5.5M
         ("vit_small_16", True, 21_665_664, 384),
-        ("deit_tiny", True, 7_286_976, 192),  # 7.29M: 6 heads of 64, not of 32
+        ("deit_tiny", True, 7_286_976, 192),  # 6 heads of 64 as in the code; the paper prints "5" million
     ],
 )
-def test_numbers_of_parameters_and_features_are_the_papers(
+def test_numbers_of_parameters_and_features_are_those_in_sources(
     name: str, hidden_layer: bool, parameters: int, num_features: int
 ):
     backbone = build_backbone(Backbone(name=name, hidden_layer=hidden_layer), 224)

@@ -6,7 +6,7 @@ from torch import nn
 
 from ssl_core.config import Backbone
 from ssl_core.networks.backbones import build_backbone
-from ssl_core.networks.families import architecture, describe_stem, rebuilding_code
+from ssl_core.networks.families import architecture, family_of
 
 
 @pytest.mark.parametrize(
@@ -36,7 +36,7 @@ def test_the_code_rebuilds_the_network(config: Backbone, size: int) -> None:
     network.train()(torch.randn(8, 3, size, size))  # otherwise the features of untrained batch norms vanish
     network.eval()
     names: dict = {}
-    exec(rebuilding_code(network, config, size), names)
+    exec(family_of(network).rebuilding_code(network, config, size), names)
     model = names["model"]
     assert "ssl_core" not in type(model).__module__
     model.load_state_dict(network.state_dict())  # strictly
@@ -53,11 +53,12 @@ def test_a_mobilenet_without_its_stem_loads_the_weights_but_gives_other_features
     network = build_backbone(config, 32)
     network.train()(torch.randn(16, 3, 32, 32))
     names: dict = {}
-    exec(rebuilding_code(network, Backbone(name="mobilenet_v2"), 32), names)
+    exec(family_of(network).rebuilding_code(network, Backbone(name="mobilenet_v2"), 32), names)
     names["model"].load_state_dict(network.state_dict())
     images = torch.randn(2, 3, 32, 32)
     assert not torch.allclose(names["model"].eval()(images), network.eval()(images), rtol=0.01, atol=0)
-    assert "load without this change as well, but then give other features" in describe_stem(network, config)
+    description = family_of(network).stem_description(config.stem)
+    assert "load without this change as well, but then give other features" in description
 
 
 @pytest.mark.parametrize(

@@ -11,16 +11,15 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-import torchvision
 import yaml
 from PIL import Image
-from safetensors.torch import load_file
 from torch import nn
 
 from ssl_core.config import Backbone
 from ssl_core.files import write_json
 from ssl_core.networks.backbones import Network, build_backbone, load_backbone, read_tensors, save_backbone
 from ssl_core.stages import export
+from tests.evaluations.conftest import Tiny
 
 SPEC = {
     "dataset": {"name": "demo", "subset": {"images": 96, "seed": 1}},
@@ -124,20 +123,8 @@ def test_onnx_gives_the_features_of_every_family(name: str, stem: str, size: int
     assert differ(network, export.to_onnx(network, size, {}), size) < 1e-4
 
 
-class Small(nn.Module):
-    """A convolution, batch norm and pooling: (batch, 3, h, w) -> (batch, 8)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.convolution = nn.Conv2d(3, 8, 3)
-        self.norm = nn.BatchNorm2d(8)
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self.norm(self.convolution(images)).relu().mean(dim=(2, 3))
-
-
 def test_a_file_with_wrong_features_is_refused() -> None:
-    network = Small().eval()
+    network = Tiny().eval()
     model = export.to_onnx(network, 8, {})
     assert export.largest_difference(network, model, 8) < 1e-5
     with torch.no_grad():
@@ -195,13 +182,6 @@ def test_safetensors_have_the_same_weights_and_a_longer_header(exported: Path, s
     assert all(torch.equal(weight, original[name]) for name, weight in weights.items())
     assert header.items() >= original_header.items()
     assert (header["architecture"], header["library"], header["stem"]) == ("resnet18", "torchvision", "tiny")
-
-
-def test_a_plain_resnet_lacks_only_its_classifier(tmp_path: Path) -> None:
-    config = Backbone(name="resnet18")
-    save_backbone(tmp_path / "plain.safetensors", build_backbone(config, 32), config, 32, HEADER)
-    result = torchvision.models.resnet18().load_state_dict(load_file(tmp_path / "plain.safetensors"), strict=False)
-    assert (result.missing_keys, result.unexpected_keys) == (["fc.weight", "fc.bias"], [])
 
 
 def test_the_code_of_the_card_runs(exported: Path, sources: Path, text: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -44,10 +44,15 @@ def write(folder: Path, *results: dict[str, Any]) -> list[Path]:
     return paths
 
 
+def tabulate(folder: Path, *results: dict[str, Any], **options: Any) -> tuple[str, str]:
+    """Run the stage on these results; return the text of the CSV file and of the page."""
+    table.run(write(folder, *results), folder / "table.csv", **options)
+    return (folder / "table.csv").read_text(), (folder / "table.html").read_text()
+
+
 def test_csv_is_wide_with_both_baselines(tmp_path: Path) -> None:
-    paths = write(tmp_path, result("b", "linear", 89.916), result("a", "linear", 70.0), result("a", "knn", 86.5))
-    table.run(paths, tmp_path / "table.csv")
-    assert (tmp_path / "table.csv").read_text() == (
+    text, _ = tabulate(tmp_path, result("b", "linear", 89.916), result("a", "linear", 70.0), result("a", "knn", 86.5))
+    assert text == (
         "experiment,dataset,knn/v1 top1,knn/v1 top5,knn/v1 untrained top1,knn/v1 pixels top1,"
         "linear/v1 top1,linear/v1 top5,linear/v1 untrained top1,linear/v1 pixels top1\n"
         "a,demo,86.5,99.0,60.4,85.28,70.0,99.0,60.4,85.28\n"
@@ -66,52 +71,41 @@ def test_the_order_of_the_files_changes_nothing(tmp_path: Path) -> None:
 
 def test_another_protocol_never_shares_the_column_of_linear(tmp_path: Path) -> None:
     cached = result("b", "linear", 91.0, protocol="linear_features/v1")
-    table.run(write(tmp_path, result("a", "linear", 89.0), cached), tmp_path / "table.csv")
-    header, first, second = (line.split(",") for line in (tmp_path / "table.csv").read_text().splitlines())
-    assert dict(zip(header, first, strict=True))["linear/v1 top1"] == "89.0"
-    assert dict(zip(header, second, strict=True))["linear/v1 top1"] == ""
-    assert dict(zip(header, second, strict=True))["linear (linear_features/v1) top1"] == "91.0"
+    first, second = read(tabulate(tmp_path, result("a", "linear", 89.0), cached)[0])
+    assert (first["linear/v1 top1"], second["linear/v1 top1"]) == ("89.0", "")
+    assert second["linear (linear_features/v1) top1"] == "91.0"
 
 
 def test_another_data_set_is_another_row(tmp_path: Path) -> None:
     subset = {"name": "cifar10", "subset": {"images": 1000, "seed": 3}}
-    table.run(write(tmp_path, result("a", "knn", 1.0), result("a", "knn", 2.0, dataset=subset)), tmp_path / "t.csv")
-    rows = [line.split(",")[:3] for line in (tmp_path / "t.csv").read_text().replace("images, ", "").splitlines()[1:]]
-    assert [row[0] for row in rows] == ["a", "a"]
+    text, _ = tabulate(tmp_path, result("a", "knn", 1.0), result("a", "knn", 2.0, dataset=subset))
+    assert [row["experiment"] for row in read(text)] == ["a", "a"]
 
 
 def test_a_sweep_has_its_values_as_columns_in_numeric_order(tmp_path: Path) -> None:
-    paths = write(tmp_path, result("t/0.1", "knn", 3.0), result("t/0.02", "knn", 4.0))
     grid = {"t/0.1": {"method.temperature": 0.1}, "t/0.02": {"method.temperature": 0.02}}
-    table.run(paths, tmp_path / "t.csv", grid=grid)
-    rows = [line.split(",")[:4] for line in (tmp_path / "t.csv").read_text().splitlines()]
+    text, _ = tabulate(tmp_path, result("t/0.1", "knn", 3.0), result("t/0.02", "knn", 4.0), grid=grid)
+    rows = [line.split(",")[:4] for line in text.splitlines()]
     assert rows[0] == ["experiment", "dataset", "method.temperature", "knn/v1 top1"]
     assert [row[2:] for row in rows[1:]] == [["0.02", "4.0"], ["0.1", "3.0"]]
 
 
 def test_the_page_loads_nothing_from_anywhere(tmp_path: Path) -> None:
-    table.run(write(tmp_path, result("a", "linear", 89.9)), tmp_path / "table.csv")
-    page = (tmp_path / "table.html").read_text()
+    _, page = tabulate(tmp_path, result("a", "linear", 89.9))
     assert not re.search(r"https?:|src=|@import|url\(|<link", page)
     assert "<!--" not in page
 
 
 def test_the_page_shows_numbers_gain_and_provenance_and_escapes_names(tmp_path: Path) -> None:
-    table.run(write(tmp_path, result("<a>", "linear", 89.9)), tmp_path / "table.csv")
-    page = (tmp_path / "table.html").read_text()
+    _, page = tabulate(tmp_path, result("<a>", "linear", 89.9))
     for text in (">89.9<", ">+29.5<", ">60.4<", ">85.3<", "1437", "spec aaaaaaaaaaaa", "&lt;a&gt;"):
         assert text in page
     assert "<a>" not in page
 
 
-def test_a_cell_without_a_measurement_is_empty(tmp_path: Path) -> None:
-    table.run(write(tmp_path, result("a", "linear", 89.9, baselines={})), tmp_path / "table.csv")
-    assert (tmp_path / "table.csv").read_text().splitlines()[1] == "a,demo,89.9,99.0"
-
-
 def test_a_baseline_that_only_others_have_is_empty(tmp_path: Path) -> None:
-    table.run(write(tmp_path, result("a", "knn", 1.0, baselines={}), result("b", "knn", 2.0)), tmp_path / "table.csv")
-    assert (tmp_path / "table.csv").read_text().splitlines()[1:] == ["a,demo,1.0,99.0,,", "b,demo,2.0,99.0,60.4,85.28"]
+    text, _ = tabulate(tmp_path, result("a", "knn", 1.0, baselines={}), result("b", "knn", 2.0))
+    assert text.splitlines()[1:] == ["a,demo,1.0,99.0,,", "b,demo,2.0,99.0,60.4,85.28"]
 
 
 def test_a_protocol_may_measure_something_in_place_of_top1(tmp_path: Path) -> None:
@@ -119,11 +113,9 @@ def test_a_protocol_may_measure_something_in_place_of_top1(tmp_path: Path) -> No
         "metrics": {"best_nn_top1": 70.0, "by_k": {"5": 1.0}},
         "baselines": {"untrained": {"best_nn_top1": 50.0}},
     }
-    table.run(write(tmp_path, result("a", "knn", 0.0, **numbers)), tmp_path / "table.csv")
-    assert (tmp_path / "table.csv").read_text() == (
-        "experiment,dataset,knn/v1 best_nn_top1,knn/v1 untrained best_nn_top1\na,demo,70.0,50.0\n"
-    )
-    assert ">+20.0<" in (tmp_path / "table.html").read_text()
+    text, page = tabulate(tmp_path, result("a", "knn", 0.0, **numbers))
+    assert text == "experiment,dataset,knn/v1 best_nn_top1,knn/v1 untrained best_nn_top1\na,demo,70.0,50.0\n"
+    assert ">+20.0<" in page
 
 
 def test_a_file_that_is_not_an_evaluation_is_named(tmp_path: Path) -> None:
@@ -134,7 +126,7 @@ def test_a_file_that_is_not_an_evaluation_is_named(tmp_path: Path) -> None:
 
 def test_two_results_for_one_place_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"1\.json: a second knn/v1 of a on demo"):
-        table.run(write(tmp_path, result("a", "knn", 1.0), result("a", "knn", 2.0)), tmp_path / "table.csv")
+        tabulate(tmp_path, result("a", "knn", 1.0), result("a", "knn", 2.0))
 
 
 RUNS = {"a-seed0": (80.0, 50.0), "a-seed7": (86.1, 53.4), "a-seed3": (83.3, 49.9)}  # pre-trained, untrained
@@ -151,9 +143,8 @@ def runs(**changes: Any) -> list[dict[str, Any]]:
     ]
 
 
-def read(path: Path) -> list[dict[str, str]]:
-    with open(path, newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+def read(text: str) -> list[dict[str, str]]:
+    return list(csv.DictReader(text.splitlines()))
 
 
 def cells(page: str, row: int = 0) -> list[str]:
@@ -163,8 +154,8 @@ def cells(page: str, row: int = 0) -> list[str]:
 
 
 def test_seeds_are_one_row_of_mean_and_sample_deviation_and_one_row_each_in_the_csv(tmp_path: Path) -> None:
-    table.run(write(tmp_path, *runs()), tmp_path / "table.csv", seeds=SEEDS)
-    whole, *each = read(tmp_path / "table.csv")
+    text, _ = tabulate(tmp_path, *runs(), seeds=SEEDS)
+    whole, *each = read(text)
     top1, untrained = np.array(list(RUNS.values())).T
     assert (whole["experiment"], whole["seeds"]) == ("a", "0 7 3")
     assert float(whole["knn/v1 top1"]) == pytest.approx(np.mean(top1), abs=5e-3)
@@ -178,8 +169,7 @@ def test_seeds_are_one_row_of_mean_and_sample_deviation_and_one_row_each_in_the_
 
 
 def test_the_page_shows_seeds_as_one_row_and_their_gain_in_pairs(tmp_path: Path) -> None:
-    table.run(write(tmp_path, *runs()), tmp_path / "table.csv", seeds=SEEDS)
-    page = (tmp_path / "table.html").read_text()
+    _, page = tabulate(tmp_path, *runs(), seeds=SEEDS)
     top1, untrained = np.array(list(RUNS.values())).T
     expected = f"{np.mean(top1):.1f} ± {np.std(top1, ddof=1):.1f} (3)"
     gain = f"{np.mean(top1 - untrained):+.1f} ± {np.std(top1 - untrained, ddof=1):.1f}"
@@ -194,36 +184,34 @@ def test_a_deviation_has_as_many_digits_as_its_mean() -> None:
 
 
 def test_an_experiment_without_seeds_keeps_its_plain_numbers_beside_others(tmp_path: Path) -> None:
-    table.run(write(tmp_path, *runs(), result("b", "knn", 90.0)), tmp_path / "table.csv", seeds=SEEDS)
-    last = read(tmp_path / "table.csv")[-1]
+    text, page = tabulate(tmp_path, *runs(), result("b", "knn", 90.0), seeds=SEEDS)
+    last = read(text)[-1]
     assert (last["experiment"], last["seeds"], last["knn/v1 top1"], last["knn/v1 top1 sd"]) == ("b", "", "90.0", "")
-    assert cells((tmp_path / "table.html").read_text(), 1)[:4] == ["b", "demo", "90.0", "+29.6"]
+    assert cells(page, 1)[:4] == ["b", "demo", "90.0", "+29.6"]
 
 
 def test_one_seed_has_no_deviation(tmp_path: Path) -> None:
-    table.run(write(tmp_path, runs()[0]), tmp_path / "table.csv", seeds={"a": {"a-seed0": 0}})
-    assert cells((tmp_path / "table.html").read_text())[2] == "80.0"
-    assert read(tmp_path / "table.csv")[0]["knn/v1 top1 sd"] == ""
+    text, page = tabulate(tmp_path, runs()[0], seeds={"a": {"a-seed0": 0}})
+    assert (cells(page)[2], read(text)[0]["knn/v1 top1 sd"]) == ("80.0", "")
 
 
 def test_a_sweep_of_an_experiment_with_seeds_has_one_row_per_point(tmp_path: Path) -> None:
     seeds = {f"t-{value}": {f"t-{value}-seed{seed}": seed for seed in (0, 1)} for value in (1, 2)}
-    paths = write(tmp_path, *(result(name, "knn", 50.0) for point in seeds.values() for name in point))
-    table.run(paths, tmp_path / "t.csv", grid={"t-1": {"x": 1}, "t-2": {"x": 2}}, seeds=seeds)
-    rows = [(row["experiment"], row["seeds"], row["x"]) for row in read(tmp_path / "t.csv")]
+    results = [result(name, "knn", 50.0) for point in seeds.values() for name in point]
+    text, _ = tabulate(tmp_path, *results, grid={"t-1": {"x": 1}, "t-2": {"x": 2}}, seeds=seeds)
+    rows = [(row["experiment"], row["seeds"], row["x"]) for row in read(text)]
     assert rows[:3] == [("t-1", "0 1", "1"), ("t-1-seed0", "0", "1"), ("t-1-seed1", "1", "1")]
     assert [row[0] for row in rows[3:]] == ["t-2", "t-2-seed0", "t-2-seed1"]
 
 
 def test_a_reported_number_is_beside_the_measured_one_with_its_source(tmp_path: Path) -> None:
     claim = {"source": "ReSSL, <Table 2>", "epochs": 200, "hardware": "8 GPUs", "results": {"knn": 90.8}}
-    paths = write(tmp_path, *runs(), result("b", "knn", 1.0), result("a-seed0", "linear", 2.0))
-    table.run(paths, tmp_path / "table.csv", seeds=SEEDS, reported={"a": claim})
-    rows = {row["experiment"]: row for row in read(tmp_path / "table.csv")}
+    others = (result("b", "knn", 1.0), result("a-seed0", "linear", 2.0))
+    text, page = tabulate(tmp_path, *runs(), *others, seeds=SEEDS, reported={"a": claim})
+    rows = {row["experiment"]: row for row in read(text)}
     assert (rows["a"]["knn/v1 reported top1"], rows["a"]["source"]) == ("90.8", "ReSSL, <Table 2>")
     assert (rows["b"]["knn/v1 reported top1"], rows["b"]["source"]) == ("", "")
     assert "linear/v1 reported top1" not in rows["a"]
-    page = (tmp_path / "table.html").read_text()
     assert "90.8−7.7" in cells(page)  # measured 83.13
     assert "<td>a</td><td>ReSSL, &lt;Table 2&gt;</td><td>200</td><td>8 GPUs</td>" in page
     assert "Table 2>" not in page
@@ -232,22 +220,20 @@ def test_a_reported_number_is_beside_the_measured_one_with_its_source(tmp_path: 
 def test_costs_with_different_headlines_have_separate_columns(tmp_path: Path) -> None:
     trained = result("a", "cost", 0.0, baselines={}, **COST)
     adopted = result("b", "cost", 0.0, baselines={}, headline="ms", metrics={"ms": 0.25})
-    table.run(write(tmp_path, trained, adopted), tmp_path / "table.csv")
-    page = (tmp_path / "table.html").read_text()
+    _, page = tabulate(tmp_path, trained, adopted)
     assert re.findall(r'<button type="button">([^<]*)', page) == ["experiment", "dataset", "images per second", "ms"]
     assert [cells(page, row)[2:] for row in (0, 1)] == [["12,346", "0.081"], ["–", "0.2"]]
 
 
 def test_a_cost_has_neither_bar_nor_gain(tmp_path: Path) -> None:
     cost = result("a", "cost", 0.0, baselines={}, **COST)
-    table.run(write(tmp_path, cost, result("a", "knn", 83.0), result("b", "knn", 84.0)), tmp_path / "table.csv")
-    page = (tmp_path / "table.html").read_text()
+    text, page = tabulate(tmp_path, cost, result("a", "knn", 83.0), result("b", "knn", 84.0))
     assert cells(page) == ["a", "demo", "83.0", "+22.6", "60.4", "85.3", "12,346"]
     assert cells(page, 1)[-1] == "–"
     assert '<th colspan="1" class="group">cost/v1</th>' in page
     assert ">images per second</button>" in page
     assert page.count('class="bar"') == 2
-    first, second = read(tmp_path / "table.csv")
+    first, second = read(text)
     assert (first["cost/v1 images_per_second"], first["cost/v1 ms"], second["cost/v1 ms"]) == ("12345.6", "0.081", "")
     assert "cost/v1 untrained images_per_second" not in first
 
@@ -257,8 +243,7 @@ def test_each_data_set_has_a_table_and_many_evaluations_are_below_each_other(tmp
     many = [result(name, evaluation, 80.0) for name in "ab" for evaluation in names]
     elsewhere = result("a", "moved", 50.0, protocol="knn/v1", dataset="cifar10")
     cost = result("a", "cost", 0.0, baselines={}, **COST)
-    table.run(write(tmp_path, *many, elsewhere, cost), tmp_path / "table.csv")
-    page = (tmp_path / "table.html").read_text()
+    _, page = tabulate(tmp_path, *many, elsewhere, cost)
     assert cells(page) == ["a", "cifar10", "50.0", "−10.4", "60.4", "85.3"]
     page = page.split("</table>", 1)[1]
     rows = [cells(page, number) for number in range(9)]
@@ -273,8 +258,7 @@ def test_accuracy_over_the_time_of_pretraining_is_drawn_where_two_experiments_we
 
     accuracies = [result(name, "knn", top1) for name, top1 in (("a", 83.0), ("b", 84.0), ("c", 85.0))]
     for times, count in ([], 0), ([timed("a", 60)], 0), ([timed("a", 60), timed("b", 90)], 1):
-        table.run(write(tmp_path, *accuracies, *times), tmp_path / "table.csv")
-        assert (tmp_path / "table.html").read_text().count("<img ") == count
+        assert tabulate(tmp_path, *accuracies, *times)[1].count("<img ") == count
     rows = collect([(Path(), each) for each in (*accuracies, *times)], grid={}, seeds={}, reported={})
     assert priced(rows) == {
         "knn/v1": [

@@ -13,17 +13,16 @@ from ssl_core.data.shards import Manifest
 from ssl_core.data.views import View
 from ssl_core.methods.ressl import Config, ReSSL
 from ssl_core.networks.backbones import build_backbone
-from ssl_core.stages import shard
 from ssl_core.training.loop import Trainer
 from ssl_core.training.monitor import online_knn
-from tests.methods.harness import Tiny
+from tests.methods.harness import Tiny, state_bytes
+
+DEVICE = "cpu"  # tests/gpu sets it
 
 
 @pytest.fixture(scope="module")
-def manifest(root, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("shards") / "demo"
-    shard.run(root / "datasets" / "demo.yaml", folder, threads=1)
-    return Manifest.load(folder / "manifest.json")
+def manifest(demo):
+    return Manifest.load(demo)
 
 
 @pytest.fixture
@@ -37,11 +36,11 @@ def build(open_loaders, manifest, method=None, backbone=Tiny, **training):
     config = Config(**{"queue_size": 40, "projector_hidden": 32, "embedding_dim": 16, "warmup": 0.5, **(method or {})})
     dataset = Dataset(name="demo", subset=Subset(images=100, seed=1))
     views = ReSSL.views(config, 16)
-    loader = Loader(manifest, dataset, views, batch_size=16 // settings.accumulation, seed=5)
+    loader = Loader(manifest, dataset, views, batch_size=16 // settings.accumulation, seed=5, device=DEVICE)
     open_loaders.enter_context(loader)
     torch.manual_seed(0)
     model = ReSSL(config, backbone(), num_images=100, batch_size=16, seed=5)  # pyright: ignore[reportArgumentType]
-    result = Trainer(model, loader, settings, device=torch.device("cpu"))
+    result = Trainer(model, loader, settings, device=torch.device(DEVICE))
     result.log_steps = 1
     return result
 
@@ -54,29 +53,18 @@ class PowerCut(Exception):
     """The process is gone."""
 
 
-def final(trained: Trainer) -> dict[str, torch.Tensor]:
-    moments = {
-        f"{number}.{name}": value
-        for number, buffers in trained.optimizer.state_dict()["state"].items()
-        for name, value in buffers.items()
-        if isinstance(value, torch.Tensor)
-    }
-    return {**trained.method.state_dict(), **moments}
+def final(trained: Trainer) -> list[bytes]:
+    return [state_bytes(part.state_dict()) for part in (trained.method, trained.optimizer)]
 
 
 @pytest.mark.parametrize(
     ("method", "training"),
     [
-        ({}, {"backbone": mobilenet}),
-        ({"predictor": False, "batchnorm_splits": 2}, {"optimizer": "lars", "decay_exclusion": "norm_bias"}),
-        (
-            {"crops": "two", "final_teacher_momentum": 1.0},
-            {"optimizer": "adamw", "accumulation": 2, "learning_rate": 1e-3},
-        ),
+        ({"predictor": False, "batchnorm_splits": 2}, {"backbone": mobilenet, "accumulation": 2}),
         # `auto` is bfloat16 where it is native; emulated it takes minutes.
         ({"crops": "multi"}, {"nesterov": True, "gradient_clip": 1.0, "precision": "auto"}),
     ],
-    ids=["plain", "split, lars", "two crops, adamw, accumulated", "five crops, native precision"],
+    ids=["split, accumulated", "five crops, native precision"],
 )
 def test_training_resumed_in_and_between_epochs_equals_training_undisturbed(method, training, trainer):
     whole = trainer(method, **training)
@@ -100,9 +88,7 @@ def test_training_resumed_in_and_between_epochs_equals_training_undisturbed(meth
         second = trainer(method, **training)
         second.restore(torch.load(io.BytesIO(file.getvalue()), weights_only=True))
         second.run(save=lambda: None, log=lambda row: None)
-        found = final(second)
-        assert expected.keys() == found.keys()
-        assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
+        assert final(second) == expected
         assert second.history == whole.history
 
 

@@ -25,6 +25,13 @@ def test_a_constant_encoder_sets_off_the_alarm_at_the_third_look():
         alarm.check(30, 1.0, value)
 
 
+def test_a_collapse_only_warns_once_if_it_may_go_on(capsys):
+    alarm = Alarm(stop_on_collapse=False)
+    for step in range(5):
+        alarm.check(step, 1.0, 0.0)
+    assert capsys.readouterr().err.count("warning: training collapsed") == 1
+
+
 def test_a_healthy_look_takes_the_alarm_back():
     alarm = Alarm()
     for step, value in enumerate([0.0, 0.0, 0.5, 0.0, 0.0]):

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.experiments.conftest import changed
 from tests.warm_snakemake import run_snakemake
 
 # Writes the outputs of each stage; the same arguments give the same content.
@@ -75,6 +76,10 @@ class Project:
     def configure(self, config: dict[str, Any]) -> None:
         """Write `config.yaml`."""
         (self.folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+
+    def change(self, path: str, value: Any) -> None:
+        """Set one value of `config.yaml`."""
+        self.configure(changed(path, value, self.config))
 
     def snakemake(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         """Run Snakemake on the copy, with the package of the copy."""

@@ -5,11 +5,12 @@ import random
 import shutil
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
 import yaml
+
+from tests.waiting import wait_until
 
 from .conftest import finish, start
 
@@ -62,8 +63,6 @@ def test_an_interrupted_run_continues_to_the_same_bytes(number, undisturbed, tmp
     interrupt(process, number, folder / "checkpoints" / "tiny.pt", saves=random.Random(number).randint(1, 5))
     assert process.returncode != 0
     assert not (folder / TARGET).exists()
-    if number == signal.SIGKILL:  # leaves Snakemake's lock
-        finish(folder, "--unlock")
     output = finish(folder, TARGET)
     assert "continuing at step" in output
     assert (folder / TARGET).read_bytes() == (undisturbed / TARGET).read_bytes()
@@ -77,7 +76,6 @@ def test_snakemake_killed_alone_leaves_no_second_training(undisturbed, tmp_path)
     wait_for_saves(process, folder / "checkpoints" / "tiny.pt", saves=2)
     process.kill()
     process.wait()
-    finish(folder, "--unlock")
     output = finish(folder, TARGET)  # while the stage of the killed workflow saves its last checkpoint
     assert "continuing at step" in output
     assert (folder / TARGET).read_bytes() == (undisturbed / TARGET).read_bytes()
@@ -94,11 +92,12 @@ def interrupt(process: subprocess.Popen[str], number: int, checkpoint: Path, *, 
 
 def wait_for_saves(process: subprocess.Popen[str], checkpoint: Path, *, saves: int) -> None:
     """Return once the checkpoint has been written `saves` times."""
-    seen: set[int] = set()
-    deadline = time.monotonic() + 120
-    while len(seen) < saves:
+    files: set[int] = set()
+
+    def is_saved() -> bool:
         assert process.poll() is None, f"ended before the signal: {process.communicate()[0]}"
-        assert time.monotonic() < deadline
         if checkpoint.exists():
-            seen.add(checkpoint.stat().st_ino)
-        time.sleep(0.005)  # the condition, not the time, ends the loop
+            files.add(checkpoint.stat().st_ino)
+        return len(files) >= saves
+
+    wait_until(is_saved)

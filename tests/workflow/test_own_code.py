@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import Project
+from .conftest import Project, copy_of
 
 
 def test_the_workflow_refuses_the_code_of_another_folder(root: Path, fresh: Project) -> None:
@@ -40,3 +40,22 @@ def dry_make(folder: Path) -> str:
     answer = subprocess.run(["make", "-n", ".venv/.installed"], cwd=folder, capture_output=True, text=True)
     assert answer.returncode == 0, answer.stderr
     return answer.stdout
+
+
+def test_the_workflow_runs_in_a_folder_with_blanks_quotes_and_umlauts(template: Project, tmp_path: Path) -> None:
+    project = copy_of(template, tmp_path / "my 'proj' \u00fc $(touch x); & #")
+    config = project.config
+    first = config["experiments"]["first"]
+    weights = "the weights' file.safetensors"
+    config["experiments"]["taken"] = {"dataset": {"name": "tiny"}, "backbone": first["backbone"], "weights": weights}
+    config["reported"] = {"first": {"source": "O'Brien et al. \u00fc $(touch x)", "results": {"linear": 90.8}}}
+    config["evaluations"] |= {"price": {"protocol": "cost"}, "looks": {"protocol": "pictures"}}
+    project.configure(config)
+    (project.folder / weights).write_text("weights")
+    targets = ("all", "all_evaluations")
+    run = project.snakemake(*targets)
+    assert run.returncode == 0, run.stderr
+    assert project.pending(*targets) == set()
+    assert not list(tmp_path.rglob("x"))
+    (prices,) = [call for call in project.calls() if call.startswith("cost taken")]
+    assert "--pretrain" not in prices

@@ -19,32 +19,23 @@ def edit(path: Path, old: str, new: str) -> None:
     path.write_text(text.replace(old, new, 1))
 
 
-def test_a_second_run_does_nothing(done: Project) -> None:
-    assert done.pending() == set()
-
-
 def test_a_temperature_runs_its_experiment_again(done: Project) -> None:
-    config = done.config
-    config["experiments"]["first"]["method"]["teacher_temperature"] = 0.05
-    done.configure(config)
+    done.change("experiments/first/method/teacher_temperature", 0.05)
     assert done.pending() == FIRST | TABLE
 
 
 def test_a_new_experiment_runs_alone(done: Project) -> None:
-    config = done.config
-    config["experiments"]["third"] = config["experiments"]["first"] | {"training": {"seed": 1}}
-    done.configure(config)
+    done.change("experiments/third", done.config["experiments"]["first"] | {"training": {"seed": 1}})
     assert done.pending() == {file.replace("first", "third") for file in FIRST} | TABLE
 
 
 def test_an_option_of_an_evaluation_runs_that_evaluation_again(done: Project) -> None:
-    config = done.config
-    config["evaluations"]["knn"]["k"] = 5
-    done.configure(config)
+    done.change("evaluations/knn/k", 5)
     assert done.pending() == {"results/first/knn.json", "results/second/knn.json"} | TABLE
 
 
-def test_changes_without_effect_on_results_run_nothing(done: Project) -> None:
+def test_a_second_run_and_changes_without_effect_on_results_run_nothing(done: Project) -> None:
+    assert done.pending() == set()
     for path in done.folder.rglob("*.py"):  # a comment, a docstring and, as after a checkout, new modification times
         text = path.read_text()
         path.write_text("# A remark.\n" + text.replace('"""', '"""New words. ', 1))
@@ -53,26 +44,20 @@ def test_changes_without_effect_on_results_run_nothing(done: Project) -> None:
     edit(done.folder / "datasets" / "tiny.yaml", "name: tiny", "name: tiny  # a remark")
     manifest = done.folder / "shards" / "tiny" / "manifest.json"
     manifest.write_text(manifest.read_text())
-    config = done.config
-    experiment = config["experiments"]["first"]
-    config["experiments"]["first"] = {key: experiment[key] for key in sorted(experiment, reverse=True)}
-    done.configure(config)
+    experiment = done.config["experiments"]["first"]
+    done.change("experiments/first", {key: experiment[key] for key in sorted(experiment, reverse=True)})
     (done.folder / "checkpoints").mkdir()
     (done.folder / "checkpoints" / "first.pt").write_text("state")
     assert done.pending() == set()
 
 
 def test_a_reported_number_changes_the_table_alone(done: Project) -> None:
-    config = done.config
-    config["reported"] = {"first": {"source": "Table 2", "results": {"linear": 90.8}}}
-    done.configure(config)
+    done.change("reported/first", {"source": "Table 2", "results": {"linear": 90.8}})
     assert done.pending() == TABLE
 
 
 def test_seeds_run_an_experiment_each(done: Project) -> None:
-    config = done.config
-    config["experiments"]["first"]["seeds"] = [0, 4]
-    done.configure(config)
+    done.change("experiments/first/seeds", [0, 4])
     assert done.pending() == {file.replace("first", f"first-seed{seed}") for file in FIRST for seed in (0, 4)} | TABLE
 
 
@@ -102,12 +87,16 @@ def add_statement(path: Path, function: str) -> None:
     path.write_text(edited)
 
 
-def test_moved_and_reworded_code_runs_nothing(done: Project) -> None:
+def test_moved_and_reworded_code_and_a_moved_card_run_nothing(done: Project) -> None:
+    """The package's card is used until the folder has one; the same content is the same data set."""
     package = done.folder / "ssl_core"
     (package / "networks" / "heads.py").rename(package / "blocks" / "projectors.py")
     for path in package.rglob("*.py"):
         path.write_text(path.read_text().replace("ssl_core.networks.heads", "ssl_core.blocks.projectors"))
     edit(package / "training" / "monitor.py", "training diverged: ", "oh no, it diverged: ")
+    (done.folder / "datasets").rename(done.folder / "package_cards")
+    bundled = package / "experiments" / "bundled.py"
+    edit(bundled, 'CARDS = ROOT / "datasets"', 'CARDS = ROOT / "package_cards"')
     assert done.pending() == set()
 
 
@@ -134,11 +123,3 @@ def test_a_card_shards_its_data_set_again(done: Project) -> None:
     path = done.folder / "datasets" / "tiny.yaml"
     path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | {"image_size": 32}))
     assert done.pending() == {"shards/tiny/manifest.json"} | FIRST | SECOND | TABLE
-
-
-def test_the_place_of_a_card_runs_nothing(done: Project) -> None:
-    """The package's card is used until the folder has one; the same content is the same data set."""
-    (done.folder / "datasets").rename(done.folder / "package_cards")
-    bundled = done.folder / "ssl_core" / "experiments" / "bundled.py"
-    edit(bundled, 'CARDS = ROOT / "datasets"', 'CARDS = ROOT / "package_cards"')
-    assert done.pending() == set()

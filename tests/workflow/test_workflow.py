@@ -19,9 +19,7 @@ def refusal(project: Project, *arguments: str) -> str:
 
 
 def test_a_misspelt_hyper_parameter_ends_in_one_line(fresh: Project) -> None:
-    config = fresh.config
-    config["experiments"]["first"]["method"]["queue_sise"] = 3
-    fresh.configure(config)
+    fresh.change("experiments/first/method/queue_sise", 3)
     assert refusal(fresh) == "error: experiments.first.method.queue_sise: unknown key; did you mean 'queue_size'?"
 
 
@@ -53,11 +51,9 @@ def test_a_null_in_an_overlay_leaves_an_experiment_out(fresh: Project) -> None:
 
 
 def test_a_missing_file_of_weights_ends_in_one_line(fresh: Project) -> None:
-    config = fresh.config
-    first = config["experiments"]["first"]
-    config["experiments"]["taken"] = {**first, "weights": "gone.safetensors"}
-    del config["experiments"]["taken"]["method"]
-    fresh.configure(config)
+    first = fresh.config["experiments"]["first"]
+    del first["method"]
+    fresh.change("experiments/taken", {**first, "weights": "gone.safetensors"})
     message = f"error: experiments.taken.weights: there is no file 'gone.safetensors' (looked in {fresh.folder})"
     assert refusal(fresh) == message
 
@@ -82,9 +78,7 @@ def test_commands_have_the_settings_of_their_stage(finished: Project) -> None:
 
 
 def test_an_evaluation_uses_all_labelled_images_of_the_experiments_data_set(fresh: Project) -> None:
-    config = fresh.config
-    config["experiments"]["first"]["dataset"] = {"name": "tiny", "split": "unlabelled", "subset": {"images": 4}}
-    fresh.configure(config)
+    fresh.change("experiments/first/dataset", {"name": "tiny", "split": "unlabelled", "subset": {"images": 4}})
     run = fresh.snakemake("results/first/knn.json")
     assert run.returncode == 0, run.stderr
     (call,) = [call for call in fresh.calls() if call.startswith("evaluate first knn")]
@@ -119,6 +113,30 @@ def test_a_failed_stage_fails_the_run(fresh: Project) -> None:
     assert "error: no" in run.stderr
 
 
+FAILING = """case "$1 $2" in
+'pretrain first') mkdir -p logs/pretrain; echo 'error: no GPU' | tee logs/pretrain/first.log >&2; exit 2 ;;
+'evaluate second') kill -9 $$ ;;
+esac
+"""
+
+
+def test_the_last_lines_of_a_failed_run_name_each_failed_job(fresh: Project) -> None:
+    stub = fresh.folder / "bin" / "ssl-core"
+    stub.write_text(f"#!/bin/sh\n{FAILING}{stub.read_text()}")
+    run = fresh.snakemake(
+        "--keep-going", "results/first/knn.json", "results/second/knn.json", "results/first/views.png"
+    )
+    assert run.returncode == 1
+    assert (fresh.folder / "results/first/views.png").exists()
+    killed = "it ended without an error message, most likely killed: for want of memory, by a scheduler or by hand"
+    headline, *lines = run.stderr.rstrip().splitlines()[-3:]
+    assert headline == "Failed jobs (2):"
+    assert sorted(lines) == [
+        f"  evaluate results/second/knn.json: {killed} (log: logs/evaluate/second/knn.log)",
+        "  pretrain results/first/backbone.safetensors: error: no GPU (log: logs/pretrain/first.log)",
+    ]
+
+
 def test_a_dry_run_imports_neither_torch_nor_mlflow(fresh: Project) -> None:
     probe = (
         "import sys\n"
@@ -133,9 +151,7 @@ def test_a_dry_run_imports_neither_torch_nor_mlflow(fresh: Project) -> None:
 
 
 def test_a_cost_needs_the_export_and_the_export_all_other_evaluations(fresh: Project) -> None:
-    config = fresh.config
-    config["evaluations"]["price"] = {"protocol": "cost"}
-    fresh.configure(config)
+    fresh.change("evaluations/price", {"protocol": "cost"})
     run = fresh.snakemake("results/first/price.json")
     assert run.returncode == 0, run.stderr
     (export,) = [call for call in fresh.calls() if call.startswith("export first")]
@@ -148,11 +164,10 @@ def test_a_cost_needs_the_export_and_the_export_all_other_evaluations(fresh: Pro
 
 
 def test_adopted_weights_have_pictures_but_no_curves(fresh: Project) -> None:
-    config = fresh.config
-    first = config["experiments"]["first"]
-    config["experiments"]["taken"] = {key: first[key] for key in ("dataset", "backbone")} | {"weights": "w.safetensors"}
-    config["evaluations"]["looks"] = {"protocol": "pictures"}
-    fresh.configure(config)
+    first = fresh.config["experiments"]["first"]
+    del first["method"]
+    fresh.change("experiments/taken", first | {"weights": "w.safetensors"})
+    fresh.change("evaluations/looks", {"protocol": "pictures"})
     (fresh.folder / "w.safetensors").write_text("weights")
     run = fresh.snakemake("-n", "all", "results/taken/looks/tsne.svg")
     assert run.returncode == 0, run.stderr

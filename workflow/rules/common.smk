@@ -1,13 +1,19 @@
 # The checked configuration, and the functions that rules take inputs and parameters from. Torch-free, so that a dry run
 # is quick.
+import atexit
+import gc
 import json
 import os
 import re
 import shutil
 import sys
+from functools import cache
 from pathlib import Path
 
 import yaml
+from snakemake import common
+from snakemake import rules as snakemake_rules
+from snakemake.dag import DAG
 from snakemake.persistence import Persistence
 from snakemake.scheduling.job_scheduler import JobScheduler
 
@@ -49,6 +55,17 @@ os.environ.update(PATH=os.pathsep.join([*os.get_exec_path(), str(Path(sys.execut
 # Stages end with this process, also after a kill -9, so that none is left beside those of the next run.
 processes.announce_workflow()
 
+# After a kill the same command continues: without `--unlock` and, below, without `--rerun-incomplete`.
+processes.remove_stale_locks(Path(".snakemake"))
+
+
+async def make_incomplete_files_again(self):
+    if not self.ignore_incomplete:
+        self.forcefiles.update(await self.incomplete_files())
+
+
+DAG.check_incomplete = make_incomplete_files_again
+
 
 # Snakemake before 9.17 reserves no cores and no GPU for a job that is the only one ready, yet releases them at its end:
 # after the first sharding it would start twice as many jobs as fit (docs/decisions, 8).
@@ -71,6 +88,15 @@ def serialize_parameter(self, value, with_pandas=Persistence._serialize_param_pa
 
 if Persistence._serialize_param_pandas.__name__ != "serialize_parameter":
     Persistence._serialize_param_pandas = serialize_parameter
+
+
+# Snakemake reads the signature of an input function anew for every job.
+if not hasattr(common.get_function_params, "cache_info"):
+    common.get_function_params = cache(common.get_function_params)
+    snakemake_rules.get_function_params = common.get_function_params
+
+# The jobs of a large workflow are all kept, so searching them for garbage costs time and frees nothing.
+gc.set_threshold(100_000, 50, 50)
 
 
 def checked(config):
@@ -160,9 +186,10 @@ SWEEPS = CONFIG.get("sweeps") or {}
 GPU = int(shutil.which("nvidia-smi") is not None)
 
 
+# The last lines of a failed run: at exit, since Snakemake prints more after this hook.
 onerror:
     logs = [log] if isinstance(log, str) else log
-    print(failures.summary(map(Path, logs)), file=sys.stderr)
+    atexit.register(print, failures.summary(map(Path, logs)), file=sys.stderr)
 
 
 wildcard_constraints:

@@ -17,9 +17,9 @@ rule evaluate:
         spec=lambda wildcards: canonical(evaluate_spec(wildcards)),
         code=lambda wildcards: evaluation_code(evaluate_spec(wildcards)),
     shell:
-        "ssl-core evaluate {wildcards.experiment} {wildcards.evaluation} --spec {params.spec:q} --code {params.code}"
-        " --backbone {input.backbone} --model {input.model} --manifest {input.manifest} --output {output.json}"
-        " --threads {threads} --log {log}"
+        "ssl-core evaluate {wildcards.experiment:q} {wildcards.evaluation:q} --spec {params.spec:q} --code {params.code}"
+        " --backbone {input.backbone:q} --model {input.model:q} --manifest {input.manifest:q} --output {output.json:q}"
+        " --threads {threads} --log {log:q}"
 
 
 # checkpoints/<experiment>/<evaluation>.pt is not declared as an output, as in rule pretrain.
@@ -46,6 +46,7 @@ rule detect:
         spec=lambda wildcards: canonical(evaluate_spec(wildcards)),
         code=lambda wildcards: detection_code(evaluate_spec(wildcards)),
     shell:
-        "ssl-core detect {wildcards.experiment} {wildcards.evaluation} --spec {params.spec:q} --code {params.code}"
-        " --backbone {input.backbone} --manifest {input.manifest} --output {output.json} --picture {output.picture}"
-        " --checkpoint checkpoints/{wildcards.experiment}/{wildcards.evaluation}.pt --threads {threads} --log {log}"
+        "ssl-core detect {wildcards.experiment:q} {wildcards.evaluation:q} --spec {params.spec:q} --code {params.code}"
+        " --backbone {input.backbone:q} --manifest {input.manifest:q} --output {output.json:q}"
+        " --picture {output.picture:q}"
+        " --checkpoint checkpoints/{wildcards.experiment:q}/{wildcards.evaluation:q}.pt --threads {threads} --log {log:q}"

@@ -21,8 +21,8 @@ rule export:
         content=lambda wildcards: canonical(card_content(pretrain_spec(wildcards)["dataset"]["name"])),
         folder=lambda wildcards, output: str(Path(output.card).parent),
     shell:
-        "ssl-core export {wildcards.experiment} --spec {params.spec:q} --backbone {input.backbone}"
-        " --card {params.dataset} --results {input.results} --output {params.folder} --threads {threads} --log {log}"
+        "ssl-core export {wildcards.experiment:q} --spec {params.spec:q} --backbone {input.backbone:q}"
+        " --card {params.dataset:q} --results {input.results:q} --output {params.folder:q} --threads {threads} --log {log:q}"
 
 
 # Timings differ from run to run: only the table may have this result as an input. The job takes all threads, so that no
@@ -44,7 +44,7 @@ rule cost:
     params:
         spec=lambda wildcards: canonical(evaluate_spec(wildcards)),
         code=lambda wildcards: stage_code("cost"),
-        pretrain=lambda wildcards, input: f"--pretrain {input.pretrain}" if input.pretrain else "",
+        pretrain=lambda wildcards, input: ["--pretrain", input.pretrain] if input.pretrain else [],
     shell:
-        "ssl-core cost {wildcards.experiment} {wildcards.evaluation} --spec {params.spec:q} --code {params.code}"
-        " --backbone {input.backbone} --onnx {input.onnx} {params.pretrain} --output {output.json} --log {log}"
+        "ssl-core cost {wildcards.experiment:q} {wildcards.evaluation:q} --spec {params.spec:q} --code {params.code}"
+        " --backbone {input.backbone:q} --onnx {input.onnx:q} {params.pretrain:q} --output {output.json:q} --log {log:q}"

@@ -22,9 +22,9 @@ rule pictures:
         spec=lambda wildcards: canonical(evaluate_spec(wildcards)),
         code=lambda wildcards: evaluation_code(evaluate_spec(wildcards)),
     shell:
-        "ssl-core evaluate {wildcards.experiment} {wildcards.evaluation} --spec {params.spec:q} --code {params.code}"
-        " --backbone {input.backbone} --manifest {input.manifest} --output {output.json}"
-        " --threads {threads} --log {log}"
+        "ssl-core evaluate {wildcards.experiment:q} {wildcards.evaluation:q} --spec {params.spec:q} --code {params.code}"
+        " --backbone {input.backbone:q} --manifest {input.manifest:q} --output {output.json:q}"
+        " --threads {threads} --log {log:q}"
 
 
 # Each picture as PNG and SVG.
@@ -78,8 +78,8 @@ rule draw:
         code=lambda wildcards: stage_code("draw"),
         folder=lambda wildcards, output: str(Path(output.tsne).parent),
     shell:
-        "ssl-core draw {wildcards.experiment} {wildcards.evaluation} --data {input.data} --output {params.folder}"
-        " --log {log}"
+        "ssl-core draw {wildcards.experiment:q} {wildcards.evaluation:q} --data {input.data:q} --output {params.folder:q}"
+        " --log {log:q}"
 
 
 # No input of a pre-training: a picture that is drawn anew trains nothing.
@@ -99,8 +99,8 @@ rule views:
         spec=lambda wildcards: canonical(pretrain_spec(wildcards)),
         code=lambda wildcards: views_code(pretrain_spec(wildcards)),
     shell:
-        "ssl-core sample-views {wildcards.experiment} --spec {params.spec:q} --manifest {input.manifest}"
-        " --output {output} --log {log}"
+        "ssl-core sample-views {wildcards.experiment:q} --spec {params.spec:q} --manifest {input.manifest:q}"
+        " --output {output:q} --log {log:q}"
 
 
 # Adopted weights have no history, so `rule all` requests no curves of them.
@@ -120,4 +120,4 @@ rule curves:
     params:
         code=lambda wildcards: stage_code("curves"),
     shell:
-        "ssl-core curves {wildcards.experiment} --history {input.history} --output {output.png} --log {log}"
+        "ssl-core curves {wildcards.experiment:q} --history {input.history:q} --output {output.png:q} --log {log:q}"

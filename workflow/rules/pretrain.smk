@@ -20,9 +20,9 @@ rule pretrain:
         code=lambda wildcards: pretraining_code(pretrain_spec(wildcards)),
         folder=lambda wildcards, output: str(Path(output.backbone).parent),
     shell:
-        "ssl-core pretrain {wildcards.experiment} --spec {params.spec:q} --code {params.code}"
-        " --manifest {input.manifest} --output {params.folder}"
-        " --checkpoint checkpoints/{wildcards.experiment}.pt --threads {threads} --log {log}"
+        "ssl-core pretrain {wildcards.experiment:q} --spec {params.spec:q} --code {params.code}"
+        " --manifest {input.manifest:q} --output {params.folder:q}"
+        " --checkpoint checkpoints/{wildcards.experiment:q}.pt --threads {threads} --log {log:q}"
 
 
 # In place of pre-training: makes a backbone of weights that were trained elsewhere.
@@ -40,5 +40,5 @@ rule adopt:
         spec=lambda wildcards: canonical(pretrain_spec(wildcards)),
         code=lambda wildcards: stage_code("adopt", pretrain_spec(wildcards)),
     shell:
-        "ssl-core adopt {wildcards.experiment} --spec {params.spec:q} --code {params.code}"
-        " --manifest {input.manifest} --output {output.backbone} --log {log}"
+        "ssl-core adopt {wildcards.experiment:q} --spec {params.spec:q} --code {params.code}"
+        " --manifest {input.manifest:q} --output {output.backbone:q} --log {log:q}"

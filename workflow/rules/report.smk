@@ -16,8 +16,8 @@ rule table:
         reported=canonical(sweeps.reported(CONFIG["experiments"], CONFIG)),
         code=lambda wildcards: stage_code("table"),
     shell:
-        "ssl-core table {input} --seeds {params.seeds:q} --reported {params.reported:q}"
-        " --output {output.csv} --log {log}"
+        "ssl-core table {input:q} --seeds {params.seeds:q} --reported {params.reported:q}"
+        " --output {output.csv:q} --log {log:q}"
 
 
 rule sweep:
@@ -39,5 +39,5 @@ rule sweep:
         reported=lambda wildcards: canonical(sweeps.reported(sweeps.variants(wildcards.sweep, CONFIG), CONFIG)),
         code=lambda wildcards: stage_code("table"),
     shell:
-        "ssl-core table {input} --grid {params.grid:q} --seeds {params.seeds:q} --reported {params.reported:q}"
-        " --output {output.csv} --log {log}"
+        "ssl-core table {input:q} --grid {params.grid:q} --seeds {params.seeds:q} --reported {params.reported:q}"
+        " --output {output.csv:q} --log {log:q}"

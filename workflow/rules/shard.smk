@@ -10,4 +10,4 @@ rule shard:
         code=lambda wildcards: stage_code("shard", card_content(wildcards.dataset)),
         folder=lambda wildcards, output: str(Path(output.manifest).parent),
     shell:
-        "ssl-core shard {wildcards.dataset} --output {params.folder} --threads {threads} --log {log}"
+        "ssl-core shard {wildcards.dataset:q} --output {params.folder:q} --threads {threads} --log {log:q}"

@@ -1,4 +1,4 @@
-"""Open the source of a card, whatever its kind. Torch-free until a torchvision data set is opened.
+"""Open the source of a card, whatever its kind. Torch-free until a source of torchvision or webdataset is opened.
 
 Each kind of source lists its images first (names, labels, place of the bytes) and then reads them by index, since
 sharding reads in a shuffled order.

@@ -138,7 +138,7 @@ def _walk(top: Path, inside: str = "", above: frozenset[tuple[int, int]] = froze
 class Archive:
     """The regular files of an open tar, without links, devices and names that point outside."""
 
-    def __init__(self, path: Path, descriptor: int, stamp: str, scratch: Path) -> None:
+    def __init__(self, path: Path | str, descriptor: int, stamp: str, scratch: Path) -> None:
         self.path, self.stamp = path, stamp
         self.unread: dict[str, int] = {}
         self._descriptor = descriptor  # read with pread, so that forked processes do not move each other's position
@@ -146,10 +146,13 @@ class Archive:
 
     @classmethod
     @contextmanager
-    def open(cls, path: Path, *, scratch: Path, sha256: str | None = None) -> "Iterator[Archive]":
+    def open(
+        cls, path: Path, *, scratch: Path, sha256: str | None = None, address: str | None = None
+    ) -> "Iterator[Archive]":
         """Open a tar; a compressed one is first decompressed into the folder `scratch`, until it is closed.
 
-        Raises a `ValueError` if the file is missing or damaged, or has another sha256.
+        Messages name `address` instead of the path if it is given. Raises a `ValueError` if the file is missing or
+        damaged, or has another sha256.
         """
         if not path.is_file():
             raise ValueError(f"{path} {'is a folder: set type: image_folder' if path.is_dir() else ABSENT}")
@@ -158,7 +161,7 @@ class Archive:
         status = path.stat()
         spill = scratch / f".spill-{path.name}"
         try:
-            with _readable(path, scratch):
+            with _readable(address or path, scratch):
                 with open(path, "rb") as file:
                     opener = OPENERS.get(file.read(2))
                 if opener is not None:
@@ -167,7 +170,7 @@ class Archive:
         finally:
             spill.unlink(missing_ok=True)  # the open descriptor keeps the content, and a killed process leaves no file
         try:
-            yield cls(path, descriptor, f"{status.st_size} {status.st_mtime_ns}", scratch)
+            yield cls(address or path, descriptor, f"{status.st_size} {status.st_mtime_ns}", scratch)
         finally:
             os.close(descriptor)
 
@@ -212,7 +215,7 @@ class Archive:
 
 
 @contextmanager
-def _readable(path: Path, scratch: Path) -> Iterator[None]:
+def _readable(path: Path | str, scratch: Path) -> Iterator[None]:
     """Turn the errors of a damaged archive or a full disk into a one-line `ValueError`."""
     try:
         yield

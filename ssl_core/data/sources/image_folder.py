@@ -1,14 +1,16 @@
 """Folders of images, and tars and zips of such folders: the class is the name of the folder, or in a text file."""
 
+import csv
+import re
 from contextlib import ExitStack
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from ssl_core.data.card import Annotations, Card, FolderSplit, ImageFolder
 from ssl_core.data.image_files import EXTENSIONS, list_counts
 from ssl_core.data.records import OpenSource, printable
 from ssl_core.data.sources.file_tree import Archive, Folder
-from ssl_core.data.sources.labelled_files import LabelledFiles, Targets, number_classes
+from ssl_core.data.sources.labelled_files import LabelledFiles, Target, Targets, number_classes, parse_target
 from ssl_core.data.sources.zip_archive import ZipArchive, is_zip
 from ssl_core.mistakes import excerpt
 
@@ -38,14 +40,12 @@ def _list_split(tree: Folder | Archive, split: FolderSplit, path: Path) -> Label
         unread = f"; convert its {list_counts(tree.unread)}" if tree.unread else ""
         raise ValueError(f"{place} has no images ({' '.join(sorted(EXTENSIONS))}){unread}")
     targets = Targets()
-    annotations = split.annotations
-    classes = {} if annotations is None else _read_annotations(tree, annotations)
+    classes = {} if split.annotations is None else _read_annotations(tree, split.annotations)
     for file in files:
-        if annotations is not None:
-            if file.name not in classes:
-                image = excerpt(f"{place}/{file.name}")
-                raise ValueError(f"{annotations.file} has no line for {image}: add one or remove the image")
-            targets.add(classes[file.name])
+        if split.annotations is not None:
+            targets.add(_annotated_class(file.name, classes, f"{split.annotations.file} has no line for {place}/"))
+        elif split.class_pattern is not None:
+            targets.add(_class_in_path(file.name, split.class_pattern, place))
         elif split.labels == "folder":
             targets.add(_class_folder(file.name, place))
         else:
@@ -57,22 +57,57 @@ def _class_folder(name: str, place: str) -> str:
     folder, _, rest = name.partition("/")
     if not rest:
         image = excerpt(f"{place}/{name}")
-        raise ValueError(f"{image} is in no class folder: move it into one, or set labels: none for the split")
+        remedy = "move it into one, or set labels: none, class_pattern or annotations for the split"
+        raise ValueError(f"{image} is in no class folder: {remedy}")
     return printable(folder)
 
 
-def _read_annotations(tree: Folder | Archive, annotations: Annotations) -> dict[str, str]:
+def _class_in_path(name: str, pattern: str, place: str) -> str:
+    match = re.search(pattern, name)
+    if match is None or not match[1]:
+        image = excerpt(f"{place}/{name}")
+        raise ValueError(f"{image} does not match class_pattern {excerpt(pattern)}: correct the pattern")
+    return printable(match[1])
+
+
+def _annotated_class(name: str, classes: dict[str, Target], complaint: str) -> Target:
+    """Return the class of an image by its path, with or without its extension."""
+    stem = str(PurePosixPath(name).with_suffix(""))
+    if name not in classes and stem not in classes:
+        raise ValueError(f"{excerpt(complaint + name)}: add one or remove the image")
+    return classes[name if name in classes else stem]
+
+
+def _read_annotations(tree: Folder | Archive, annotations: Annotations) -> dict[str, Target]:
     """Return the class of each image that a text file names."""
     try:
-        text = tree.read(annotations.file).decode()
+        text = tree.read(annotations.file).decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = (error.strerror if isinstance(error, OSError) else None) or "not UTF-8"
         raise ValueError(f"annotations.file {annotations.file} cannot be read: {reason}") from None
-    classes = {}
-    for number, line in enumerate(text.splitlines(), start=1):
-        columns = line.split(annotations.separator)
-        if len(columns) <= max(annotations.image_column, annotations.class_column):
-            place = f"{annotations.file} line {number}"
+    lines = csv.reader(text.splitlines(), delimiter=annotations.separator)
+    image_column, class_column = annotations.image_column, annotations.class_column
+    if isinstance(image_column, str):
+        header = next(lines, [])
+        image_column = _column(image_column, header, annotations.file)
+        class_column = _column(str(class_column), header, annotations.file)
+    assert isinstance(class_column, int)
+    classes: dict[str, Target] = {}
+    for columns in lines:
+        if not columns:
+            continue
+        place = f"{annotations.file} line {lines.line_num}"
+        if len(columns) <= max(image_column, class_column):
             raise ValueError(f"{place} has {len(columns)} columns: check separator, image_column and class_column")
-        classes[columns[annotations.image_column]] = columns[annotations.class_column]
+        image, target = columns[image_column].strip(), parse_target(columns[class_column])
+        if classes.setdefault(image, target) != target:
+            labels = f"{excerpt(repr(classes[image]), 60)} and {excerpt(repr(target), 60)}"
+            raise ValueError(f"{place}: the image {excerpt(image)} has the classes {labels}: keep one line")
     return classes
+
+
+def _column(name: str, header: list[str], file: str) -> int:
+    if name not in header:
+        names = excerpt(", ".join(header))
+        raise ValueError(f"{file} has no column {name!r} in its first line ({names}): correct the card")
+    return header.index(name)

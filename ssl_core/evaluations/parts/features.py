@@ -24,6 +24,7 @@ from ssl_core.networks.backbones import build_backbone
 from ssl_core.progress import progress_bar
 
 PIXEL_SIDE = 32  # raw pixels of larger images are averaged down to this size: at most 3,072 numbers per image
+LEAST_PIXEL_SIDE = 8  # of sets whose features exceed the memory at every larger size
 MEMORY_LIMIT = 4 * 2**30  # bytes of one network's features; larger sets go into a memory-mapped temporary file
 CHUNK = 8192  # rows per operation where all rows may exceed the memory
 GROUP = "probe"  # the name of the views, which seeds their augmentations: another name gives other numbers
@@ -40,13 +41,25 @@ class Features:
 
 
 class Pixels(nn.Module):
-    """The raw-pixel baseline: normalised pixels as features, averaged down where a side exceeds `PIXEL_SIDE`."""
+    """The raw-pixel baseline: normalised pixels as features, averaged down where a side of the image exceeds `side`."""
+
+    def __init__(self, side: int = PIXEL_SIDE) -> None:
+        super().__init__()
+        self.side = side
 
     def forward(self, images: Tensor) -> Tensor:
         """Flatten (batch, 3, h, w) to (batch, 3 * side * side)."""
-        if images.shape[-1] > PIXEL_SIDE:
-            images = F.adaptive_avg_pool2d(images, PIXEL_SIDE)
+        if images.shape[-1] > self.side:
+            images = F.adaptive_avg_pool2d(images, self.side)
         return images.contiguous().flatten(1)
+
+
+def pixel_side(images: int) -> int:
+    """Return the side of the raw-pixel baseline for a training set: halved until its features fit in memory."""
+    side = PIXEL_SIDE
+    while side > LEAST_PIXEL_SIDE and not fits_in_memory(images * 3 * side**2):
+        side //= 2
+    return side
 
 
 def gather_subjects(
@@ -56,13 +69,15 @@ def gather_subjects(
     image_size: int | None,
     threads: int,
     model: Path | None = None,
+    num_train: int = 0,
 ) -> Subjects:
     """Return the pre-trained network of `load_backbone` with its two baselines: the untrained network and raw pixels.
 
     Images have the pre-training's size unless `image_size` is given, and always the pre-training's normalisation,
-    also those of other data sets.
+    also those of other data sets. `num_train` is the number of training images, of which many make raw pixels smaller.
     """
-    networks = {"pretrained": pretrained, "untrained": build_untrained(header), "pixels": Pixels()}
+    pixels = Pixels(pixel_side(num_train))
+    networks = {"pretrained": pretrained, "untrained": build_untrained(header), "pixels": pixels}
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for network in networks.values():
         network.requires_grad_(False).to(device=device, memory_format=torch.channels_last)  # pyright: ignore
