@@ -67,7 +67,7 @@ def capacity(training: Training) -> float:
     if torch.cuda.is_available():
         return float(torch.cuda.get_device_properties(0).total_memory)
     total = psutil.virtual_memory().total
-    limit = CGROUP.read_text().strip() if CGROUP.is_file() else "max"
+    limit = CGROUP.read_text(encoding="utf-8").strip() if CGROUP.is_file() else "max"
     if limit.isdigit():
         total = min(total, int(limit))
     return total / training.gpus

@@ -126,4 +126,4 @@ def test_views_without_memory_are_an_error_of_memory(manifest: Manifest, device:
 
 @pytest.mark.cuda
 def test_the_stage_trains_on_the_gpu() -> None:
-    assert pretrain._start_process(base.resolve(spec()).training, 1).type == "cuda"
+    assert pretrain.start_process(base.resolve(spec()).training, 1).type == "cuda"

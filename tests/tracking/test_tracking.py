@@ -122,17 +122,23 @@ def test_a_resumed_stage_continues_its_run_without_repeating_steps(four: Path) -
     assert select(four, query) == [(step,) for step in range(1, 7)]
 
 
-def test_what_was_deleted_in_mlflow_is_restored(four: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("tables", "message"),
+    [
+        (["runs"], "the run 'tiny / tune' was deleted in MLflow; it is restored"),
+        (["runs", "experiments"], "the experiment 'ssl-core' was deleted in MLflow"),
+    ],
+)
+def test_what_was_deleted_in_mlflow_is_restored(four: Path, tmp_path: Path, tables: list[str], message: str) -> None:
     shutil.copytree(four, tmp_path / "copy")
     connection = sqlite3.connect(tmp_path / "copy" / "mlflow.db")
     with connection:  # as MLflow's page does
-        for table in ("runs", "experiments"):
+        for table in tables:
             connection.execute(f"update {table} set lifecycle_stage = 'deleted'")
     connection.close()
     run_id = stages(four)["tune"][0]
     _, errors = launch(tmp_path / "copy", "tune", "finish", run_id).communicate(timeout=60)
-    assert "the run 'tiny / tune' was deleted in MLflow; it is restored" in errors
-    assert "the experiment 'ssl-core' was deleted in MLflow" in errors
+    assert message in errors
     assert stages(tmp_path / "copy")["tune"] == (run_id, "FINISHED")
     states = dict(select(tmp_path / "copy", "select run_uuid, lifecycle_stage from runs"))
     assert states[run_id] == states[stages(four)["experiment"][0]] == "active"

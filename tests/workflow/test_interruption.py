@@ -92,12 +92,13 @@ def interrupt(process: subprocess.Popen[str], number: int, checkpoint: Path, *, 
 
 def wait_for_saves(process: subprocess.Popen[str], checkpoint: Path, *, saves: int) -> None:
     """Return once the checkpoint has been written `saves` times."""
-    files: set[int] = set()
+    files: set[tuple[int, int]] = set()  # a number of a file is used again soon
 
     def is_saved() -> bool:
         assert process.poll() is None, f"ended before the signal: {process.communicate()[0]}"
         if checkpoint.exists():
-            files.add(checkpoint.stat().st_ino)
+            status = checkpoint.stat()
+            files.add((status.st_ino, status.st_mtime_ns))
         return len(files) >= saves
 
     wait_until(is_saved)
