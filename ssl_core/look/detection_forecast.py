@@ -9,11 +9,10 @@ from torch import Tensor
 from ssl_core.config import Backbone
 from ssl_core.data.detection_loader import Batch
 from ssl_core.evaluations.detection import Config
-from ssl_core.look.forecast import count
 from ssl_core.networks.backbones import build_backbone
 from ssl_core.networks.detectors import build_detector
 from ssl_core.training.detection import Losses
-from ssl_core.training.memory import LIBRARIES
+from ssl_core.training.memory import LIBRARIES, count
 
 CLASSES = 20
 SAVED_COPIES = 2  # of a checkpoint: the last one and the one before

@@ -82,7 +82,13 @@ def explain(name: str, overlays: Sequence[Path], *, timed: bool | None, threads:
         _comment("Time", _time(method, subject, walked, steps, threads))
     else:
         _comment("Time", ["not measured (--time measures ten steps)"])
-    _detections(spec, layers, resolved.backbone, subject.card.image_size, timed=timed)
+    _detections(
+        spec,
+        layers,
+        resolved.backbone,
+        subject.card.image_size,
+        timed=timed or (timed is None and subject.manifest is not None),
+    )
 
 
 def _check_evaluations(name: str, spec: Mapping[str, Any], layers: Configuration) -> None:
