@@ -23,7 +23,7 @@ from ssl_core.evaluations.base import Log, Outcome, ProtocolConfig, Subjects, fi
 from ssl_core.evaluations.parts.average_precision import Detections, average_precision
 from ssl_core.experiments.needs import Contract, Needs
 from ssl_core.networks.batchnorm import synchronise_batchnorm
-from ssl_core.networks.detectors import build_detector
+from ssl_core.networks.detectors import RESNETS, TAPS, build_detector
 from ssl_core.progress import progress_bar
 from ssl_core.training.detection import DetectionTrainer, Schedule, to_device
 from ssl_core.training.precision import autocast_type
@@ -54,6 +54,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "short": {},
 }
 _BOXES = {"labels": "several", "boxes": True}
+_FPN_NEEDS = Needs(**_BOXES, backbones=(*RESNETS, *TAPS))
+_C4_NEEDS = Needs(**_BOXES, backbones=RESNETS)
 
 
 class Config(ProtocolConfig):
@@ -65,8 +67,14 @@ class Config(ProtocolConfig):
 
     contract: ClassVar = Contract(
         rule="detect",
-        needs=Needs(**_BOXES),
-        needs_by_key={"variant": {"short": Needs(**_BOXES, test_split="any")}},  # one can see it fit what it trains on
+        needs=_FPN_NEEDS,
+        needs_by_key={
+            "head": {"c4": _C4_NEEDS},
+            "variant": {
+                "short": _FPN_NEEDS.model_copy(update={"test_split": "any"}),  # one can see it fit what it trains on
+                **{name: _C4_NEEDS for name, settings in VARIANTS.items() if settings.get("head") == "c4"},
+            },
+        },
     )
     published: ClassVar = VARIANTS
 

@@ -30,6 +30,7 @@ class Needs(Strict):
     # protocol divides. `none`: no image is read.
     test_split: Literal["other", "any", "same", "none"] = "other"
     projector: bool = False  # two layers of the pre-training's projector
+    backbones: tuple[str, ...] = ()  # names of the only backbones that it takes; empty: all
 
 
 class Contract(Strict):
@@ -75,6 +76,7 @@ def check_needs(
         needs = by_protocol[section["protocol"]].needs_of(section)
         dataset = section.get("dataset") or {"name": experiment["dataset"]["name"]}
         try:
+            _check_backbone(experiment["backbone"]["name"], needs)
             find_test_split(
                 needs,
                 dataset["name"],
@@ -138,6 +140,14 @@ def _check_labels(needs: Needs, dataset: str, labels: SplitLabels, split: str) -
         raise ValueError(
             f"data set '{dataset}': images have several labels each, expected one: use a protocol for several labels, "
             "for example `low_shot`"
+        )
+
+
+def _check_backbone(name: str, needs: Needs) -> None:
+    if needs.backbones and name not in needs.backbones:
+        names = ", ".join(needs.backbones)
+        raise ValueError(
+            f"it takes the backbones {names}, not {name}: leave this evaluation out, or change the backbone"
         )
 
 

@@ -121,3 +121,15 @@ def test_layers_of_a_projector_follow_from_its_settings():
     assert projector_layers({"projector_layers": 3}) == 3
     assert [projector_layers({"head": head}) for head in ("none", "linear", "mlp")] == [0, 1, 2]
     assert projector_layers({"embedding_dim": 128}) is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "backbone"),
+    [({}, "vit_tiny_16"), ({"variant": "voc07_c4"}, "mobilenet_v2"), ({"head": "c4"}, "mobilenet_v2")],
+)
+def test_a_backbone_without_a_detector_is_refused(schema, settings, backbone):
+    splits: SplitLabels = {"train": "several", "test": "several"}
+    experiment = {**EXPERIMENT, "backbone": {"name": backbone}}
+    with pytest.raises(ValueError, match=f"it takes the backbones resnet18, .*, not {backbone}: leave this evaluation"):
+        check(schema, {"protocol": "detection", **settings}, experiment, splits)
+    check(schema, {"protocol": "detection", **settings}, EXPERIMENT, splits)
