@@ -115,7 +115,7 @@ def neighbours(
     euclidean: bool,
     device: str = "cpu",
     chunk: int = 512,
-    bank_chunk: int = 32768,
+    bank_chunk: int = 16384,
 ) -> tuple[Tensor, Tensor]:
     """Find the k nearest rows of `bank` (n, dim) for each query, nearest first.
 

@@ -170,7 +170,8 @@ def _check_warmup(training: Config, place: str) -> None:
     epochs, warmup = training.get("epochs"), training.get("warmup_epochs")
     if epochs is not None and warmup is not None and warmup >= epochs:
         raise ValueError(
-            f"{place}.warmup_epochs: {warmup:g} must be below epochs ({epochs}), so that the learning rate comes down"
+            f"{place}.warmup_epochs: {warmup:g} must be below epochs ({epochs}): "
+            "the learning rate would never come down"
         )
 
 

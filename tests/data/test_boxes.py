@@ -88,6 +88,16 @@ def test_data_without_boxes_keep_their_tars(tmp_path, root):
         read_objects(manifest, "train")
 
 
+def test_annotations_without_boxes_label_images_only(tmp_path):
+    def remove_boxes(content):
+        for entry in content["annotations"]:
+            del entry["bbox"]
+
+    manifest = make_coco(tmp_path, remove_boxes)
+    assert manifest.split("train").objects is None
+    assert manifest.split("train").images == len(NUMBERS)
+
+
 def test_an_image_without_objects_is_kept_and_counted(tmp_path):
     manifest = make_coco(tmp_path, lambda content: content.update(annotations=[]))
     assert all(member["objects"] == [] for member in read_objects(manifest, "train"))

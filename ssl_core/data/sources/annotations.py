@@ -74,9 +74,12 @@ def _split(tree: Folder | Archive, annotated: AnnotatedSplit, classes: tuple[str
     files = annotated.files
     labels = [_label_bytes(annotation.objects, classes) for annotation in annotated.annotations]
     boxes = [_number_labels(annotation, classes).encode() for annotation in annotated.annotations]
+    places = [each["box"] for annotation in annotated.annotations for each in annotation.objects]
+    has_boxes = any(places) or not places  # files of labels only have objects without boxes
 
     def read(index: int) -> Record:
-        return Record(files[index], tree.read(files[index]), -1, labels[index], boxes[index])
+        objects = boxes[index] if has_boxes else None
+        return Record(files[index], tree.read(files[index]), -1, labels[index], objects)
 
     digest = hashlib.sha256(repr(classes).encode() + b"".join(labels))
     for file, objects in zip(files, boxes, strict=True):
@@ -86,9 +89,10 @@ def _split(tree: Folder | Archive, annotated: AnnotatedSplit, classes: tuple[str
 
 
 def _number_labels(annotation: Annotation, classes: tuple[str, ...]) -> Annotation:
-    """Replace the names of classes by label ids."""
+    """Replace the names of classes by label ids; objects without a box label the image only."""
     ids = {name: label for label, name in enumerate(classes)}
-    return Annotation(annotation.size, [{**each, "label": ids.get(each["label"])} for each in annotation.objects])
+    placed = [each for each in annotation.objects if each["box"]]
+    return Annotation(annotation.size, [{**each, "label": ids.get(each["label"])} for each in placed])
 
 
 def _label_bytes(objects: Objects, classes: tuple[str, ...]) -> bytes:
@@ -132,7 +136,10 @@ def _read_voc(tree: Folder | Archive, file: str) -> Annotation:
 def _voc_box(element: ElementTree.Element) -> list[float]:
     """Return left, top, right, bottom; VOC counts pixels from 1, and the last one is inside the box."""
     corners = [element.findtext(f"bndbox/{side}", "nan") for side in ("xmin", "ymin", "xmax", "ymax")]
-    left, top, right, bottom = map(float, corners)
+    try:
+        left, top, right, bottom = map(float, corners)
+    except ValueError:
+        left, top, right, bottom = 4 * [float("nan")]  # refused with the object
     return [left - 1, top - 1, right, bottom]
 
 
@@ -178,11 +185,14 @@ def _list_coco(tree: Folder | Archive, split: CocoSplit, skip: bool) -> Annotate
 
 def _coco_object(entry: Any, categories: dict[int, str]) -> dict[str, Any]:
     label = categories.get(entry["category_id"])
-    left, top, width, height = entry["bbox"] if len(entry["bbox"]) == 4 else 4 * [float("nan")]
+    box = entry.get("bbox")
+    if box is not None:
+        left, top, width, height = box if len(box) == 4 else 4 * [float("nan")]
+        box = [left, top, left + width, top + height]
     return {
         "name": f"annotation {entry.get('id', '?')} ({label or 'category ' + str(entry['category_id'])})",
         "label": label,
-        "box": [left, top, left + width, top + height],
+        "box": box,
         "crowd": bool(entry.get("iscrowd")),
         "area": entry.get("area"),
         "mask": entry.get("segmentation"),
