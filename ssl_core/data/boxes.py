@@ -170,13 +170,15 @@ def _fit_mask(mask: Any, box: list[float], original: Size, stored: Size) -> dict
     from pycocotools import mask as codec  # only data sets with masks need it
 
     width, height = original
+    code: Any
     if isinstance(mask, list):
         _check_points(mask, original)
         if any(len(polygon) < 6 or len(polygon) % 2 for polygon in mask):
             raise ValueError("a polygon of its mask is not three or more points")
-        code: Any = codec.merge(codec.frPyObjects(mask, height, width))
+        code = codec.merge(codec.frPyObjects(mask, height, width))
     else:
-        size, counts = (mask.get("size"), mask.get("counts")) if isinstance(mask, dict) else (None, None)
+        code = mask
+        size, counts = (code.get("size"), code.get("counts")) if isinstance(code, dict) else (None, None)
         if not isinstance(size, list) or len(size) != 2 or not isinstance(counts, list | str):
             raise ValueError("its mask is neither polygons nor a run-length code with size and counts")
         if size != [height, width]:
@@ -184,7 +186,8 @@ def _fit_mask(mask: Any, box: list[float], original: Size, stored: Size) -> dict
         runs = counts if isinstance(counts, list) else _runs(counts)
         if any(not isinstance(run, int) or run < 0 for run in runs) or sum(runs) != width * height:
             raise ValueError(f"the runs of its mask do not cover the image of {width}x{height} pixels")
-        code = codec.frPyObjects(mask, height, width) if isinstance(mask["counts"], list) else mask
+        if isinstance(counts, list):
+            code = codec.frPyObjects(mask, height, width)
     if not codec.area(code):
         raise ValueError("its mask has no pixel")
     left, top, wide, high = codec.toBbox(code)

@@ -219,7 +219,7 @@ def _check_coco(content: Any, file: str) -> None:
 
 def _coco_object(entry: Any, categories: dict[int, str]) -> dict[str, Any]:
     label = categories.get(entry["category_id"])
-    box = entry["bbox"]
+    box = entry.get("bbox")
     is_box = isinstance(box, list) and len(box) == 4 and all(isinstance(side, int | float) for side in box)
     left, top, width, height = box if is_box else 4 * [float("nan")]
     return {
