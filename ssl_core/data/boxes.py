@@ -138,6 +138,10 @@ def _fit_box(box: Any, size: Size, scale: np.ndarray) -> list[float]:
     return (inside * np.tile(scale, 2)).tolist()
 
 
+def _size_and_counts(mask: Any) -> tuple[Any, Any]:
+    return (mask.get("size"), mask.get("counts")) if isinstance(mask, dict) else (None, None)
+
+
 def _check_points(polygons: list[Any], size: Size) -> None:
     """Raise `ValueError` for points that are no numbers, or so far away that drawing them would exhaust the memory."""
     try:
@@ -177,8 +181,7 @@ def _fit_mask(mask: Any, box: list[float], original: Size, stored: Size) -> dict
             raise ValueError("a polygon of its mask is not three or more points")
         code = codec.merge(codec.frPyObjects(mask, height, width))
     else:
-        code = mask
-        size, counts = (code.get("size"), code.get("counts")) if isinstance(code, dict) else (None, None)
+        size, counts = _size_and_counts(mask)
         if not isinstance(size, list) or len(size) != 2 or not isinstance(counts, list | str):
             raise ValueError("its mask is neither polygons nor a run-length code with size and counts")
         if size != [height, width]:
@@ -186,8 +189,7 @@ def _fit_mask(mask: Any, box: list[float], original: Size, stored: Size) -> dict
         runs = counts if isinstance(counts, list) else _runs(counts)
         if any(not isinstance(run, int) or run < 0 for run in runs) or sum(runs) != width * height:
             raise ValueError(f"the runs of its mask do not cover the image of {width}x{height} pixels")
-        if isinstance(counts, list):
-            code = codec.frPyObjects(mask, height, width)
+        code = codec.frPyObjects(mask, height, width) if isinstance(counts, list) else mask
     if not codec.area(code):
         raise ValueError("its mask has no pixel")
     left, top, wide, high = codec.toBbox(code)
