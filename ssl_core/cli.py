@@ -7,6 +7,8 @@ one line on stderr and exit code 2; its traceback is in the log.
 import argparse
 import importlib
 import json
+import os
+import shlex
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
@@ -33,10 +35,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 0
     try:
+        _check_working_directory()
         with _only_writer(options):
-            return _run(options)
+            code = _run(options)
+        sys.stdout.flush()
+        return code
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # the reader of the output has ended, as in `ssl-core schema | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except Exception as error:  # another process writes the same files, and its log
         return _report(error, None, None)
 
@@ -47,9 +55,18 @@ def _run(options: argparse.Namespace) -> int:
             options.command(options)
         except KeyboardInterrupt:
             return 130
+        except BrokenPipeError:
+            raise
         except Exception as error:
             return _report(error, options.log, log)
     return 0
+
+
+def _check_working_directory() -> None:
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise ValueError("the working directory was removed: change to another folder and run again") from None
 
 
 def _only_writer(options: argparse.Namespace) -> AbstractContextManager[None]:
@@ -135,7 +152,7 @@ def _add_stages(commands: Any) -> None:
     for stage in (pretrain, adopt, evaluate, detect, cost):
         stage.add_argument("--code", required=True, help="digest of the code that the stage runs")
     for stage in (shard, pretrain, evaluate, detect, export):
-        stage.add_argument("--threads", type=int, default=1)
+        stage.add_argument("--threads", type=_positive, default=1)
 
 
 def _add_looks(commands: Any) -> None:
@@ -165,7 +182,9 @@ def _add_looks(commands: Any) -> None:
 
     for look in (explain, views):
         look.add_argument("experiment", help="its name in config.yaml; also one that a sweep or seeds make")
-        look.add_argument("--threads", type=int, default=num_cores(), help="processor threads (default: all cores)")
+        look.add_argument(
+            "--threads", type=_positive, default=num_cores(), help="processor threads (default: all cores)"
+        )
     for look in (compare, explain, views):
         look.add_argument(
             "--configfile", type=Path, nargs="+", default=[], metavar="YAML", help="files laid over config.yaml"
@@ -193,7 +212,7 @@ def _init(options: argparse.Namespace) -> None:
 
     for path in user_folder.create(options.folder):
         print(f"wrote {path}")
-    print(f"next: cd {options.folder} && snakemake --cores all results/ressl_r18/knn.json")
+    print(f"next: cd {shlex.quote(str(options.folder))} && snakemake --cores all results/ressl_r18/knn.json")
 
 
 def _recipes(options: argparse.Namespace) -> None:
@@ -251,6 +270,12 @@ def _card(text: str) -> Path:
     from ssl_core.experiments import bundled
 
     return Path(text) if text.endswith(".yaml") else bundled.card_path(text)
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a number from 1 on, found {text!r}")
+    return int(text)
 
 
 def _json(text: str) -> Any:

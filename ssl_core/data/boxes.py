@@ -24,6 +24,7 @@ from ssl_core.data.shards import BOXES, Manifest, member_position, read_index, r
 Objects = list[dict[str, Any]]
 Size = tuple[int, int]  # width, height
 
+FAR = 10  # sides of the image
 TOLERANCE = 1.0  # pixels by which the rounding of a source may take a box over the edge
 CLOCKWISE = 5  # orientations of EXIF from here on exchange width and height
 
@@ -137,19 +138,58 @@ def _fit_box(box: Any, size: Size, scale: np.ndarray) -> list[float]:
     return (inside * np.tile(scale, 2)).tolist()
 
 
+def _size_and_counts(mask: Any) -> tuple[Any, Any]:
+    return (mask.get("size"), mask.get("counts")) if isinstance(mask, dict) else (None, None)
+
+
+def _check_points(polygons: list[Any], size: Size) -> None:
+    """Raise `ValueError` for points that are no numbers, or so far away that drawing them would exhaust the memory."""
+    try:
+        points = np.concatenate([np.asarray(polygon, np.float64).reshape(-1) for polygon in polygons])
+    except (TypeError, ValueError):
+        raise ValueError("a polygon of its mask is not a list of numbers") from None
+    if not (np.abs(points) <= FAR * max(size)).all():  # also refuses NaN
+        raise ValueError("a polygon of its mask is far outside of the image")
+
+
+def _runs(code: str) -> list[int]:
+    """Return the runs of COCO's compressed run-length code, which pycocotools decodes without checking them."""
+    runs: list[int] = []
+    position = 0
+    while position < len(code):
+        run, shift, byte = 0, 0, 0x20
+        while byte & 0x20:
+            byte = ord(code[position]) - 48 if position < len(code) else 0
+            run |= (byte & 0x1F) << shift
+            shift += 5
+            position += 1
+        if byte & 0x10:
+            run -= 1 << shift
+        runs.append(run + runs[-2] if len(runs) > 2 else run)
+    return runs
+
+
 def _fit_mask(mask: Any, box: list[float], original: Size, stored: Size) -> dict[str, Any]:
     """Return a mask as run-length code of the stored size."""
     from pycocotools import mask as codec  # only data sets with masks need it
 
     width, height = original
+    code: Any
     if isinstance(mask, list):
+        _check_points(mask, original)
         if any(len(polygon) < 6 or len(polygon) % 2 for polygon in mask):
             raise ValueError("a polygon of its mask is not three or more points")
-        code: Any = codec.merge(codec.frPyObjects(mask, height, width))
+        code = codec.merge(codec.frPyObjects(mask, height, width))
     else:
-        if list(mask["size"]) != [height, width]:
-            raise ValueError(f"its mask has {mask['size'][1]}x{mask['size'][0]} pixels, the image {width}x{height}")
-        code = codec.frPyObjects(mask, height, width) if isinstance(mask["counts"], list) else mask
+        size, counts = _size_and_counts(mask)
+        if not isinstance(size, list) or len(size) != 2 or not isinstance(counts, list | str):
+            raise ValueError("its mask is neither polygons nor a run-length code with size and counts")
+        if size != [height, width]:
+            raise ValueError(f"its mask has {size[1]}x{size[0]} pixels, the image {width}x{height}")
+        runs = counts if isinstance(counts, list) else _runs(counts)
+        if any(not isinstance(run, int) or run < 0 for run in runs) or sum(runs) != width * height:
+            raise ValueError(f"the runs of its mask do not cover the image of {width}x{height} pixels")
+        code = codec.frPyObjects(mask, height, width) if isinstance(counts, list) else mask
     if not codec.area(code):
         raise ValueError("its mask has no pixel")
     left, top, wide, high = codec.toBbox(code)

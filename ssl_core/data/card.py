@@ -381,6 +381,8 @@ def load_card(path: Path) -> Card:
     except FileNotFoundError:
         names = sorted(other.stem for other in path.parent.glob("*.yaml"))
         raise ValueError(f"{path} does not exist. Data sets in {path.parent}: {', '.join(names) or 'none'}") from None
+    except OSError as error:  # a folder, no permission
+        raise ValueError(f"{path} cannot be read ({error.strerror}): a card is a YAML file") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: bad UTF-8, date or number
         raise ValueError(f"{path} is not valid YAML: {excerpt(error, 400)}") from None
     if not isinstance(content, dict):

@@ -371,7 +371,7 @@ def _pack_all(
     context = multiprocessing.get_context("fork")  # the workers share lists and open files without copies
     job = Job(card, opened, output, max(1, threads // len(tasks)), context.Value("q", 0), context.Event())
     total = sum(len(task.indices) for task in tasks)
-    with ProcessPoolExecutor(threads, context, initializer=_become_worker, initargs=(job,)) as pool:
+    with ProcessPoolExecutor(min(threads, len(tasks)), context, initializer=_become_worker, initargs=(job,)) as pool:
         futures = [pool.submit(pack, task) for task in tasks]
         pending = set(futures)
         try:

@@ -14,6 +14,8 @@ from ssl_core.experiments import sweeps
 from ssl_core.experiments.structure import check_structure
 from ssl_core.experiments.sweeps import Config
 
+LONGEST_NAME = 200  # of 255 bytes that a file name has; temporary files and checkpoints append to it
+LARGEST_SEED = 2**32 - 1  # torch, NumPy and DALI take it
 FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 # Names of other files and folders under results/.
 RESERVED = {
@@ -34,6 +36,7 @@ def check(config: Config, schema: Mapping[str, Any], cards: Iterable[str]) -> No
     """
     _check_values(config, "")
     check_structure(config, schema, ())
+    _check_seeds(config, "")
     for section in ("experiments", "evaluations", "sweeps"):
         for name in config.get(section) or {}:
             _check_name(section, str(name))
@@ -42,6 +45,8 @@ def check(config: Config, schema: Mapping[str, Any], cards: Iterable[str]) -> No
     for name in config.get("sweeps") or {}:
         _check_sweep(name, config, schema)
     names = sweeps.experiments(config)
+    for name in names:
+        _check_length("experiments", name)
     _check_checkpoint_names(names)
     _check_evaluation_names(config.get("evaluations") or {})
     for name, experiment in names.items():
@@ -128,6 +133,25 @@ def _check_values(value: Any, place: str) -> None:
         raise ValueError(f"{place}: {value!r} is no text, number, true, false or null: write dates in quotes")
 
 
+def _check_seeds(section: Any, place: str) -> None:
+    """Refuse seeds that the generators of random numbers do not take."""
+    for key, value in section.items() if isinstance(section, Mapping) else ():
+        where = f"{place}.{key}".lstrip(".")
+        _check_seeds(value, where)
+        seeds = value if isinstance(value, list) else [value]
+        for seed in seeds if key in ("seed", "seeds", "training.seed") else ():
+            if isinstance(seed, int) and not 0 <= seed <= LARGEST_SEED:
+                raise ValueError(f"{where}: {seed} is no seed: use a number from 0 to {LARGEST_SEED}")
+
+
+def _check_length(section: str, name: str) -> None:
+    if len(name) > LONGEST_NAME:
+        raise ValueError(
+            f"{section}.{name[:40]}...: the name has {len(name)} letters, more than {LONGEST_NAME}: shorten it"
+            " (the name becomes a file name; a sweep appends its values)"
+        )
+
+
 def _check_name(section: str, name: str) -> None:
     """Refuse names that are no portable file name or the name of another file."""
     if not FILE_NAME.fullmatch(name):
@@ -135,6 +159,7 @@ def _check_name(section: str, name: str) -> None:
             f"{section}.{name}: use letters, digits, '.', '_' or '-', starting with a letter or digit"
             " (the name becomes a file name)"
         )
+    _check_length(section, name)
     if name in RESERVED[section]:
         raise ValueError(f"{section}.{name}: this name is taken by another file of the results; choose another")
 

@@ -1,5 +1,6 @@
 """config.yaml and the files that `--configfile` lays over it: reading, merging, the origin of a value. Torch-free."""
 
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -97,6 +98,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}{hint}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected keys at the top, found {content!r}")
+    try:
+        json.dumps(content, default=str, skipkeys=True)
+    except (ValueError, RecursionError):
+        raise ValueError(f"{path}: a section contains itself by a YAML alias (`*name`): write it out") from None
     return content
 
 

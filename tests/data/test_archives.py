@@ -147,3 +147,17 @@ def test_mistakes_in_arrays_are_reported_in_one_line(tmp_path: Path) -> None:
         assert reason in error(card("npz", {"train": {}}, path=str(path)), tmp_path)
     (tmp_path / "x.npz").write_bytes(png(0))
     assert "is not an .npz file" in error(card("npz", {"train": {}}, path=str(tmp_path / "x.npz")), tmp_path)
+
+
+def test_labels_that_are_no_class_are_named(tmp_path: Path) -> None:
+    for labels_of_images, reason in (
+        (np.array([0, 1, np.nan]), "label 2 of 'train' is empty or NaN"),
+        (np.array(["a", "", "b"]), "label 1 of 'train' is empty or NaN"),
+    ):
+        path = npz(tmp_path / "m.npz", train_images=colours(3, 8, 8), train_labels=labels_of_images)
+        assert reason in error(card("npz", {"train": {}}, path=str(path)), tmp_path)
+
+
+def test_an_archive_in_an_archive_is_named(tmp_path: Path) -> None:
+    archive = zipped(tmp_path / "a.zip", {"train.zip": b"PK"})
+    assert "unpack train.zip" in error(card("image_zip", {"train": {"folder": "train"}}, path=str(archive)), tmp_path)

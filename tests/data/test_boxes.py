@@ -215,3 +215,62 @@ def test_rounding_over_the_edge_is_cut():
     assert fitted.objects[0]["box"] == [0, 3, 64, 9]
     assert not fitted.unused
     assert io.BytesIO(fitted.member).read().startswith(b'{"size":[64,48]')
+
+
+@pytest.mark.parametrize(
+    ("mask", "reason"),
+    [
+        ({"size": [48, 64]}, "neither polygons nor a run-length code"),
+        ({"size": [48, 64], "counts": "zzzzzzzz~~~"}, "do not cover the image of 64x48 pixels"),
+        ({"size": [48, 64], "counts": [10, 10**9]}, "do not cover the image of 64x48 pixels"),
+        ([["a"] * 6], "is not a list of numbers"),
+        ([[float("nan")] * 6], "is far outside of the image"),
+        ([[0, 0, 1e12, 0, 1e12, 1e12]], "is far outside of the image"),
+    ],
+)
+def test_a_mask_that_the_library_would_not_survive_cannot_be_used(mask, reason):
+    annotation = {"name": "annotation 1", "label": 0, "box": [1, 1, 9, 9], "mask": mask}
+    fitted = fit_objects(Annotation((64, 48), [annotation]).encode(), (64, 48), (64, 48))
+    assert reason in fitted.unused[0][1]
+
+
+def test_values_of_coco_that_hide_images_or_have_another_type_are_named(tmp_path):
+    write_coco(tmp_path / "coco", {"train": NUMBERS})
+    for part, key, value, reason in (
+        ("images", "id", 2, "images has the id 2 twice"),
+        ("categories", "id", 2, "categories has the id 2 twice"),
+        ("images", "file_name", None, "images id 1: file_name is None: expected a text"),
+        ("images", "width", "64", "images id 1: width is '64': expected a number"),
+        ("annotations", "area", "9", "annotations id 1: area is '9': expected a number"),
+    ):
+        content = coco_content(NUMBERS)
+        content[part][0][key] = value
+        write_instances(tmp_path / "coco", "train", content)
+        with pytest.raises(ValueError, match=reason):
+            make(tmp_path, coco_source(tmp_path / "coco", "train"))
+    (tmp_path / "coco/annotations/instances_train2017.json").write_bytes(json.dumps(content).encode("utf-16"))
+    with pytest.raises(ValueError, match=r"instances_train2017\.json is not UTF-8"):
+        make(tmp_path, coco_source(tmp_path / "coco", "train"))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "encoding", "reason"),
+    [
+        ("<width>64<", "<width>x<", "utf-8", "000001.xml: expected numbers in size, found x, 48"),
+        ("<xmin>", "<xmin>,", "utf-8", "000001.xml: expected four numbers in bndbox, found ,"),
+        ("<name>", "<name/><name>", "utf-8", "000001.xml: object 1 has no name"),
+        ("<name>", "<name>\xe9", "latin-1", "000001.xml is not XML"),
+        ("<width>64<", "<width>64.0<", "utf-8", None),
+        ("<annotation>", '<?xml version="1.0" encoding="utf-16"?><annotation>', "utf-16", None),
+    ],
+)
+def test_a_file_of_voc_is_read_or_named(tmp_path, old, new, encoding, reason):
+    folder = write_voc(tmp_path / "voc", {"trainval": [1]})
+    path = folder / "Annotations/000001.xml"
+    path.write_text(path.read_text().replace(old, new), encoding=encoding)
+    source = {"type": "voc", "path": str(folder), "splits": {"train": {"images": "trainval"}}}
+    if reason is None:
+        assert make(tmp_path, source).split("train").images == 1
+        return
+    with pytest.raises(ValueError, match=reason):
+        make(tmp_path, source)

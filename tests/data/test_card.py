@@ -118,3 +118,9 @@ def test_contradictions_are_refused(tmp_path: Path, more: str, reason: str) -> N
 
 def test_a_split_name_that_could_not_be_a_shard_is_refused(tmp_path: Path) -> None:
     assert "source.splits" in error(written(tmp_path, GOOD.replace("train:", "train.v1:")))
+
+
+def test_a_folder_in_place_of_a_card_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "x.yaml").mkdir()
+    with pytest.raises(ValueError, match=r"x\.yaml cannot be read \(Is a directory\): a card is a YAML file"):
+        load_card(tmp_path / "x.yaml")

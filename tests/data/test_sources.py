@@ -442,3 +442,41 @@ def test_the_ground_of_a_coloured_digit_is_dark(tmp_path: Path) -> None:
 
 def test_too_many_digits_are_refused(tmp_path: Path) -> None:
     assert "1797" in error(card("sklearn_digits", {"train": {"images": 1798}}), tmp_path)
+
+
+def test_tables_of_labels_inside_a_folder_are_checked(tmp_path: Path) -> None:
+    root = folder(tmp_path / "root", "img/1.png", "img/2.png")
+    columns = {"file": "t.csv", "separator": ",", "image_column": "id", "class_column": "label"}
+    splits = {"train": {"folder": "img", "annotations": columns}}
+    for text, reason in (
+        ('id,label\n1.png,"a\n2.png,b\n', "t.csv is not a table; after line"),
+        ('id,label\n1.png,"a\n' + "2.png,b\n" * 30_000, "field larger than field limit"),
+        ("id,label\n1.png,\n2.png,b\n", "t.csv line 2: the image 1.png has no class"),
+        ("id,label,label\n1.png,a,b\n", "t.csv has several columns 'label'"),
+    ):
+        (root / "t.csv").write_text(text)
+        assert reason in error(card("image_folder", splits, path=str(root)), tmp_path)
+
+
+def test_a_tar_that_cat_appended_is_read(tmp_path: Path) -> None:
+    first = tar(tmp_path / "a.tar", {"cat/1.png": png(1)}).read_bytes()
+    second = tar(tmp_path / "b.tar", {"dog/2.png": png(2)}).read_bytes()
+    joined = tmp_path / "joined.tar"
+    for content in (first + second, first + second + b"a signature" * 100):
+        joined.write_bytes(content)
+        _, splits = records(card("image_tar", {"train": {}}, path=str(joined)), tmp_path)
+        assert [(record.name, record.image) for record in splits["train"]] == [
+            ("cat/1.png", png(1)),
+            ("dog/2.png", png(2)),
+        ]
+    joined.write_bytes(first + second[:700])
+    assert "damaged or not a tar" in error(card("image_tar", {"train": {}}, path=str(joined)), tmp_path)
+
+
+def test_a_sparse_image_in_a_tar_is_refused(tmp_path: Path) -> None:
+    archive = tar(tmp_path / "a.tar", {"cat/1.png": png(1)})
+    with tarfile.open(archive, "a") as file:
+        member = tarfile.TarInfo("cat/2.png")
+        member.type = tarfile.GNUTYPE_SPARSE
+        file.addfile(member)
+    assert "cat/2.png is a sparse member" in error(card("image_tar", {"train": {}}, path=str(archive)), tmp_path)

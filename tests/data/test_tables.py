@@ -10,6 +10,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from ssl_core.data.card import Card
 from ssl_core.data.records import Record
 from ssl_core.data.sharding import write_shards
 from tests.data.test_sources import card, error, folder, labels, png, records
@@ -251,3 +252,28 @@ def test_tables_of_spreadsheets_in_other_forms_are_read(images: Path) -> None:
     ):
         (images / name).write_bytes(content)
         assert labels(records(table_card(images / name), images)[1]["train"]) == expected, name
+
+
+def test_where_without_a_row_shows_the_values_of_the_table(images: Path) -> None:
+    path = images / "t.csv"
+    path.write_text("path,label,part,valid\n0.png,a,train,false\n1.png,b,train,TRUE\n")
+    source = {"type": "table", "label": "label"}
+    for where, keep, reason in (
+        ({"part": "tset"}, None, "t.csv has no row with part: tset; a row has part: train: correct `where`"),
+        ({"part": "tset"}, ["a"], "t.csv has no row with part: tset"),
+    ):
+        splits = {"train": {"file": str(path)}, "test": {"file": str(path), "where": where}}
+        content = {"name": "x", "image_size": 4, "source": {**source, "splits": splits}}
+        made = Card.model_validate(content | ({"keep_classes": keep} if keep else {}))
+        assert reason in error(made, images)
+    for value, name in ((True, "1.png"), (False, "0.png")):
+        splits = {"train": {"file": str(path), "where": {"valid": value}}}
+        made = Card.model_validate({"name": "x", "image_size": 4, "source": {**source, "splits": splits}})
+        assert [record.name for record in records(made, images)[1]["train"]] == [name]
+
+
+def test_the_extension_of_parquet_in_capitals(tmp_path: Path) -> None:
+    pyarrow.parquet.write_table(pyarrow.table({"image": [png(0), png(1)], "label": ["a", "b"]}), tmp_path / "T.PARQUET")
+    splits = {"train": {"file": str(tmp_path / "T.PARQUET")}}
+    _, read = records(card("table", splits, image="image"), tmp_path)
+    assert [record.label for record in read["train"]] == [0, 1]

@@ -108,6 +108,17 @@ TRAINED = ": 'weights' names a network that is trained already"
         ("sweeps/heat/grid", {"training.seed": [1, 1]}, ": two points have the name"),
         ("sweeps/heat/grid", {"weights": ["a.safetensors"]}, f".method{TRAINED}"),
         ("sweeps/many/grid", {"training.seed": [1]}, ".training.seed: experiments.many.seeds sets it"),
+        (
+            "experiments/small/training",
+            {"seed": 2**64},
+            ".seed: 18446744073709551616 is no seed: use a number from 0 to",
+        ),
+        (
+            "experiments/small/dataset",
+            {"name": "demo", "subset": {"images": 3, "seed": -1}},
+            ".subset.seed: -1 is no seed",
+        ),
+        ("sweeps/heat/grid", {"training.seed": [2**40]}, ".training.seed: 1099511627776 is no seed"),
         ("experiments/small/seeds", [0, 0], ": [0, 0] has non-unique elements"),
         ("experiments/small/seeds", [], ": [] "),
         ("experiments/small/seeds", 3, ": expected a list, found 3"),
@@ -232,3 +243,10 @@ def test_a_file_in_the_place_of_a_folder_is_refused(name: str, tmp_path: Path, m
     Path(name).touch()
     with pytest.raises(ValueError, match=f"{name} is a file, but the workflow needs a folder of this name"):
         checks.check_folders(VALID)
+
+
+def test_a_name_that_is_too_long_for_a_file_is_refused(schema: dict[str, Any]) -> None:
+    long = "a" * 201
+    section = VALID["experiments"]["small"]
+    assert "the name has 201 letters" in fault(schema, f"experiments/{long}", section)
+    assert "the name has 201 letters" in fault(schema, f"evaluations/{long}", {"protocol": "knn"})

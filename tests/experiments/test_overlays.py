@@ -50,3 +50,9 @@ def test_a_target_after_configfile_is_refused(absolute: bool, tmp_path: Path, mo
     target = Path("results/small/knn.json")
     with pytest.raises(ValueError, match=r"^results/small/knn\.json follows --configfile, but is a target"):
         overlays.check_config_files([tmp_path / target if absolute else target])
+
+
+def test_a_section_that_contains_itself_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "loop.yaml").write_text("experiments: &a {x: *a}\n")
+    with pytest.raises(ValueError, match=r"loop\.yaml: a section contains itself by a YAML alias"):
+        overlays.read_yaml(tmp_path / "loop.yaml")

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import sys
+from collections import Counter
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -120,13 +121,23 @@ def _list_voc(tree: Folder | Archive, split: VocSplit) -> AnnotatedSplit:
 
 
 def _read_voc(tree: Folder | Archive, file: str) -> Annotation:
+    content = _read(tree, file)  # bytes: the file declares its encoding
     try:
-        root = ElementTree.fromstring(_read_text(tree, file))
-    except ElementTree.ParseError as error:
-        raise ValueError(f"{file} is not XML ({error}): get the data again") from None
+        root = ElementTree.fromstring(content)
+    except (ElementTree.ParseError, LookupError, ValueError) as error:
+        raise ValueError(f"{file} is not XML ({excerpt(error)}): get the data again") from None
+    try:
+        return _annotation_of_xml(root)
+    except ValueError as error:
+        raise ValueError(f"{file}: {excerpt(error)}: correct the file") from None
+
+
+def _annotation_of_xml(root: ElementTree.Element) -> Annotation:
     objects: Objects = []
     for number, element in enumerate(root.findall("object")):
         name = element.findtext("name", "").strip()
+        if not name:
+            raise ValueError(f"object {number + 1} has no name")
         difficult = element.findtext("difficult") == "1"
         described = {"name": f"object {number + 1} ({name})", "label": name, "difficult": difficult}
         objects.append({**described, "box": _voc_box(element)})
@@ -139,13 +150,17 @@ def _voc_box(element: ElementTree.Element) -> list[float]:
     try:
         left, top, right, bottom = map(float, corners)
     except ValueError:
-        left, top, right, bottom = 4 * [float("nan")]  # refused with the object
+        raise ValueError(f"expected four numbers in bndbox, found {', '.join(corners)}") from None
     return [left - 1, top - 1, right, bottom]
 
 
 def _voc_size(root: ElementTree.Element) -> Size | None:
     """Return the size of the image, or None where the file has none or zeros."""
-    width, height = (int(root.findtext(f"size/{side}", "0")) for side in ("width", "height"))
+    sides = [root.findtext(f"size/{side}", "0") for side in ("width", "height")]
+    try:
+        width, height = (int(float(side)) for side in sides)
+    except (ValueError, OverflowError):
+        raise ValueError(f"expected numbers in size, found {', '.join(sides)}") from None
     return (width, height) if width and height else None
 
 
@@ -158,6 +173,7 @@ def _list_coco(tree: Folder | Archive, split: CocoSplit, skip: bool) -> Annotate
         content = json.loads(_read_text(tree, split.annotations))
         categories: dict[int, str] = {entry["id"]: entry["name"] for entry in content["categories"]}
         entries: dict[int, Any] = {entry["id"]: entry for entry in content["images"]}
+        _check_coco(content, split.annotations)
         files: dict[int, str] = {image: entry["file_name"] for image, entry in entries.items()}
         objects: dict[int, Objects] = {image: [] for image in files}
         stray = [entry["id"] for entry in content["annotations"] if entry["image_id"] not in files]
@@ -183,11 +199,34 @@ def _list_coco(tree: Folder | Archive, split: CocoSplit, skip: bool) -> Annotate
     return AnnotatedSplit(paths, annotations, names)
 
 
+def _check_coco(content: Any, file: str) -> None:
+    """Refuse ids that occur twice, which would hide an image or a class, and values of a wrong type."""
+    for part, key in (("images", "file_name"), ("categories", "name")):
+        ids = Counter(entry["id"] for entry in content[part])
+        repeated = [identifier for identifier, count in ids.items() if count > 1]
+        if repeated:
+            raise ValueError(f"{file}: {part} has the id {repeated[0]!r} twice: give each its own")
+        for entry in content[part]:
+            if not isinstance(entry[key], str):
+                place = f"{part} id {entry['id']!r}"
+                raise ValueError(f"{file}: {place}: {key} is {excerpt(repr(entry[key]), 60)}: expected a text")
+    for entry in content["images"]:
+        for side in ("width", "height"):
+            if not isinstance(entry.get(side, 0), int | float):
+                place = f"images id {entry['id']!r}"
+                raise ValueError(f"{file}: {place}: {side} is {excerpt(repr(entry[side]), 60)}: expected a number")
+    for entry in content["annotations"]:
+        if not isinstance(entry.get("area") or 0, int | float):
+            place = f"annotations id {entry.get('id')!r}"
+            raise ValueError(f"{file}: {place}: area is {excerpt(repr(entry['area']), 60)}: expected a number")
+
+
 def _coco_object(entry: Any, categories: dict[int, str]) -> dict[str, Any]:
     label = categories.get(entry["category_id"])
     box = entry.get("bbox")
     if box is not None:
-        left, top, width, height = box if len(box) == 4 else 4 * [float("nan")]
+        is_box = isinstance(box, list) and len(box) == 4 and all(isinstance(side, int | float) for side in box)
+        left, top, width, height = box if is_box else 4 * [float("nan")]
         box = [left, top, left + width, top + height]
     return {
         "name": f"annotation {entry.get('id', '?')} ({label or 'category ' + str(entry['category_id'])})",
@@ -205,7 +244,14 @@ def _coco_size(entry: Any) -> Size | None:
 
 def _read_text(tree: Folder | Archive, name: str) -> str:
     try:
-        return tree.read(name).decode()
+        return _read(tree, name).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name} is not UTF-8 (byte {error.start}): save it as UTF-8") from None
+
+
+def _read(tree: Folder | Archive, name: str) -> bytes:
+    try:
+        return tree.read(name)
     except OSError:
         place = tree.root if isinstance(tree, Folder) else tree.path
         raise ValueError(f"{place} has no file {name!r}") from None

@@ -99,8 +99,11 @@ def _list_split(arrays: Npz, split: ArraysSplit, name: str, count: int, scratch:
     labels = [None] * count
     if split.labels is not None:
         labels = arrays.labels(split.labels.replace("{split}", name), count)
-    for label in labels:
-        targets.add(None if label is None else parse_target(label))
+    for index, label in enumerate(labels):
+        target = None if label is None else parse_target(label)
+        if target == "":
+            raise ValueError(f"{arrays.path}: label {index} of {name!r} is empty or NaN: correct the labels")
+        targets.add(target)
     files = Files((File(f"{arrays.path.name}/{name}[{index}]") for index in range(count)), scratch)
     return LabelledFiles(files, targets, _unread, hashlib.sha256(stamp(arrays.path)).hexdigest())
 

@@ -42,8 +42,14 @@ def open_source(card: Card, *, scratch: Path) -> Iterator[OpenSource]:
     Raises a one-line `ValueError` if the source is missing, empty, corrupt or contradicts the card.
     """
     with ExitStack() as stack:
-        opened = select(OPENERS[card.source.type](card.source, card, scratch, stack), card)
-        for name, split in opened.splits.items():
-            if split.size == 0:
-                raise ValueError(f"{card.name}: the split {name!r} has no images")
+        opened = OPENERS[card.source.type](card.source, card, scratch, stack)
+        _check_sizes(opened, card)
+        opened = select(opened, card)
+        _check_sizes(opened, card)
         yield opened
+
+
+def _check_sizes(opened: OpenSource, card: Card) -> None:
+    for name, split in opened.splits.items():
+        if split.size == 0:
+            raise ValueError(f"{card.name}: the split {name!r} has no images")

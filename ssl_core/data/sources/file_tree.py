@@ -177,7 +177,7 @@ class Archive:
     def scan(self) -> Iterator[File]:
         """Yield the files in the order of the tar; the last of several files with one name is the valid one."""
         with _readable(self.path, self._scratch):
-            yield from _members(self._descriptor)
+            yield from _members(self._descriptor, self.path)
 
     @cached_property
     def members(self) -> Files:
@@ -198,6 +198,8 @@ class Archive:
             folders = sorted({posixpath.dirname(file.name) for file in self.members})
             names = excerpt(", ".join(folders[:8])) or "none"
             others = f"; convert its {list_counts(self.unread)}" if unread else ""
+            inner = [file.name for file in self.members if file.name.endswith((".zip", ".tar", ".gz", ".tgz"))]
+            others += f"; unpack {excerpt(inner[0])} and give its path" if inner else ""
             raise ValueError(f"{self.path} has no images below {folder!r}; folders in it: {names}{others}")
         return images
 
@@ -236,15 +238,39 @@ def _decompress(path: Path, spill: Path, opener: Callable[[BinaryIO], Any]) -> N
             bar.update(packed.tell() - bar.n)
 
 
-def _members(descriptor: int) -> Iterator[File]:
-    os.lseek(descriptor, 0, os.SEEK_SET)
-    with open(os.dup(descriptor), "rb") as file, tarfile.open(fileobj=file, mode="r:") as archive:
-        while member := archive.next():
-            # tarfile would keep the headers of a million members
-            archive.members = []  # pyright: ignore[reportAttributeAccessIssue]
-            name = posixpath.normpath(member.name)
-            if member.isreg() and not member.issparse() and not name.startswith(("/", "..")):
-                yield File(name, 0, member.offset_data, member.size)
-        # tarfile takes a broken header for the end, and a tar cut between two members for a complete one
-        if os.pread(descriptor, BLOCK, archive.offset) != bytes(BLOCK):
-            raise tarfile.ReadError(f"it ends after {archive.offset} bytes without an end marker")
+def _members(descriptor: int, path: Path | str) -> Iterator[File]:
+    """Yield the regular files of a tar, and of tars that `cat` appended to it."""
+    start: int | None = 0
+    while start is not None:
+        with open(os.dup(descriptor), "rb") as file:
+            file.seek(start)
+            with tarfile.open(fileobj=file, mode="r:") as archive:
+                yield from _members_of_one(archive, path)
+                # tarfile takes a broken header for the end, and a tar cut between two members for a complete one
+                if os.pread(descriptor, BLOCK, archive.offset) != bytes(BLOCK):
+                    raise tarfile.ReadError(f"it ends after {archive.offset} bytes without an end marker")
+                start = _start_of_next(descriptor, archive.offset)
+
+
+def _members_of_one(archive: tarfile.TarFile, path: Path | str) -> Iterator[File]:
+    while member := archive.next():
+        # tarfile would keep the headers of a million members
+        archive.members = []  # pyright: ignore[reportAttributeAccessIssue]
+        name = posixpath.normpath(member.name)
+        if member.issparse() and is_image(name):
+            raise ValueError(f"{path}: {excerpt(name)} is a sparse member: make the tar again without --sparse")
+        if member.isreg() and not member.issparse() and not name.startswith(("/", "..")):
+            yield File(name, 0, member.offset_data, member.size)
+
+
+def _start_of_next(descriptor: int, end: int) -> int | None:
+    """Return the place of a tar behind the zeros at `end`, None if zeros or other bytes follow."""
+    while block := os.pread(descriptor, BLOCK, end):
+        if block.strip(b"\0"):
+            try:
+                tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+            except tarfile.HeaderError:
+                return None
+            return end
+        end += BLOCK
+    return None

@@ -1,10 +1,12 @@
 """Folders of images, and tars and zips of such folders: the class is the name of the folder, or in a text file."""
 
 import csv
+import io
 import re
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from ssl_core.data.card import Annotations, Card, FolderSplit, ImageFolder
 from ssl_core.data.image_files import EXTENSIONS, list_counts
@@ -85,7 +87,16 @@ def _read_annotations(tree: Folder | Archive, annotations: Annotations) -> dict[
     except (OSError, UnicodeDecodeError) as error:
         reason = (error.strerror if isinstance(error, OSError) else None) or "not UTF-8"
         raise ValueError(f"annotations.file {annotations.file} cannot be read: {reason}") from None
-    lines = csv.reader(text.splitlines(), delimiter=annotations.separator)
+    lines = csv.reader(io.StringIO(text, newline=""), strict=True, delimiter=annotations.separator)
+    try:
+        return _classes_of_lines(lines, annotations)
+    except csv.Error as error:
+        problem = f"after line {lines.line_num}: {excerpt(error)}"
+        raise ValueError(f"{annotations.file} is not a table; {problem}: check its quotes and `separator`") from None
+
+
+def _classes_of_lines(lines: Any, annotations: Annotations) -> dict[str, Target]:
+    """Return the class of each image in the lines of a csv reader."""
     image_column, class_column = annotations.image_column, annotations.class_column
     if isinstance(image_column, str):
         header = next(lines, [])
@@ -100,6 +111,8 @@ def _read_annotations(tree: Folder | Archive, annotations: Annotations) -> dict[
         if len(columns) <= max(image_column, class_column):
             raise ValueError(f"{place} has {len(columns)} columns: check separator, image_column and class_column")
         image, target = columns[image_column].strip(), parse_target(columns[class_column])
+        if target == "":
+            raise ValueError(f"{place}: the image {excerpt(image)} has no class: write one or remove the line")
         if classes.setdefault(image, target) != target:
             labels = f"{excerpt(repr(classes[image]), 60)} and {excerpt(repr(target), 60)}"
             raise ValueError(f"{place}: the image {excerpt(image)} has the classes {labels}: keep one line")
@@ -110,4 +123,6 @@ def _column(name: str, header: list[str], file: str) -> int:
     if name not in header:
         names = excerpt(", ".join(header))
         raise ValueError(f"{file} has no column {name!r} in its first line ({names}): correct the card")
+    if header.count(name) > 1:
+        raise ValueError(f"{file} has several columns {name!r}: rename all but one")
     return header.index(name)

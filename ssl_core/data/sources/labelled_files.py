@@ -63,8 +63,11 @@ class LabelledFiles(NamedTuple):
 def parse_target(value: Any) -> Target:
     """Return an integer, or text that is one in its usual form, as a class id, and any other value as a class name.
 
-    `7` is a class id; `007`, `+7` and `7.0` are names. Blanks at the ends do not count.
+    `7` is a class id; `007`, `+7` and `7.0` are names. Blanks at the ends do not count. NaN gives an empty name, which
+    `number_classes` refuses.
     """
+    if value != value:  # NaN
+        return ""
     if isinstance(value, int):
         return int(value)
     text = str(value).strip()
@@ -83,6 +86,8 @@ def number_classes(
     for listed in splits.values():
         targets.update(listed.targets.distinct)
     targets.discard(None)
+    if "" in targets:
+        raise ValueError(f"{card.name}: some labels are empty or NaN: write a class for each image, or leave it out")
     listed_classes = card.classes or classes
     if _are_ids(targets, listed_classes, card.name):
         ids: dict[Target, int] = {target: target for target in targets if isinstance(target, int)}

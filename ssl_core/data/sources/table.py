@@ -78,6 +78,7 @@ class Rows:
         self._root = self._paths[0].parent if source.folder is None else Path(source.folder)
         self._absolute_root = os.path.abspath(self._root)
         self.classes: list[str] = []  # names of the label ids, if the table has them
+        self._unselected: Cells = {}  # a row that `where` leaves out
         self._targets = Targets()
         self._stamps = hashlib.sha256()
         self._blanks = 0  # labels and paths with blanks at their ends
@@ -89,6 +90,13 @@ class Rows:
         """Read the tables and list their images."""
         files = Files(self._images(), scratch)
         self._copies.flush()
+        if not files and self._unselected:
+            conditions = ", ".join(f"{column}: {value}" for column, value in self._split.where.items())
+            values = ", ".join(f"{column}: {self._unselected[column]}" for column in self._split.where)
+            raise ValueError(
+                f"{self._split.file} has no row with {excerpt(conditions, 80)}; a row has {excerpt(values, 80)}: "
+                "correct `where`"
+            )
         if self._blanks:
             text = f"{self._split.file}: removed blanks at the ends of {self._blanks} labels or paths"
             print(text, file=sys.stderr)
@@ -104,6 +112,7 @@ class Rows:
             has_copies = False
             for row in rows_of(path, list(dict.fromkeys(columns))):
                 if not _selected(row.cells, split):
+                    self._unselected = row.cells
                     continue
                 place = place_of(path, row.number)
                 target = self._target(row.cells, names, place)
@@ -212,7 +221,13 @@ class Rows:
 
 
 def _selected(cells: Cells, split: TableSplit) -> bool:
-    return all(str(cells[column]) == str(value) for column, value in split.where.items())
+    return all(_as_text(cells[column]) == _as_text(value) for column, value in split.where.items())
+
+
+def _as_text(value: object) -> str:
+    """Return a cell as text; true, True and TRUE, as different programs write them, are equal."""
+    text = str(value)
+    return text.lower() if text.lower() in ("true", "false") else text
 
 
 def _shortened(value: object) -> str:

@@ -82,7 +82,7 @@ def class_names_of(path: Path, column: str) -> list[str] | None:
 
 
 def _is_arrow(path: Path) -> bool:
-    return path.suffix in (".parquet", ".arrow")
+    return path.suffix.lower() in (".parquet", ".arrow")
 
 
 def _check_columns(present: Sequence[str], required: Sequence[str], path: Path) -> None:
@@ -116,7 +116,7 @@ def _arrow_file(path: Path) -> tuple[Any, Any]:
     import pyarrow.parquet
 
     try:
-        if path.suffix == ".parquet":
+        if path.suffix.lower() == ".parquet":
             file = pyarrow.parquet.ParquetFile(path)
             return file.schema_arrow, lambda columns: file.iter_batches(ROWS, columns=columns)
         source = pyarrow.memory_map(str(path))
@@ -130,7 +130,7 @@ def _arrow_file(path: Path) -> tuple[Any, Any]:
             )
         return reader.schema, lambda columns: (batch.select(columns) for batch in reader)
     except (pyarrow.ArrowException, OSError) as error:
-        kind = "a Parquet" if path.suffix == ".parquet" else "an Arrow"
+        kind = "a Parquet" if path.suffix.lower() == ".parquet" else "an Arrow"
         raise ValueError(f"{path} is not {kind} file: {excerpt(error)}") from None
 
 

@@ -229,7 +229,7 @@ def _field_target(value: Any, path: list[str], place: str) -> Target:
         keys = ", ".join(map(str, value)) if isinstance(value, dict) else f"0 to {len(value) - 1}"
         remedy = f"set label to one field, {kind}.FIELD; fields: {excerpt(keys)}"
         raise ValueError(f"{place} holds several values: {remedy}")
-    if value is None or value == "":
+    if value is None or value == "" or value != value:  # NaN
         raise ValueError(f"{place} has no label in the field {'.'.join(fields)!r}: expected a class id or a class name")
     return parse_target(value)
 
