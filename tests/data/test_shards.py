@@ -134,6 +134,20 @@ def test_the_order_is_shuffled_and_fixed(photos: Path) -> None:
     assert order == np.random.default_rng(0).permutation(IMAGES).tolist()
 
 
+def test_the_manifest_has_no_path_of_this_machine(photos: Path) -> None:
+    text = (sharded(photos).folder / "manifest.json").read_text()
+    assert str(photos.parent) not in text
+
+
+def test_tars_are_ustar_without_times_and_owners(photos: Path) -> None:
+    for path in sharded(photos).tars("train"):
+        with tarfile.open(path) as tar:
+            for member in tar:
+                assert (member.mtime, member.uid, member.gid, member.uname, member.gname) == (0, 0, 0, "", "")
+                assert not member.pax_headers
+        assert path.read_bytes()[257:263] == b"ustar\0"
+
+
 def test_the_manifest_counts(photos: Path) -> None:
     manifest = sharded(photos, avoid=["flip"])
     split = manifest.split("train")

@@ -61,10 +61,15 @@ def final(trained: Trainer) -> list[bytes]:
     ("method", "training"),
     [
         ({"predictor": False, "batchnorm_splits": 2}, {"backbone": mobilenet, "accumulation": 2}),
+        ({"predictor": False, "batchnorm_splits": 2}, {"optimizer": "lars", "decay_exclusion": "norm_bias"}),
+        (
+            {"crops": "two", "final_teacher_momentum": 1.0},
+            {"optimizer": "adamw", "accumulation": 2, "learning_rate": 1e-3},
+        ),
         # `auto` is bfloat16 where it is native; emulated it takes minutes.
         ({"crops": "multi"}, {"nesterov": True, "gradient_clip": 1.0, "precision": "auto"}),
     ],
-    ids=["split, accumulated", "five crops, native precision"],
+    ids=["split, accumulated", "split, lars", "two crops, adamw, accumulated", "five crops, native precision"],
 )
 def test_training_resumed_in_and_between_epochs_equals_training_undisturbed(method, training, trainer):
     whole = trainer(method, **training)

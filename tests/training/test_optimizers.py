@@ -1,6 +1,7 @@
 """Optimizers: LARS against NumPy, parameter groups as in the papers, and exact resumption from a checkpoint."""
 
 import copy
+import io
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from ssl_core.config import Backbone, Training
 from ssl_core.networks.backbones import build_backbone
+from ssl_core.networks.heads import mlp
 from ssl_core.training.optimizers import Lars, build_optimizer, parameter_groups, set_learning_rate
 
 EXCLUSIONS = ["none", "norm_bias", "norm_bias_depthwise", "named"]
@@ -115,6 +117,14 @@ def test_nesterov_is_for_sgd_only():
     assert build_optimizer(nn.Linear(2, 2), training(nesterov=True)).param_groups[0]["nesterov"]
 
 
+def small_network() -> nn.Sequential:
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten(), mlp((4, 8, 4))
+    )
+    return network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+
+
 def train(network: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
     for step in steps:
         images = torch.rand(4, 3, 6, 6, generator=torch.Generator().manual_seed(step))
@@ -125,6 +135,25 @@ def train(network: nn.Module, optimizer: torch.optim.Optimizer, steps: range) ->
 
 def values(network: nn.Module) -> Tensor:
     return torch.cat([parameter.detach().flatten() for parameter in network.parameters()])
+
+
+@pytest.mark.parametrize("name", ["sgd", "lars", "adamw"])
+def test_training_resumes_exactly_from_a_weights_only_checkpoint(name: str):
+    plan = training(optimizer=name, learning_rate=0.01, decay_exclusion="norm_bias")
+    network = small_network()
+    optimizer = build_optimizer(network, plan)
+    train(network, optimizer, range(2))
+    file = io.BytesIO()
+    torch.save({"network": network.state_dict(), "optimizer": optimizer.state_dict()}, file)
+    train(network, optimizer, range(2, 4))
+
+    state = torch.load(io.BytesIO(file.getvalue()), weights_only=True)
+    resumed = small_network()
+    resumed.load_state_dict(state["network"])
+    again = build_optimizer(resumed, plan)
+    again.load_state_dict(state["optimizer"])
+    train(resumed, again, range(2, 4))
+    assert torch.equal(values(resumed), values(network))
 
 
 def test_fused_adamw_is_the_unfused_one_on_channels_last_weights():
