@@ -193,9 +193,9 @@ def _fit_mask(mask: Any, box: list[float], original: Size, stored: Size) -> dict
     if not codec.area(code):
         raise ValueError("its mask has no pixel")
     left, top, wide, high = codec.toBbox(code)
-    if left >= box[2] + TOLERANCE or top >= box[3] + TOLERANCE or left + wide <= box[0] - TOLERANCE:
-        raise ValueError("its mask is outside its box")
-    if top + high <= box[1] - TOLERANCE:
+    after = left >= box[2] + TOLERANCE or top >= box[3] + TOLERANCE
+    before = left + wide <= box[0] - TOLERANCE or top + high <= box[1] - TOLERANCE
+    if after or before:
         raise ValueError("its mask is outside its box")
     if stored != original:
         pixels = Image.fromarray(codec.decode(code)).resize(stored, Image.Resampling.NEAREST)

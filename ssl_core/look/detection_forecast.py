@@ -4,7 +4,6 @@ import time
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from ssl_core.config import Backbone
 from ssl_core.data.detection_loader import Batch
@@ -12,7 +11,7 @@ from ssl_core.evaluations.detection import Config
 from ssl_core.networks.backbones import build_backbone
 from ssl_core.networks.detectors import build_detector
 from ssl_core.training.detection import Losses
-from ssl_core.training.memory import LIBRARIES, count
+from ssl_core.training.memory import LIBRARIES, count, saved_storages
 
 CLASSES = 20
 SAVED_COPIES = 2  # of a checkpoint: the last one and the one before
@@ -38,23 +37,15 @@ def forecast(config: Config, backbone: Backbone, image_size: int) -> Forecast:
         network, backbone.name, config.head, CLASSES, masks=config.masks, regions=config.regions, **options
     )
     model = Losses(detector).train()
-    constant = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
-    kept: dict[int, Tensor] = {}  # the tensors stay alive, since a freed address could be used again
-
-    def keep(tensor: Tensor) -> Tensor:
-        if tensor.untyped_storage().data_ptr() not in constant:
-            kept[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
-
     height = max(config.short_sides)
     width = min(config.longest, height * 4 // 3)
     batch = _random_batch(height, width, masks=config.masks)
     started = time.monotonic()
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with saved_storages(model) as kept:
         losses = model(batch)
     torch.stack(list(losses.values())).sum().backward()
     seconds = time.monotonic() - started
-    activations = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    activations = sum(storage.nbytes() for storage in kept.values())
     parameters = count(model)
     return Forecast(
         parameters,

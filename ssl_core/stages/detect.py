@@ -15,7 +15,7 @@ from ssl_core.evaluations.base import find_test_split
 from ssl_core.evaluations.parts.features import gather_subjects
 from ssl_core.files import write_json
 from ssl_core.networks.backbones import load_backbone
-from ssl_core.stages.evaluate import describe, numbers, summary
+from ssl_core.stages.evaluate import describe, summary, track
 from ssl_core.stages.pretrain import start_process, start_ranks
 from ssl_core.tracking.run import start
 from ssl_core.training.checkpoint import Identity, load_checkpoint, remove_checkpoint, save_checkpoint
@@ -84,11 +84,7 @@ def _work(job: Job) -> None:
         draw_detections(outcome.drawing, manifest.classes or (), job.picture)
         written = {**result, "digests": digests, "versions": provenance.versions(), "hardware": provenance.hardware()}
         write_json(job.output, written)
-        label = outcome.protocol if job.evaluation == config.protocol else f"{job.evaluation} {outcome.protocol}"
-        for name, metrics in outcome.metrics.items():
-            tracked.metrics({f"{outcome.protocol} {name} {key}": value for key, value in numbers(metrics).items()})
-        headline = {f"{label} {key}": value for key, value in numbers(outcome.metrics["pretrained"]).items()}
-        tracked.headline(headline, columns=[f"{label} {outcome.headline}"])
+        track(tracked, outcome, job.evaluation, config.protocol)
         tracked.dataset(
             manifest.dataset, digests["data"], num_images=outcome.num_test, source=job.manifest, context=outcome.split
         )

@@ -17,7 +17,7 @@ from ssl_core.experiments.processes import report_bus_error
 from ssl_core.files import write_bytes, write_json
 from ssl_core.networks.backbones import load_backbone
 from ssl_core.provenance import canonical, digest, file_digest, hardware, versions
-from ssl_core.tracking.run import start
+from ssl_core.tracking.run import Run, start
 
 DRAWING = "pictures.npz"  # in the folder named after the evaluation
 
@@ -77,12 +77,7 @@ def run(
             tracked_run = json.dumps({"version": version, "parameters": parameters}, sort_keys=True)
             write_arrays(output.with_suffix("") / DRAWING, {**outcome.drawing, "run": np.array(tracked_run)})
         write_json(output, {**result, "digests": digests, "versions": versions(), "hardware": hardware()})
-        # An evaluation named otherwise than its protocol shows both: "linear/v1 top1", "mine linear-features/v1 top1".
-        label = outcome.protocol if evaluation == config.protocol else f"{evaluation} {outcome.protocol}"
-        for network, metrics in outcome.metrics.items():
-            tracked.metrics({f"{outcome.protocol} {network} {name}": value for name, value in numbers(metrics).items()})
-        headline = {f"{label} {name}": value for name, value in numbers(outcome.metrics["pretrained"]).items()}
-        tracked.headline(headline, columns=[f"{label} {outcome.headline}"])
+        track(tracked, outcome, evaluation, config.protocol)
         tracked.dataset(
             shards.dataset, digests["data"], num_images=outcome.num_test, source=manifest, context=outcome.split
         )
@@ -115,6 +110,18 @@ def describe(experiment: str, evaluation: str, outcome: Outcome, *, dataset: str
         "seed": seed,
         **({"details": outcome.details} if outcome.details else {}),
     }
+
+
+def track(tracked: Run, outcome: Outcome, evaluation: str, protocol: str) -> None:
+    """Log the numbers of all networks, and those of the pre-trained one as headlines.
+
+    An evaluation named otherwise than its protocol shows both: "linear/v1 top1", "mine linear-features/v1 top1".
+    """
+    label = outcome.protocol if evaluation == protocol else f"{evaluation} {outcome.protocol}"
+    for network, metrics in outcome.metrics.items():
+        tracked.metrics({f"{outcome.protocol} {network} {name}": value for name, value in numbers(metrics).items()})
+    headline = {f"{label} {name}": value for name, value in numbers(outcome.metrics["pretrained"]).items()}
+    tracked.headline(headline, columns=[f"{label} {outcome.headline}"])
 
 
 def numbers(metrics: dict[str, Any]) -> dict[str, float]:

@@ -1,6 +1,7 @@
 """Memory of a pre-training before it runs: an estimate, the capacity, and settings under which a batch fits."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -22,27 +23,32 @@ PER_IMAGE = ("activations", "views", "decoded images")  # uses that grow with th
 CGROUP = Path("/sys/fs/cgroup/memory.max")  # a container's limit
 
 
-def measure_activations(method: Method, views: Views, training: Training, images: int) -> float:
-    """Return the bytes per image that a backward pass needs, from a pass over random images on the processor."""
-    kept: dict[int, int] = {}
-    alive = []  # keeps storages, since a freed address could be used again
-    constant = {tensor.untyped_storage().data_ptr() for tensor in (*method.parameters(), *method.buffers())}
+@contextmanager
+def saved_storages(module: nn.Module) -> Iterator[dict[int, torch.UntypedStorage]]:
+    """Collect what the forward passes of `module` save for the backward pass, without its own tensors, by address."""
+    constant = {tensor.untyped_storage().data_ptr() for tensor in (*module.parameters(), *module.buffers())}
+    kept: dict[int, torch.UntypedStorage] = {}  # storages stay alive, since a freed address could be used again
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in constant:
-            kept[storage.data_ptr()] = storage.nbytes()
-            alive.append(storage)
+            kept[storage.data_ptr()] = storage
         return tensor
 
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        yield kept
+
+
+def measure_activations(method: Method, views: Views, training: Training, images: int) -> float:
+    """Return the bytes per image that a backward pass needs, from a pass over random images on the processor."""
     dtype = autocast_type(training.precision, device())
     method.train()
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with saved_storages(method) as kept:
         with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
             losses = method(random_batch(views, images), Progress(0, 100))
         losses.total.backward()
     method.zero_grad(set_to_none=True)
-    return sum(kept.values()) / images
+    return sum(storage.nbytes() for storage in kept.values()) / images
 
 
 def estimate(

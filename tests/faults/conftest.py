@@ -42,6 +42,17 @@ COMMANDS["evaluate"] += [*MANIFEST, "--backbone", "results/tiny/backbone.safeten
 STAGES = tuple(COMMANDS)
 
 
+def write_project(
+    folder: Path, root: Path, bare: Path, experiment: dict[str, Any], evaluations: dict[str, Any]
+) -> None:
+    """Write the tiny project with Snakefile and rules into `folder`."""
+    shutil.copytree(bare, folder)
+    shutil.copy(root / "Snakefile", folder)
+    shutil.copytree(root / "workflow", folder / "workflow")
+    configuration = {"experiments": {"tiny": experiment}, "evaluations": evaluations}
+    (folder / "config.yaml").write_text(yaml.safe_dump(configuration))
+
+
 @dataclass(frozen=True)
 class Ended:
     """The exit status of a stage (negative: the number of the signal that ended it), its output and its duration."""

@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from tests.workflow.conftest import finish, start
 
-from .conftest import KNN, SPEC, contents
+from .conftest import KNN, SPEC, contents, write_project
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(1200)]
 
@@ -59,12 +58,7 @@ CASES.append(("shard", "worker", 1))
 def undisturbed(root: Path, bare: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished project whose stages can be killed."""
     folder = tmp_path_factory.mktemp("workflow") / "project"
-    shutil.copytree(bare, folder)
-    shutil.copy(root / "Snakefile", folder)
-    shutil.copytree(root / "workflow", folder / "workflow")
-    (folder / "config.yaml").write_text(
-        yaml.safe_dump({"experiments": {"tiny": EXPERIMENT}, "evaluations": EVALUATIONS})
-    )
+    write_project(folder, root, bare, EXPERIMENT, EVALUATIONS)
     stage = folder / "bin" / "ssl-core"
     stage.parent.mkdir()
     script = Path(__file__).with_name("killing_stage.py")

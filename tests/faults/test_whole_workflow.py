@@ -7,15 +7,13 @@ import signal
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
-import yaml
 
 from tests.waiting import wait_until
 from tests.workflow.conftest import finish, start
 
-from .conftest import KNN, SPEC, contents, final
+from .conftest import KNN, SPEC, contents, final, write_project
 from .test_interruptions import survivors
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(3600)]
@@ -27,11 +25,7 @@ MOMENTS = 9  # three per signal
 def project(root: Path, bare: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny project with Snakefile and rules."""
     folder = tmp_path_factory.mktemp("workflow") / "project"
-    shutil.copytree(bare, folder)
-    shutil.copy(root / "Snakefile", folder)
-    shutil.copytree(root / "workflow", folder / "workflow")
-    config: dict[str, Any] = {"experiments": {"tiny": SPEC}, "evaluations": {"knn": KNN}}
-    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    write_project(folder, root, bare, SPEC, {"knn": KNN})
     return folder
 
 
