@@ -30,6 +30,24 @@ def test_average_precision_interpolates_at_all_points(positive, expected):
     assert average_precision(scores, torch.tensor(positive).bool()) == pytest.approx(expected)
 
 
+def brute_force(scores: np.ndarray, positive: np.ndarray) -> float:
+    """All-point interpolation as in VOC's development kit: at each recall the best precision from there on."""
+    values = []
+    for wanted in range(1, positive.sum() + 1):
+        reached = [positive[scores >= cut] for cut in scores]
+        values.append(max(found.mean() for found in reached if found.sum() >= wanted))
+    return float(np.mean(values))
+
+
+def test_average_precision_agrees_with_brute_force():
+    generator = np.random.default_rng(0)
+    for _ in range(20):
+        scores = generator.integers(0, 12, 30) / 12  # with ties
+        positive = generator.random(30) < 0.4
+        found = average_precision(torch.from_numpy(scores), torch.from_numpy(positive))
+        assert found == pytest.approx(brute_force(scores, positive))
+
+
 def test_equal_scores_give_the_share_of_positives_in_any_order():
     positive = torch.tensor([1, 1, 0, 0, 0]).bool()
     assert average_precision(torch.zeros(5), positive) == average_precision(torch.zeros(5), positive.flip(0)) == 0.4

@@ -87,6 +87,17 @@ def streamed(embedding, bank, target, temperature, sqrtkl_temperature, chunk):
     return instance_loss(softmax, embedding, bank[target], temperature=temperature), sqrt_kl(softmax)
 
 
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("entropy_temperature", [None, 0.2, 1.0])
+def test_streaming_passes_gradcheck(entropy_temperature, trained):
+    embedding, bank = rows(3, 4).requires_grad_(), rows(11, 4, seed=1).requires_grad_(trained)
+
+    def differentiable(embedding, bank):
+        return instance_softmax(embedding, bank, temperature=0.2, entropy_temperature=entropy_temperature, chunk=4)[:2]
+
+    assert torch.autograd.gradcheck(differentiable, (embedding, bank))
+
+
 @pytest.mark.parametrize("size", [1e-3, 1e4])
 def test_logits_of_any_size_stay_finite(size):
     embedding, bank = (rows(4, 6) * size).requires_grad_(), rows(50, 6, seed=1)
@@ -145,6 +156,14 @@ def test_sqrt_kl_is_the_sum_of_its_terms_without_a_gradient_through_the_square_r
 
 
 # The update of the bank (eq. 5 and 6)
+
+
+def test_sqrt_kl_of_equal_probabilities_is_0_and_the_root_never_sums_to_more_than_that_of_n():
+    assert abs(sqrt_kl_over(rows(3, 4), torch.zeros(9, 4, dtype=torch.float64), temperature=0.1).item()) < 1e-12
+    for seed in range(5):
+        p = F.softmax(5 * rows(1, 30, seed=seed), dim=1)
+        assert 1 <= p.sqrt().sum() <= math.sqrt(30)
+        assert sqrt_kl_over(rows(3, 6, seed=seed), rows(30, 6, seed=9), temperature=0.1) > 0
 
 
 def test_gradient_update_is_the_negative_gradient_of_the_batchs_rows():
