@@ -100,6 +100,9 @@ def main() -> None:
     ):
         schedule, device = config.schedule(), torch.device("cpu")
         trainer = DetectionTrainer(ours, loader, config.training(), schedule, task="detection", device=device)
+        train_ours(trainer, 2)  # both sides warm up
+        train_plain(plain, optimizer, other, 2)
+        trainer.waited = trainer.seconds = 0.0
         for _ in range(options.turns):
             speeds["train"].append(train_ours(trainer, options.steps))
             speeds["plain train"].append(train_plain(plain, optimizer, other, options.steps))

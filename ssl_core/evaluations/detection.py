@@ -196,7 +196,9 @@ def measure(config: Config, subjects: Subjects, manifest: Manifest, weights: Map
         num_train = loader.num_images
     transform = Transform(short_sides=(config.test_side,), longest=config.longest)
     options: dict[str, Any] = {"batch_size": 1, "training": False, "masks": config.masks, "threads": subjects.threads}
-    with DetectionLoader(manifest, Dataset(name=config.dataset.name, split=split), transform, **options) as loader:
+    same = split == config.dataset.split  # then the subset that trains is tested, to see whether it is fitted
+    dataset = config.dataset if same else Dataset(name=config.dataset.name, split=split)
+    with DetectionLoader(manifest, dataset, transform, **options) as loader:
         for name, state in weights.items():
             detector = build(config, subjects, manifest, name).to(subjects.device).eval()
             detector.load_state_dict(state)

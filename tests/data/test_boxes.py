@@ -274,3 +274,9 @@ def test_a_file_of_voc_is_read_or_named(tmp_path, old, new, encoding, reason):
         return
     with pytest.raises(ValueError, match=reason):
         make(tmp_path, source)
+
+
+def test_an_image_that_a_list_of_voc_has_twice_is_named(tmp_path):
+    folder = write_voc(tmp_path / "voc", {"trainval": [1, 2, 1]})
+    with pytest.raises(ValueError, match=r"lists JPEGImages/000001.jpg twice: keep one of the lines"):
+        make(tmp_path, {"type": "voc", "path": str(folder), "splits": {"train": {"images": "trainval"}}})

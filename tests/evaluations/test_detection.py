@@ -9,11 +9,12 @@ import sys
 import time
 from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 import torch
+from pycocotools import mask as codec
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
@@ -26,7 +27,12 @@ from ssl_core.networks.backbones import build_backbone, read_tensors, save_backb
 from ssl_core.stages import detect, shard
 from tests.rectangles import coco_source, write_card, write_coco
 
+Kind = Literal["bbox", "segm"]
 RECTANGLES = {"name": "rectangles"}
+KEYS: dict[Kind, tuple[str, str, str]] = {
+    "bbox": ("ap", "ap50", "ap75"),
+    "segm": ("mask_ap", "mask_ap50", "mask_ap75"),
+}
 KILLED = """
 import pickle, sys
 from ssl_core.stages import detect
@@ -109,6 +115,12 @@ def test_masks_have_a_precision_of_their_own(manifest, backbone, tmp_path):
     result = run(tmp_path, manifest, backbone, masks=True, iterations=2, untrained=False)
     assert set(result["metrics"]) == {"ap", "ap50", "ap75", "mask_ap", "mask_ap50", "mask_ap75"}
     assert result["baselines"] == {}
+
+
+def test_images_that_train_are_tested_without_the_others_of_their_split(manifest, backbone, tmp_path):
+    dataset = {**RECTANGLES, "subset": {"images": 5}}
+    result = run(tmp_path, manifest, backbone, dataset=dataset, test_split="train", iterations=1, untrained=False)
+    assert (result["num_train"], result["num_test"]) == (5, 5)
 
 
 @pytest.mark.long
@@ -228,25 +240,47 @@ def adversarial(seed: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     return detections, targets
 
 
-def coco_precision(detections: list[dict[str, Any]], targets: list[dict[str, Any]]) -> list[float]:
+def with_masks(generator: np.random.Generator, boxes: torch.Tensor) -> torch.Tensor:
+    """Return masks (n, 1, 120, 120): 19 in 20 pixels of each box, which may be none."""
+    masks = torch.zeros(len(boxes), 1, 120, 120)
+    for mask, (left, top, right, bottom) in zip(masks, boxes.int().clamp(0, 120).tolist(), strict=True):
+        shape = (bottom - top, right - left)
+        mask[0, top:bottom, left:right] = torch.from_numpy(generator.random(shape) < 0.95)
+    return masks
+
+
+def entries(images: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
+    """Return the boxes or masks of detections or targets in COCO's form, with ids from 1."""
+    result = []
+    for image, each in enumerate(images):
+        for number, (left, top, right, bottom) in enumerate(each["boxes"].double().tolist()):
+            entry: dict[str, Any] = {
+                "id": len(result) + 1,
+                "image_id": image,
+                "category_id": int(each["labels"][number]),
+            }
+            if kind == "bbox":
+                entry["bbox"] = [left, top, right - left, bottom - top]
+            else:
+                mask = np.asfortranarray(each["masks"][number].reshape(120, 120).numpy().astype(np.uint8))
+                entry["segmentation"] = codec.encode(mask)
+            if "scores" in each:
+                entry["score"] = float(each["scores"][number])
+            else:
+                entry |= {"area": float(each["area"][number]), "iscrowd": int(each["crowd"][number])}
+            result.append(entry)
+    return result
+
+
+def coco_precision(detections: list[dict[str, Any]], targets: list[dict[str, Any]], kind: Kind) -> list[float]:
     """Return AP, AP50 and AP75 of COCO's own classes."""
-    truth, found = [], []
-    for image, (detection, target) in enumerate(zip(detections, targets, strict=True)):
-        for number, box in enumerate(target["boxes"].double().tolist()):
-            wide, high = box[2] - box[0], box[3] - box[1]
-            entry = {"image_id": image, "category_id": int(target["labels"][number]), "bbox": [*box[:2], wide, high]}
-            crowd = int(target["crowd"][number])
-            truth.append({**entry, "id": len(truth) + 1, "area": float(target["area"][number]), "iscrowd": crowd})
-        for number, box in enumerate(detection["boxes"].double().tolist()):
-            entry = {"image_id": image, "bbox": [*box[:2], box[2] - box[0], box[3] - box[1]]}
-            label, score = int(detection["labels"][number]), float(detection["scores"][number])
-            found.append({**entry, "category_id": label, "score": score})
+    truth, found = entries(targets, kind), entries(detections, kind)
     with redirect_stdout(io.StringIO()):
         coco: Any = COCO()
-        images = [{"id": image} for image in range(len(targets))]
+        images = [{"id": image, "width": 120, "height": 120} for image in range(len(targets))]
         coco.dataset = {"images": images, "annotations": truth, "categories": [{"id": name} for name in (1, 2, 3)]}
         coco.createIndex()
-        evaluation = COCOeval(coco, coco.loadRes(found), "bbox")
+        evaluation = COCOeval(coco, coco.loadRes(found), kind)
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
@@ -256,7 +290,14 @@ def coco_precision(detections: list[dict[str, Any]], targets: list[dict[str, Any
 @pytest.mark.parametrize("seed", range(8))
 def test_precision_is_that_of_cocos_own_evaluation(seed):
     detections, targets = adversarial(seed)
-    ours = average_precision(zip(detections, targets, strict=True), masks=False)
-    expected = coco_precision(detections, targets)
-    assert [ours[key] / 100 for key in ("ap", "ap50", "ap75")] == pytest.approx(expected, abs=1e-6)
-    assert expected[0] > 0.01
+    generator = np.random.default_rng(seed)
+    for each in (*detections, *targets):
+        each["masks"] = with_masks(generator, each["boxes"])
+    plain = [{**target, "masks": target["masks"][:, 0]} for target in targets]
+    ours = average_precision(zip(detections, plain, strict=True), masks=True)
+    for kind, keys in KEYS.items():
+        expected = coco_precision(detections, targets, kind)
+        assert [ours[key] / 100 for key in keys] == pytest.approx(expected, abs=1e-6)
+        assert expected[1] > 0.005
+    boxes = average_precision(zip(detections, targets, strict=True), masks=False)
+    assert boxes == {key: ours[key] for key in KEYS["bbox"]}

@@ -11,6 +11,7 @@ import os
 import sys
 from collections import Counter
 from contextlib import ExitStack
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 from xml.etree import ElementTree
@@ -113,6 +114,9 @@ def _list_voc(tree: Folder | Archive, split: VocSplit) -> AnnotatedSplit:
         lines = _read_text(tree, f"{folder}ImageSets/Main/{name}.txt").split("\n")
         images += [(folder, line.split()[0]) for line in lines if line.strip()]
     images.sort()
+    for first, second in pairwise(images):
+        if first == second:
+            raise ValueError(f"ImageSets/Main lists {first[0]}JPEGImages/{first[1]}.jpg twice: keep one of the lines")
     annotations = [_read_voc(tree, f"{folder}Annotations/{image}.xml") for folder, image in images]
     names: set[str] = set()
     for annotation in annotations:
