@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ssl_core.blocks.losses import info_nce
 from ssl_core.blocks.multicrop import balance
-from ssl_core.methods import dino, swav
+from ssl_core.methods import dino, swav, vicreg
 from ssl_core.methods.byol import regression_loss
 from ssl_core.methods.simclr import nt_xent
 from ssl_core.methods.simsiam import negative_cosine
@@ -109,3 +109,14 @@ def test_swav_computes_the_loss_of_its_parts(lightly):
     scores = [F.normalize(model.projector(model.backbone(view)), dim=1) @ model.prototypes.T for view in every]
     expected = lightly.SwaVLoss(temperature=0.1)(scores[:2], scores[2:])
     torch.testing.assert_close(model(one, START).total, expected.squeeze(), **CLOSE)
+
+
+def two_embeddings(model: Any, one: Any) -> list[Tensor]:
+    return [model.projector(model.backbone(one.views[group][0])) for group in ("first", "second")]
+
+
+def test_vicreg_computes_the_loss_of_its_parts(lightly):
+    config = vicreg.Config(embedding_dim=12, invariance_weight=20, variance_weight=15, covariance_weight=2)
+    model, one = make(vicreg.VICReg, config), batch(vicreg.VICReg.views(config, 8))
+    reference = lightly.VICRegLoss(lambda_param=20, mu_param=15, nu_param=2)
+    torch.testing.assert_close(model(one, START).total, reference(*two_embeddings(model, one)), **CLOSE)

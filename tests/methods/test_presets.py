@@ -94,6 +94,15 @@ PUBLISHED: list[tuple[str, str, dict[str, tuple[Any, ...]]]] = [
         "student_augmentation.saturation",
         {"imagenet": (0.03, "lars", 1e-6, 0.5, 0.1, 0.2)},
     ),
+    (
+        "vicreg",
+        "invariance_weight variance_weight covariance_weight embedding_dim learning_rate minimum_learning_rate "
+        "weight_decay batch_size epochs",
+        {
+            "imagenet": (25, 25, 1, 8192, 0.2, 0.0016, 1e-6, 2048, 1000),
+            "imagenet_100": (25, 25, 1, 8192, 0.3, 0.0006, 1e-6, 512, 100),
+        },
+    ),
     ("dino", "num_outputs", {"official": (65536,)}),
 ]
 CASES = [(method, preset, keys, values) for method, keys, rows in PUBLISHED for preset, values in rows.items()]
