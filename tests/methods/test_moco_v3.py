@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,7 +9,7 @@ from ssl_core.methods.moco_v3 import Config, MoCoV3
 from ssl_core.networks.backbones import build_backbone
 from tests.methods.harness import START, batch, make, resolved
 
-SMALL = {"projector_hidden": 12, "predictor_hidden": 7, "embedding_dim": 5}
+SMALL: dict[str, Any] = {"projector_hidden": 12, "predictor_hidden": 7, "embedding_dim": 5}
 
 
 def test_the_loss_by_brute_force():
