@@ -257,7 +257,7 @@ def a_table(project: Path) -> None:
         ),
         (TUTORIALS / "compare_methods.md", None, ["results/simsiam-seed1/knn.json", "results/sweeps/ressl_rates.csv"]),
         (TUTORIALS / "add_a_dataset.md", a_table, ["results/garden/transfer.json", "results/table.html", "views.png"]),
-        (TUTORIALS / "add_a_method.md", None, ["results/barlow/knn.json"]),
+        (TUTORIALS / "add_a_method.md", None, ["results/alignment/knn.json"]),
     ],
     ids=lambda value: value.stem if isinstance(value, Path) else "",
 )
@@ -281,9 +281,9 @@ def test_a_tutorial_runs_as_it_stands(
 @pytest.fixture(scope="module")
 def example(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
     """The method of the tutorial, as a module."""
-    path = tmp_path_factory.mktemp("method") / "barlow_twins.py"
-    path.write_text(files(TUTORIALS / "add_a_method.md")["ssl_core/methods/barlow_twins.py"])
-    spec = importlib.util.spec_from_file_location("barlow_twins", path)
+    path = tmp_path_factory.mktemp("method") / "alignment.py"
+    path.write_text(files(TUTORIALS / "add_a_method.md")["ssl_core/methods/alignment.py"])
+    spec = importlib.util.spec_from_file_location("alignment", path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -292,7 +292,7 @@ def example(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
 
 
 def test_the_method_of_the_tutorial_trains_two_steps(example: ModuleType) -> None:
-    training = trainer(example.BarlowTwins, example.Config(embedding_dim=12), warmup_epochs=0)
+    training = trainer(example.Alignment, example.Config(embedding_dim=12), warmup_epochs=0)
     training.total_steps = 2
     before = next(training.method.parameters()).clone()
     training.run(save=lambda: None, log=lambda row: None)

@@ -3,8 +3,10 @@
 import copy
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ssl_core.blocks import distributed
 from ssl_core.blocks.schedules import cosine
 
 
@@ -35,3 +37,16 @@ class MomentumTeacher(nn.Sequential):
         averages: list[Tensor] = [*self.parameters()]
         current: list[Tensor] = [*nn.Sequential(*student).parameters()]
         torch._foreach_lerp_(averages, current, 1 - momentum)  # pyright: ignore[reportPrivateImportUsage]
+
+
+@torch.no_grad()
+def shuffled_embedding(teacher: nn.Module, view: Tensor, *, splits: int, seed: int, step: int) -> Tensor:
+    """Return the teacher's unit embeddings (batch, dim) of `view`.
+
+    With BatchNorm over several `splits` of the global batch, the images are shuffled over them beforehand, so that
+    statistics do not reveal the positive pair (docs/sources.md#batchnorm-leak).
+    """
+    if splits == 1:
+        return F.normalize(teacher(view).float(), dim=1)
+    shuffled, order = distributed.shuffle(view, seed=seed, step=step)
+    return distributed.unshuffle(F.normalize(teacher(shuffled).float(), dim=1), order)

@@ -5,8 +5,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def check_queue_size(size: int, num_images: int) -> None:
-    """Raise `ValueError` for a queue longer than the data set: most images would be their own negatives.
+def check_queue_size(size: int, num_images: int, *, role: str = "negatives") -> None:
+    """Raise `ValueError` for a queue longer than the data set: most images would be their own negatives (`role`).
 
     In a shorter queue size² / (2 num_images²) of the images still are: 2 % at a fifth of the data set
     (docs/sources.md#queue-size).
@@ -14,7 +14,7 @@ def check_queue_size(size: int, num_images: int) -> None:
     if size > num_images:
         raise ValueError(
             f"method.queue_size {size} is larger than the data set ({num_images} images), so that images would be "
-            f"their own negatives: choose about {max(1, num_images // 5)}"
+            f"their own {role}: choose about {max(1, num_images // 5)}"
         )
 
 

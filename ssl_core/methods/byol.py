@@ -5,7 +5,7 @@ negatives: predictor, momentum and BatchNorm prevent collapse.
 """
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -13,14 +13,15 @@ from pydantic import PositiveInt
 from torch import Tensor
 
 from ssl_core.blocks.momentum import MomentumTeacher
+from ssl_core.blocks.two_views import BYOL_VIEWS, TwoViews, two_views
 from ssl_core.data.batch import Batch
-from ssl_core.data.views import POLICIES, Augmentation, Probability, View, Views
+from ssl_core.data.views import Probability, Views
 from ssl_core.methods.base import Losses, Memory, Method, MethodConfig, Preset, Progress, full_precision
 from ssl_core.networks.backbones import Network
 from ssl_core.networks.heads import mlp
 
 
-class Config(MethodConfig):
+class Config(TwoViews, MethodConfig):
     """Defaults: SSQL's CIFAR baseline, also used by Cao & Wu; `imagenet` is the paper's (docs/sources.md#byol)."""
 
     name: Literal["byol"] = "byol"
@@ -36,17 +37,11 @@ class Config(MethodConfig):
     batchnorm_splits: PositiveInt = 1  # parts of the global batch with separate BatchNorm statistics
     teacher_momentum: Probability = 0.99
     final_teacher_momentum: Probability | None = None  # at the end of a cosine; None: constant
-    area: tuple[float, float] = (0.2, 1.0)
-    interpolation: Literal["linear", "cubic"] = "linear"
-    first_augmentation: Augmentation = POLICIES["contrastive_no_blur"]
-    second_augmentation: Augmentation = POLICIES["contrastive_no_blur"]
 
 
 _PAPER = {
     "loss": "regression", "projector_layers": 2, "projector_hidden": 4096, "predictor_hidden": 4096,
-    "embedding_dim": 256, "hidden_bias": True, "teacher_momentum": 0.996, "final_teacher_momentum": 1.0,
-    "area": (0.08, 1.0), "interpolation": "cubic", "first_augmentation": "byol_first",
-    "second_augmentation": "byol_second",
+    "embedding_dim": 256, "hidden_bias": True, "teacher_momentum": 0.996, "final_teacher_momentum": 1.0, **BYOL_VIEWS,
 }  # fmt: skip
 _LARS = {
     "optimizer": "lars", "learning_rate": 0.2, "weight_decay": 1.5e-6, "batch_size": 4096, "epochs": 1000,
@@ -98,12 +93,8 @@ class BYOL(Method):
     @staticmethod
     def views(config: Config, image_size: int) -> Views:
         """Return two views with two augmentation policies, both for student and teacher."""
-        shared: Any = {"size": image_size, "area": config.area, "interpolation": config.interpolation}
-        shared["seen_by"] = ("student", "teacher")
-        return {
-            "first": View(augmentation=config.first_augmentation, **shared),
-            "second": View(augmentation=config.second_augmentation, **shared),
-        }
+        networks = ("student", "teacher")
+        return two_views(config, image_size, first=networks, second=networks)
 
     def forward(self, batch: Batch, progress: Progress) -> Losses:
         """Return the distance of the student's prediction from each view to the teacher's embedding of the other."""

@@ -4,17 +4,17 @@ A predictor maps the embedding of one view to that of the other, which gets no g
 memory and no teacher: predictor and stop-gradient prevent collapse.
 """
 
-from typing import Literal, cast
+from typing import Literal
 
 import torch.nn.functional as F
 from pydantic import PositiveInt
-from torch import Tensor, nn
-from torchvision.models.resnet import BasicBlock, Bottleneck
+from torch import Tensor
 
 from ssl_core.data.batch import Batch
 from ssl_core.data.views import POLICIES, Augmentation, View, Views
 from ssl_core.methods.base import Losses, Method, MethodConfig, Preset, Progress, full_precision
 from ssl_core.networks.backbones import Network
+from ssl_core.networks.batchnorm import zero_residuals
 from ssl_core.networks.heads import mlp
 
 
@@ -67,7 +67,7 @@ class SimSiam(Method):
         super().__init__(config, backbone, num_images=num_images, batch_size=batch_size, seed=seed)
         dim = config.embedding_dim
         if config.zero_initial_residual:
-            _zero_residuals(backbone)
+            zero_residuals(backbone)
         self.constant_rate = ("predictor",) if config.constant_predictor_rate else ()
         self.projector = mlp(
             [backbone.num_features, *[dim] * config.projector_layers],
@@ -100,10 +100,3 @@ def negative_cosine(prediction: Tensor, target: Tensor) -> Tensor:
     No gradient reaches the target.
     """
     return -F.cosine_similarity(prediction.float(), target.detach().float(), dim=1).mean()
-
-
-def _zero_residuals(backbone: nn.Module) -> None:
-    for block in backbone.modules():
-        if isinstance(block, BasicBlock | Bottleneck):
-            last = block.bn2 if isinstance(block, BasicBlock) else block.bn3
-            nn.init.zeros_(cast(Tensor, last.weight))

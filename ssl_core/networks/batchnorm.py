@@ -5,13 +5,14 @@ cannot be matched by them. On one device shuffling alone changes nothing, so the
 CIFAR-10 notebook (docs/sources.md#batchnorm-leak).
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
+from torchvision.models.resnet import BasicBlock, Bottleneck
 
 
 class _SplitBatchNorm(_BatchNorm):
@@ -150,3 +151,11 @@ def synchronise_batchnorm(module: nn.Module, *, cuda: bool) -> nn.Module:
 def _is_accepted(layer: _BatchNorm) -> bool:
     frozen = not any(parameter.requires_grad for parameter in layer.parameters())
     return frozen or isinstance(layer, (SyncBatchNorm, nn.SyncBatchNorm, _SplitBatchNorm))
+
+
+def zero_residuals(backbone: nn.Module) -> None:
+    """Set the last BatchNorm of each residual block of a ResNet to 0, so that the blocks start as identities."""
+    for block in backbone.modules():
+        if isinstance(block, BasicBlock | Bottleneck):
+            last = block.bn2 if isinstance(block, BasicBlock) else block.bn3
+            nn.init.zeros_(cast(Tensor, last.weight))

@@ -13,6 +13,7 @@ def mlp(
     *,
     batch_norm: bool = True,
     bias: bool = True,
+    final_bias: bool = True,
     final_batch_norm: bool = False,
     final_affine: bool = True,
     activation: type[nn.Module] = nn.ReLU,
@@ -21,6 +22,7 @@ def mlp(
 
     `batch_norm` normalises the hidden layers, `final_batch_norm` the output (`final_affine`: with scale and shift).
     `bias=False` drops the bias of layers in front of a batch norm, which cancels it; the other layers keep theirs.
+    `final_bias=False` drops the bias of the last layer, for losses that cancel it.
 
     MoCo v2: mlp((d, d, 128), batch_norm=False). SimCLR: mlp((d, 2048, 128), final_batch_norm=True). BYOL and ReSSL
     (journal): mlp((d, 4096, 256)), predictor mlp((256, 4096, 256)). ReSSL (NeurIPS): mlp((d, 4096, 512),
@@ -32,7 +34,8 @@ def mlp(
     last = len(dims) - 2
     for index, (width_in, width_out) in enumerate(pairwise(dims)):
         normalised = final_batch_norm if index == last else batch_norm
-        layers.append(nn.Linear(width_in, width_out, bias=bias or not normalised))
+        has_bias = (bias or not normalised) and (final_bias or index != last)
+        layers.append(nn.Linear(width_in, width_out, bias=has_bias))
         if normalised:
             layers.append(nn.BatchNorm1d(width_out, affine=final_affine or index != last))
         if index != last:

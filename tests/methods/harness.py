@@ -26,7 +26,7 @@ from ssl_core.training.monitor import Alarm, spread
 NUM_IMAGES = 80
 BATCH = 16  # of all processes
 PIXELS = 8
-SIZES = (PIXELS, 16, 32, 64, 96)
+SIZES = (PIXELS, 16, 32, 64, 96, 128)
 EPOCHS = 2
 START = Progress(0, 100)
 CPU = torch.device("cpu")

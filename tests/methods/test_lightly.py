@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ssl_core.blocks.losses import info_nce
 from ssl_core.blocks.multicrop import balance
-from ssl_core.methods import dino, swav
+from ssl_core.methods import barlow_twins, dino, lejepa, nnclr, swav, vicreg
 from ssl_core.methods.byol import regression_loss
 from ssl_core.methods.simclr import nt_xent
 from ssl_core.methods.simsiam import negative_cosine
@@ -109,3 +109,46 @@ def test_swav_computes_the_loss_of_its_parts(lightly):
     scores = [F.normalize(model.projector(model.backbone(view)), dim=1) @ model.prototypes.T for view in every]
     expected = lightly.SwaVLoss(temperature=0.1)(scores[:2], scores[2:])
     torch.testing.assert_close(model(one, START).total, expected.squeeze(), **CLOSE)
+
+
+def two_embeddings(model: Any, one: Any) -> list[Tensor]:
+    return [model.projector(model.backbone(one.views[group][0])) for group in ("first", "second")]
+
+
+def test_vicreg_computes_the_loss_of_its_parts(lightly):
+    config = vicreg.Config(embedding_dim=12, invariance_weight=20, variance_weight=15, covariance_weight=2)
+    model, one = make(vicreg.VICReg, config), batch(vicreg.VICReg.views(config, 8))
+    reference = lightly.VICRegLoss(lambda_param=20, mu_param=15, nu_param=2)
+    torch.testing.assert_close(model(one, START).total, reference(*two_embeddings(model, one)), **CLOSE)
+
+
+def test_barlow_twins_computes_the_loss_of_its_parts(lightly):
+    config = barlow_twins.Config(embedding_dim=12, redundancy_weight=0.02, loss_scale=0.5)
+    model, one = make(barlow_twins.BarlowTwins, config), batch(barlow_twins.BarlowTwins.views(config, 8))
+    expected = 0.5 * lightly.BarlowTwinsLoss(lambda_param=0.02)(*two_embeddings(model, one))
+    torch.testing.assert_close(model(one, START).total, expected, **CLOSE)
+
+
+def test_nnclrs_neighbours(lightly):
+    module = importlib.import_module("lightly.models.modules").NNMemoryBankModule(size=(16, 6))
+    module.bank = unit(16, 6)
+    found = nnclr.nearest(unit(8, 6, seed=1), unit(16, 6))
+    torch.testing.assert_close(found, module(unit(8, 6, seed=1), update=False), **CLOSE)
+
+
+@pytest.mark.parametrize("num_locals", [1, 3])
+def test_lejepas_loss(num_locals, lightly, monkeypatch):
+    config = lejepa.Config(
+        gaussian_weight=0.1, num_directions=7, num_points=9, max_frequency=2, projector_hidden=12, embedding_dim=5,
+        num_locals=num_locals, local_size=6,
+    )  # fmt: skip
+    model, one = make(lejepa.LeJEPA, config).eval(), batch(lejepa.LeJEPA.views(config, 8))
+    reference = lightly.LeJEPALoss(lambda_param=0.1, sigreg_knots=9, sigreg_t_max=2.0, sigreg_num_vectors=7)
+    generator = torch.Generator().manual_seed(START.step)
+    directions = torch.randn(5, 7, generator=generator)
+    monkeypatch.setattr(reference.sigreg, "_generate_unit_vectors", lambda *_: F.normalize(directions, dim=0))
+    many = {
+        group: torch.stack([model.projector(model.backbone(view)) for view in one.views[group]]) for group in one.views
+    }
+    expected = reference(global_proj=many["global"], local_proj=many["local"])
+    torch.testing.assert_close(model(one, START).total, expected, **CLOSE)

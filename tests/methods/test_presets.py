@@ -94,6 +94,58 @@ PUBLISHED: list[tuple[str, str, dict[str, tuple[Any, ...]]]] = [
         "student_augmentation.saturation",
         {"imagenet": (0.03, "lars", 1e-6, 0.5, 0.1, 0.2)},
     ),
+    (
+        "vicreg",
+        "invariance_weight variance_weight covariance_weight embedding_dim learning_rate minimum_learning_rate "
+        "weight_decay batch_size epochs",
+        {
+            "imagenet": (25, 25, 1, 8192, 0.2, 0.0016, 1e-6, 2048, 1000),
+            "imagenet_100": (25, 25, 1, 8192, 0.3, 0.0006, 1e-6, 512, 100),
+        },
+    ),
+    (
+        "barlow_twins",
+        "redundancy_weight loss_scale projector_layers embedding_dim optimizer learning_rate weight_decay batch_size "
+        "epochs",
+        {
+            "small": (0.005, 1, 2, 2048, "sgd", 0.12, 5e-4, 128, 200),
+            "imagenet": (0.0051, 0.024, 3, 8192, "lars", 0.2, 1e-6, 2048, 1000),
+        },
+    ),
+    (
+        "nnclr",
+        "temperature queue_size projector_hidden predictor_hidden embedding_dim learning_rate batch_size epochs",
+        {"imagenet": (0.1, 98304, 2048, 4096, 256, 0.3, 4096, 1000)},
+    ),
+    (
+        "sce",
+        "contrast_weight teacher_temperature queue_size symmetric teacher_momentum learning_rate batch_size epochs "
+        "warmup_epochs",
+        {
+            "small": (0.5, 0.05, 4096, False, 0.99, 0.06, 256, 200, 5),
+            "imagenet": (0.5, 0.07, 65536, True, 0.99, 0.3, 4096, 200, 10),
+            "imagenet_100": (0.5, 0.07, 65536, True, 0.99, 0.6, 4096, 100, 10),
+        },
+    ),
+    (
+        "lejepa",
+        "gaussian_weight num_directions num_globals num_locals area local_area learning_rate weight_decay epochs",
+        {
+            "resnet": (0.05, 1024, 2, 6, (0.3, 1.0), (0.05, 0.3), 5e-4, 5e-4, 100),
+            "vit": (0.05, 1024, 2, 6, (0.3, 1.0), (0.05, 0.3), 5e-4, 0.05, 100),
+            "minimal": (0.02, 256, 4, 0, (0.08, 1.0), (0.05, 0.14), 2e-3, 0.05, 800),
+        },
+    ),
+    (
+        "moco_v3",
+        "temperature teacher_momentum area freeze_patches optimizer learning_rate weight_decay epochs warmup_epochs",
+        {
+            "imagenet": (1.0, 0.99, (0.2, 1.0), False, "lars", 0.45, 1e-6, 100, 10),
+            "imagenet_300": (1.0, 0.99, (0.2, 1.0), False, "lars", 0.3, 1e-6, 300, 10),
+            "imagenet_1000": (1.0, 0.996, (0.2, 1.0), False, "lars", 0.3, 1.5e-6, 1000, 10),
+            "vit": (0.2, 0.99, (0.08, 1.0), True, "adamw", 1.5e-4, 0.1, 300, 40),
+        },
+    ),
     ("dino", "num_outputs", {"official": (65536,)}),
 ]
 CASES = [(method, preset, keys, values) for method, keys, rows in PUBLISHED for preset, values in rows.items()]
