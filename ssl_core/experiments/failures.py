@@ -5,7 +5,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 FAILED = re.compile(r"^Error in rule (\w+):$")
-DETAIL = re.compile(r"^    (output|log): (.+)$")
+DETAIL = re.compile(r"^    (output|log|message): (?!None$)(.+)$")
+# Messages of Snakemake's SLURM plugin for a job that SLURM has not accepted.
+NOT_SUBMITTED = re.compile(r"^(SLURM sbatch failed\. The error message was|Job submission failed with exception:) ")
+KILLED = "it ended without an error message, most likely killed: for want of memory, by a scheduler or by hand"
 
 
 def summary(logs: Iterable[Path]) -> str:
@@ -39,15 +42,17 @@ def _failed_jobs(log: Path) -> Iterator[tuple[str, dict[str, str]]]:
 def _describe(rule: str, details: dict[str, str]) -> str:
     output = details.get("output", "").split(", ")[0]
     log = details.get("log", "").removesuffix(" (check log file(s) for error details)")
+    message = details.get("message", "")
+    if NOT_SUBMITTED.match(message):
+        return f"  {rule} {output}: {NOT_SUBMITTED.sub('not submitted: ', message)}"
     if not log:
         return f"  {rule} {output}: it has no log"
-    return f"  {rule} {output}: {_reason(Path(log))} (log: {log})"
+    reason = error_line(Path(log)) or message or KILLED
+    return f"  {rule} {output}: {reason} (log: {log})"
 
 
-def _reason(log: Path) -> str:
-    """Return the last `error:` line of a stage's log."""
+def error_line(log: Path) -> str | None:
+    """Return the last error message in a stage's log, None if the stage was killed or did not start."""
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else []
     errors = [line for line in lines if line.startswith("error: ")]
-    if errors:
-        return errors[-1].removesuffix(f" (log: {log})")
-    return "it ended without an error message, most likely killed: for want of memory, by a scheduler or by hand"
+    return errors[-1].removesuffix(f" (log: {log})") if errors else None

@@ -130,10 +130,10 @@ class Trainer:
                     if distributed.agree(due, self.device) and self.step < self.total_steps:
                         save()
                         saved = time.monotonic()
-                if stop and self.step < self.total_steps:
-                    if not distributed.is_distributed():  # other processes may be a step behind: no checkpoint here
-                        save()
-                    raise Stop(128 + stop[0])
+                # All processes save after the same step, whichever of them received the signal first.
+                if distributed.any_rank(bool(stop)) and self.step < self.total_steps:
+                    save()
+                    raise Stop(128 + (stop[0] if stop else signal.SIGTERM))
         self._check_weights()
 
     def _check_weights(self) -> None:
