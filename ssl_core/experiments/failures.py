@@ -41,8 +41,8 @@ def _failed_jobs(log: Path) -> Iterator[tuple[str, dict[str, str]]]:
 
 def _describe(rule: str, details: dict[str, str]) -> str:
     output = details.get("output", "").split(", ")[0]
-    log = details.get("log", "").removesuffix(" (check log file(s) for error details)")
-    message = details.get("message", "")
+    log = details.get("log", "").removesuffix(" (check log file(s) for error details)").split(", ")[0]
+    message = details.get("message", "").partition("For further error details see ")[0]
     if NOT_SUBMITTED.match(message):
         return f"  {rule} {output}: {NOT_SUBMITTED.sub('not submitted: ', message)}"
     if not log:
