@@ -51,7 +51,7 @@ def test_a_preempted_training_continues(cluster: Cluster, local: Project, projec
     run("sbatch", "-p", "urgent", "-N", "2", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 3")
     status, output = project.finish(workflow)
     assert status == 0, output
-    assert state_of(writer.job) in ("PREEMPTED", "FAILED")
+    assert state_of(writer.job) == "PREEMPTED"
     assert "continuing at step" in project.log()
     assert project.weights() == local.weights()
 

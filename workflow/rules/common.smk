@@ -92,6 +92,21 @@ if JobScheduler._handle_error.__name__ == "_handle_error":
     JobScheduler._handle_error = retry_killed_job
 
 
+# The SLURM plugin waits for a preempted job for ever; with `slurm-no-requeue` it has ended and is retried.
+slurm = sys.modules.get("snakemake_executor_plugin_slurm")
+
+
+async def query_with_preempted_as_cancelled(command, logger, query=slurm and slurm.query_job_status):
+    states, seconds = await query(command, logger)
+    if states and workflow.executor_settings.no_requeue:
+        states = {job: "CANCELLED" if state == "PREEMPTED" else state for job, state in states.items()}
+    return states, seconds
+
+
+if slurm and slurm.query_job_status.__name__ == "query_job_status":
+    slurm.query_job_status = query_with_preempted_as_cancelled
+
+
 # Snakemake imports pandas, half a second, to ask whether a parameter is a table; that needs a rule that imported it.
 def serialize_parameter(self, value, with_pandas=Persistence._serialize_param_pandas):
     return with_pandas(self, value) if "pandas" in sys.modules else self._serialize_param_builtin(value)
