@@ -37,7 +37,7 @@ CONFIG = {
     "evaluations": {"knn": {"protocol": "knn", "k": 5}},
 }
 THREADS = ("--set-threads", "shard=1", "pretrain=1", "evaluate=1")
-PROFILE = ("--workflow-profile", "workflow/profiles/slurm", "--slurm-init-seconds-before-status-checks", "10")
+PROFILE = ("--workflow-profile", "workflow/profiles/slurm", "--slurm-init-seconds-before-status-checks", "8")
 NO_GPU = ("pretrain:gpu=0", "evaluate:gpu=0")  # the nodes' GPUs are /dev/null and /dev/zero
 TRAINED = "results/tiny/backbone.safetensors"
 RESULT = "results/tiny/knn.json"
@@ -75,6 +75,19 @@ class Project:
 
     folder: Path
 
+    def untrained(self, folder: Path) -> "Project":
+        """Return a copy with the shards only."""
+        shutil.copytree(self.folder, folder)
+        for name in ("results", "logs"):
+            shutil.rmtree(folder / name)
+        return Project(folder)
+
+    def damage_shards(self) -> None:
+        """Make a mistake that only the stage notices."""
+        for tar in (self.folder / "shards" / "demo").rglob("*.tar"):
+            with open(tar, "ab") as file:
+                file.write(b"x")
+
     def start(self, *arguments: str) -> "subprocess.Popen[str]":
         """Start Snakemake in the folder; its output goes to output.txt."""
         programs = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
@@ -88,10 +101,9 @@ class Project:
                 text=True,
             )
 
-    def submit(self, *arguments: str, resources: tuple[str, ...] = NO_GPU) -> "subprocess.Popen[str]":
-        """Start Snakemake with the profile."""
-        more = ("--set-resources", *resources) if resources else ()
-        return self.start(*arguments, *PROFILE, *more)
+    def submit(self, target: str, *arguments: str) -> "subprocess.Popen[str]":
+        """Start Snakemake with the profile, without GPUs; `--set-resources` among `arguments` replaces that."""
+        return self.start(target, *PROFILE, "--set-resources", *NO_GPU, *arguments)
 
     def finish(self, workflow: "subprocess.Popen[str]") -> tuple[int, str]:
         """Wait for the end of a workflow; return its status and output."""
@@ -131,7 +143,4 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> Project:
 @pytest.fixture
 def project(local: Project, tmp_path: Path) -> Project:
     """The project with its shards, before the training."""
-    folder = shutil.copytree(local.folder, tmp_path / "project")
-    for name in ("results", "logs"):
-        shutil.rmtree(folder / name)
-    return Project(folder)
+    return local.untrained(tmp_path / "project")

@@ -1,6 +1,7 @@
 """The workflow on a real SLURM: results, limits, preemption, cancelled jobs, lost nodes and mistakes."""
 
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -35,7 +36,7 @@ def test_the_chain_gives_the_bytes_of_a_local_run(cluster: Cluster, local: Proje
 
 
 def test_a_training_continues_after_its_time_limit(cluster: Cluster, local: Project, project: Project) -> None:
-    workflow = project.submit(TRAINED, resources=(*NO_GPU, "pretrain:runtime=1"))
+    workflow = project.submit(TRAINED, "--set-resources", *NO_GPU, "pretrain:runtime=1")
     writer = project.pause_training()
     status, output = project.finish(workflow)
     assert status == 0, output
@@ -87,58 +88,58 @@ def test_a_training_continues_on_the_other_node(cluster: Cluster, local: Project
     assert project.weights() == local.weights()
 
 
-def damage_shards(project: Project) -> None:
-    for tar in (project.folder / "shards" / "demo").rglob("*.tar"):
-        with open(tar, "ab") as file:
-            file.write(b"x")
+Outcomes = dict[str, tuple[int, str]]  # status and output
 
 
-def test_an_error_message_is_not_retried(cluster: Cluster, project: Project) -> None:
-    damage_shards(project)
-    status, output = project.finish(project.submit(TRAINED))
-    assert status == 1
-    assert submissions(output) == 1
-    (line,) = failed_jobs(output)
-    assert "bytes instead of" in line
+@pytest.fixture(scope="module")
+def mistaken(cluster: Cluster, local: Project, tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
+    """Workflows that fail, at the same time: damaged shards, a missing GPU, a wrong partition, a wrong account."""
+    projects = {name: local.untrained(tmp_path_factory.mktemp(name) / "project") for name in MISTAKES}
+    projects["shards"].damage_shards()
+    running = {name: projects[name].submit(TRAINED, *MISTAKES[name]) for name in MISTAKES}
+    return {name: projects[name].finish(workflow) for name, workflow in running.items()}
 
 
-def test_a_job_without_its_gpu_ends_in_one_line(cluster: Cluster, project: Project) -> None:
-    status, output = project.finish(project.submit(TRAINED, resources=("pretrain:runtime=5",)))
-    assert status == 1
-    assert submissions(output) == 1
-    (line,) = failed_jobs(output)
-    assert "error: SLURM gave this job 1 GPU(s), torch can use 0 on n" in line
+MISTAKES = {
+    "shards": (),
+    "gpu": ("--set-resources", "pretrain:runtime=5"),  # in place of those without GPU
+    "partition": ("--default-resources", "slurm_partition=nowhere"),
+    "account": ("--default-resources", "slurm_account=nobody"),
+}
 
 
 @pytest.mark.parametrize(
-    ("resource", "words"),
+    ("mistake", "submitted", "words"),
     [
-        ("slurm_partition=nowhere", "invalid partition specified: nowhere"),
-        ("slurm_account=nobody", "The given account nobody appears to be invalid"),
+        ("shards", 1, "bytes instead of"),
+        ("gpu", 1, "error: SLURM gave this job 1 GPU(s), torch can use 0 on n"),
+        ("partition", 0, "not submitted: sbatch: error: invalid partition specified: nowhere"),
+        ("account", 0, "not submitted: The given account nobody appears to be invalid"),
     ],
 )
-def test_a_wrong_partition_or_account_ends_in_one_line(
-    resource: str, words: str, cluster: Cluster, project: Project
+def test_a_mistake_ends_in_one_line_and_is_submitted_once(
+    mistake: str, submitted: int, words: str, mistaken: Outcomes
 ) -> None:
-    status, output = project.finish(project.submit(TRAINED, "--default-resources", resource))
+    status, output = mistaken[mistake]
     assert status == 1
+    assert submissions(output) == submitted
     (line,) = failed_jobs(output)
-    assert "not submitted: " in line
     assert words in line
 
 
-def test_jobs_end_without_accounting(cluster: Cluster, local: Project, project: Project) -> None:
+def test_jobs_end_without_accounting(cluster: Cluster, local: Project, project: Project, tmp_path: Path) -> None:
+    damaged = local.untrained(tmp_path / "damaged")
+    damaged.damage_shards()
     cluster.stop("slurmctld")
     cluster.configure(accounting=False)
     cluster.start_controller()
     try:
         cluster.wait_until_idle()
-        status, output = project.finish(project.submit(TRAINED))
+        running = [project.submit(TRAINED), damaged.submit(TRAINED)]
+        status, output = project.finish(running[0])
         assert status == 0, output
         assert project.weights() == local.weights()
-        shutil.rmtree(project.folder / "results")
-        damage_shards(project)
-        status, output = project.finish(project.submit(TRAINED))
+        status, output = damaged.finish(running[1])
         assert status == 1, output
         assert submissions(output) == 1
     finally:

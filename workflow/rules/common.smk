@@ -84,7 +84,7 @@ if JobScheduler.job_selector.__name__ == "job_selector":
 # again.
 def retry_killed_job(self, job, postprocess_job=True, handle=JobScheduler._handle_error):
     if any(failures.error_line(Path(log)) for log in job.log or []):
-        job.attempt = job.restart_times + 1
+        job._attempt = job.restart_times + 1  # its setter would compute the resources again
     handle(self, job, postprocess_job)
 
 
