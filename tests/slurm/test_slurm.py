@@ -26,68 +26,6 @@ def state_of(job: str) -> str:
     return run("sacct", "-X", "-n", "-P", "-j", job, "-o", "State").strip()
 
 
-def test_the_chain_gives_the_bytes_of_a_local_run(cluster: Cluster, local: Project, project: Project) -> None:
-    shutil.rmtree(project.folder / "shards")
-    status, output = project.finish(project.submit(RESULT))
-    assert status == 0, output
-    assert submissions(output) == 3
-    assert (project.folder / RESULT).read_bytes() == (local.folder / RESULT).read_bytes()
-    assert project.weights() == local.weights()
-
-
-def test_a_training_continues_after_its_time_limit(cluster: Cluster, local: Project, project: Project) -> None:
-    workflow = project.submit(TRAINED, "--set-resources", *NO_GPU, "pretrain:runtime=1")
-    writer = project.pause_training()
-    status, output = project.finish(workflow)
-    assert status == 0, output
-    assert state_of(writer.job) in ("TIMEOUT", "FAILED")
-    assert submissions(output) == 2
-    assert "continuing at step" in project.log()
-    assert project.weights() == local.weights()
-
-
-def test_a_preempted_training_continues(cluster: Cluster, local: Project, project: Project) -> None:
-    workflow = project.submit(TRAINED)
-    writer = project.pause_training()
-    run("sbatch", "-p", "urgent", "-N", "2", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 3")
-    status, output = project.finish(workflow)
-    assert status == 0, output
-    assert state_of(writer.job) == "PREEMPTED"
-    assert "continuing at step" in project.log()
-    assert project.weights() == local.weights()
-
-
-def test_the_plain_command_continues_after_scancel(cluster: Cluster, local: Project, project: Project) -> None:
-    workflow = project.submit(TRAINED, "--retries", "0")
-    writer = project.pause_training()
-    run("scancel", writer.job)
-    status, output = project.finish(workflow)
-    assert status == 1, output
-    (line,) = failed_jobs(output)
-    assert "SLURM status is" in line
-    status, output = project.finish(project.submit(TRAINED))
-    assert status == 0, output
-    assert "continuing at step" in project.log()
-    assert project.weights() == local.weights()
-
-
-def test_a_training_continues_on_the_other_node(cluster: Cluster, local: Project, project: Project) -> None:
-    workflow = project.submit(TRAINED)
-    writer = project.pause_training()
-    node = run("squeue", "-h", "-j", writer.job, "-o", "%N").strip()
-    cluster.kill_node(node, writer.job)
-    try:
-        status, output = project.finish(workflow)
-    finally:
-        cluster.start_node(node)
-        cluster.wait_until_idle()
-    assert status == 0, output
-    assert state_of(writer.job) == "NODE_FAIL"
-    assert submissions(output) == 2  # one writer at a time: SLURM has not started the job again
-    assert "continuing at step" in project.log()
-    assert project.weights() == local.weights()
-
-
 Outcomes = dict[str, tuple[int, str]]  # status and output
 
 
@@ -125,6 +63,68 @@ def test_a_mistake_ends_in_one_line_and_is_submitted_once(
     assert submissions(output) == submitted
     (line,) = failed_jobs(output)
     assert words in line
+
+
+def test_the_plain_command_continues_after_scancel(cluster: Cluster, local: Project, project: Project) -> None:
+    workflow = project.submit(TRAINED, "--retries", "0")
+    writer = project.pause_training()
+    run("scancel", writer.job)
+    status, output = project.finish(workflow)
+    assert status == 1, output
+    (line,) = failed_jobs(output)
+    assert "SLURM status is" in line
+    status, output = project.finish(project.submit(TRAINED))
+    assert status == 0, output
+    assert "continuing at step" in project.log()
+    assert project.weights() == local.weights()
+
+
+def test_a_preempted_training_continues(cluster: Cluster, local: Project, project: Project) -> None:
+    workflow = project.submit(TRAINED)
+    writer = project.pause_training()
+    run("sbatch", "-p", "urgent", "-N", "2", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 3")
+    status, output = project.finish(workflow)
+    assert status == 0, output
+    assert state_of(writer.job) == "PREEMPTED"
+    assert "continuing at step" in project.log()
+    assert project.weights() == local.weights()
+
+
+def test_the_chain_gives_the_bytes_of_a_local_run(cluster: Cluster, local: Project, project: Project) -> None:
+    shutil.rmtree(project.folder / "shards")
+    status, output = project.finish(project.submit(RESULT))
+    assert status == 0, output
+    assert submissions(output) == 3
+    assert (project.folder / RESULT).read_bytes() == (local.folder / RESULT).read_bytes()
+    assert project.weights() == local.weights()
+
+
+def test_a_training_continues_after_its_time_limit(cluster: Cluster, local: Project, project: Project) -> None:
+    workflow = project.submit(TRAINED, "--set-resources", *NO_GPU, "pretrain:runtime=1")
+    writer = project.pause_training()
+    status, output = project.finish(workflow)
+    assert status == 0, output
+    assert state_of(writer.job) in ("TIMEOUT", "FAILED")
+    assert submissions(output) == 2
+    assert "continuing at step" in project.log()
+    assert project.weights() == local.weights()
+
+
+def test_a_training_continues_on_the_other_node(cluster: Cluster, local: Project, project: Project) -> None:
+    workflow = project.submit(TRAINED)
+    writer = project.pause_training()
+    node = run("squeue", "-h", "-j", writer.job, "-o", "%N").strip()
+    cluster.kill_node(node, writer.job)
+    try:
+        status, output = project.finish(workflow)
+    finally:
+        cluster.start_node(node)
+        cluster.wait_until_idle()
+    assert status == 0, output
+    assert state_of(writer.job) == "NODE_FAIL"
+    assert submissions(output) == 2  # one writer at a time: SLURM has not started the job again
+    assert "continuing at step" in project.log()
+    assert project.weights() == local.weights()
 
 
 def test_jobs_end_without_accounting(cluster: Cluster, local: Project, project: Project, tmp_path: Path) -> None:
