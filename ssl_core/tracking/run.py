@@ -9,6 +9,7 @@ Jobs of a cluster would write to one SQLite file from several hosts, which its l
 system. Without a server each job writes its messages into a file of its own; `merge` sends them to MLflow later.
 """
 
+import fcntl
 import json
 import os
 import select
@@ -55,18 +56,32 @@ def start(
 def merge(folder: Path = FILES) -> list[Path]:
     """Send the messages in the files of `folder` to MLflow, one file after the other, and remove each; return them.
 
-    A file that MLflow does not accept stays. Raises ValueError if a job of SLURM calls this.
+    A file of a running job stays, and one that MLflow does not accept. Raises ValueError if a job of SLURM calls this.
     """
     if _is_on_cluster():
         raise ValueError("merging writes to one SQLite file: run it on one host, outside of SLURM's jobs")
     merged = []
     for path in sorted(folder.glob("*.jsonl"), key=lambda path: path.stat().st_mtime):
+        if _is_open(path):
+            continue
         recorder = _start_recorder()
         recorder.communicate(b"".join(_messages(path)))
         if recorder.returncode == 0:
             path.unlink()
             merged.append(path)
     return merged
+
+
+def _is_open(path: Path) -> bool:
+    """Return whether a job still writes this file, which it has locked."""
+    with open(path, "rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:  # a file system without locks
+            return False
+    return False
 
 
 def _messages(path: Path) -> Iterator[bytes]:
@@ -105,6 +120,9 @@ class Run:
     def __init__(self, recorder: "subprocess.Popen[bytes] | None" = None, *, file: IO[bytes] | None = None) -> None:
         self._recorder = recorder
         self._pipe = recorder.stdin if recorder else file
+        if file is not None:
+            with suppress(OSError):  # a file system without locks
+                fcntl.flock(file, fcntl.LOCK_EX)  # `merge` leaves it to this run
         self._answer = recorder.stdout if recorder else None
         self._id: str | None = None
         self._backlog = bytearray()  # bytes that the pipe did not accept yet; the recorder reads all the time
