@@ -9,13 +9,15 @@ UV_VERSION := 0.13.8
 
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+# Where there is SLURM, Snakemake's plugin is installed too.
+LOCKS := requirements.lock $(if $(shell command -v sbatch),requirements-slurm.lock)
 # Programs of .venv come first, and no other environment of the shell is visible.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV CONDA_PREFIX
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 export MLFLOW_DISABLE_TELEMETRY := true
 
-.PHONY: all install test test-avx2 test-long bench prove check format schema docs ui lock clean
+.PHONY: all install test test-avx2 test-long test-slurm bench prove check format schema docs ui lock clean
 .DELETE_ON_ERROR:
 .SUFFIXES:
 
@@ -27,7 +29,7 @@ results/% shards/%: $(INSTALLED) FORCE
 	snakemake --cores $(CORES) $@ $(ARGS)
 
 FORCE:
-Makefile pyproject.toml requirements.lock: ;
+Makefile pyproject.toml requirements.lock requirements-slurm.lock: ;
 
 install: $(INSTALLED)
 
@@ -40,14 +42,14 @@ endif
 
 # The stamp is removed first and written last. Without it .venv is made anew, since an interrupted installation may have
 # left half a package that pip and uv take for a whole one; downloads are cached.
-$(INSTALLED): requirements.lock pyproject.toml
+$(INSTALLED): $(LOCKS) pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; (3, 11) <= v <= (3, 13) or sys.exit("error: Python 3.11 to 3.13 is needed, $(PYTHON) is %d.%d; say make PYTHON=python3.12" % v)'
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "error: $(PYTHON) cannot make environments: apt install python3-venv (Debian, Ubuntu), or say make PYTHON=python3.12" >&2; exit 1; }
 	@[ -z "$(MOVED)" ] || { echo ".venv belongs to another folder (this one was copied or moved): installing anew"; rm -rf .venv; }
 	[ -e $@ ] && $(BIN)/python -m pip --version >/dev/null 2>&1 || { rm -rf .venv && $(PYTHON) -m venv .venv; }
 	rm -f $@
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
-	VIRTUAL_ENV="$$(pwd -P)/.venv" $(BIN)/python -m uv pip sync --require-hashes requirements.lock
+	VIRTUAL_ENV="$$(pwd -P)/.venv" $(BIN)/python -m uv pip sync --require-hashes $(LOCKS)
 	VIRTUAL_ENV="$$(pwd -P)/.venv" $(BIN)/python -m uv pip install --no-deps --no-build-isolation --editable .
 	pwd -P > $@
 
@@ -61,6 +63,14 @@ test-avx2: $(INSTALLED)
 
 test-long: $(INSTALLED)
 	pytest --numprocesses auto --dist loadfile --no-loadscope-reorder --long $(ARGS)
+
+# The workflow on a SLURM of two nodes on this machine, as root on Debian or Ubuntu: installs SLURM, starts it and ends it.
+SLURM_PACKAGES := slurm-wlm slurmdbd mariadb-server munge
+test-slurm:
+	@[ "$$(id -u)" = 0 ] || { echo "error: SLURM's daemons need root: run it as root, for example in a container" >&2; exit 1; }
+	dpkg --status $(SLURM_PACKAGES) >/dev/null 2>&1 || { apt-get update && apt-get install -y --no-install-recommends $(SLURM_PACKAGES); }
+	$(MAKE) install --assume-new=requirements-slurm.lock
+	pytest --slurm tests/slurm $(ARGS)
 
 # Each prints a table and writes JSON; nothing else should run meanwhile. One of them: make bench BENCHMARKS=loader
 BENCHMARKS := loader step sharding evaluation instance_loss workflow
@@ -102,6 +112,9 @@ ui: $(INSTALLED)
 lock: $(INSTALLED)
 	uv pip compile pyproject.toml --extra dev --universal --generate-hashes --no-emit-index-url --no-header \
 	  --no-annotate --output-file requirements.lock
+	python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["slurm"], sep="\n")' \
+	  | uv pip compile - --no-deps --universal --generate-hashes --no-emit-index-url --no-header --no-annotate \
+	  --python-version 3.11 --output-file requirements-slurm.lock
 
 clean:
 	rm -rf .venv .pytest_cache .ruff_cache ssl_core.egg-info build

@@ -1,6 +1,7 @@
 # Pre-train small networks without labels and measure them: shard -> pretrain -> evaluate -> table.
 # config.yaml selects what runs; `snakemake --cores all -n` lists the jobs that would run, with the reasons.
 # `ssl-core init` makes a folder of your own whose Snakefile imports this one as a module.
+import shutil
 from pathlib import Path
 
 from ssl_core.experiments import bundled
@@ -22,8 +23,9 @@ include: "workflow/rules/export.smk"
 include: "workflow/rules/report.smk"
 
 
-# One job at a time uses a GPU, unless `--resources gpu=N` or a profile allows more.
-if "gpu" not in workflow.global_resources:
+# One job at a time uses the GPU of this machine, unless `--resources gpu=N` or a profile allows more. Without a GPU (its
+# driver brings the tool) jobs run on the processor, and their threads limit their number. A job of a cluster has its own.
+if "gpu" not in workflow.global_resources and shutil.which("nvidia-smi") and not workflow.remote_exec:
     workflow.register_resource("gpu", 1)
 
 

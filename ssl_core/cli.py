@@ -157,7 +157,9 @@ def _add_stages(commands: Any) -> None:
 
 def _add_looks(commands: Any) -> None:
     """Add the commands that users call."""
-    init = commands.add_parser("init", help="make a folder of your own: Snakefile, config.yaml, datasets/")
+    init = commands.add_parser(
+        "init", help="make a folder of your own: Snakefile, config.yaml, datasets/, workflow/profiles/"
+    )
     init.add_argument("folder", type=Path)
     init.set_defaults(command=_init)
 
@@ -193,6 +195,9 @@ def _add_looks(commands: Any) -> None:
     doctor = commands.add_parser("doctor", help="test the capabilities of this machine, one line each")
     doctor.set_defaults(command=_doctor)
 
+    merge = commands.add_parser("merge-tracking", help="write the runs that jobs of a cluster recorded into MLflow")
+    merge.set_defaults(command=_merge_tracking)
+
     schema = commands.add_parser("schema", help="print the schema of config.yaml")
     schema.set_defaults(command=_schema)
 
@@ -200,11 +205,28 @@ def _add_looks(commands: Any) -> None:
 def _stage(options: argparse.Namespace) -> None:
     """Call the stage with its options, which have the names of its arguments."""
     processes.end_with_workflow()
+    _check_gpus()
     stage = importlib.import_module(f"ssl_core.stages.{options.name.replace('-', '_')}")
     arguments = dict(vars(options))
     for name in ("command", "name", "log"):
         del arguments[name]
     stage.run(**arguments)
+
+
+def _check_gpus() -> None:
+    """Raise ValueError if torch cannot use the GPUs that SLURM gave this job: on the processor it would take days."""
+    given = int(os.environ.get("SLURM_GPUS_ON_NODE") or 0)
+    if given == 0:
+        return
+    import torch
+
+    usable = torch.cuda.device_count()
+    if usable < given:
+        node = os.environ.get("SLURMD_NODENAME", "this node")
+        raise ValueError(
+            f"SLURM gave this job {given} GPU(s), torch can use {usable} on {node}: run `nvidia-smi` there and exclude "
+            "the node (--slurm-exclude-failed-nodes), or train without GPU (--set-resources RULE:gpu=0)"
+        )
 
 
 def _init(options: argparse.Namespace) -> None:
@@ -263,6 +285,13 @@ def _doctor(options: argparse.Namespace) -> None:
 
     if not examine():
         raise SystemExit(1)
+
+
+def _merge_tracking(options: argparse.Namespace) -> None:
+    from ssl_core.tracking import run
+
+    for path in run.merge():
+        print(f"merged {path}")
 
 
 def _card(text: str) -> Path:

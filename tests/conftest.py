@@ -52,6 +52,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--long", action="store_true", help="also run the tests marked `long`")
+    parser.addoption("--slurm", action="store_true", help="also run tests/slurm, which start a SLURM cluster")
     parser.addoption("--device", choices=("cuda", "cpu"), default="cuda", help="of tests/gpu")
     parser.addoption("--quick", action="store_true", help="of each kind of test in tests/gpu, only the fastest")
 

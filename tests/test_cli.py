@@ -49,6 +49,17 @@ def test_the_log_has_the_output_of_a_stage(monkeypatch: pytest.MonkeyPatch, tmp_
     assert (tmp_path / "x.log").read_text() == "23 images (1 rejected)\n"
 
 
+def test_a_gpu_of_slurm_that_torch_cannot_use_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "1000")
+    monkeypatch.setenv("SLURMD_NODENAME", "n7")
+    assert cli.main(PRETRAIN) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: SLURM gave this job 1000 GPU(s), torch can use ")
+    assert " on n7: run `nvidia-smi` there and exclude the node" in line
+
+
 def test_an_interrupt_is_quiet(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(pretrain, "run", raising(KeyboardInterrupt()))
     assert cli.main(PRETRAIN) == 130

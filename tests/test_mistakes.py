@@ -248,7 +248,7 @@ def test_limits_of_the_machine(
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="no make")
 def test_a_python_without_venv(root: Path, tmp_path: Path, documented: str) -> None:
-    for name in ("Makefile", "pyproject.toml", "requirements.lock"):
+    for name in ("Makefile", "pyproject.toml", "requirements.lock", "requirements-slurm.lock"):
         shutil.copy(root / name, tmp_path)
     python = tmp_path / "bare"
     python.write_text('#!/bin/sh\ncase "$*" in *ensurepip*) exit 1 ;; esac\n')

@@ -38,7 +38,7 @@ def test_the_console_script_is_installed() -> None:
 
 
 def test_the_lock_has_every_requirement_with_hashes_and_no_address(root: Path) -> None:
-    text = (root / "requirements.lock").read_text()
+    text = (root / "requirements.lock").read_text() + (root / "requirements-slurm.lock").read_text()
     assert "://" not in text
     assert "--index" not in text
     blocks = re.findall(r"^([A-Za-z0-9_.-]+)==(\S+)(.*?)(?=^[A-Za-z0-9]|\Z)", text, flags=re.MULTILINE | re.DOTALL)
@@ -47,7 +47,8 @@ def test_the_lock_has_every_requirement_with_hashes_and_no_address(root: Path) -
         assert "--hash=sha256:" in rest, name
         locked.setdefault(name, []).append(version)
     requirements = project(root)["project"]
-    for line in [*requirements["dependencies"], *requirements["optional-dependencies"]["dev"]]:
+    extras = requirements["optional-dependencies"]
+    for line in [*requirements["dependencies"], *extras["dev"], *extras["slurm"]]:
         requirement = Requirement(line)
         assert all(requirement.specifier.contains(version) for version in locked[requirement.name]), line
 

@@ -78,6 +78,15 @@ def agree(value: bool, device: torch.device) -> bool:
     return bool(flag.item())
 
 
+def any_rank(value: bool) -> bool:
+    """Return on every process whether `value` is true on any; exchanged on the CPU, so no device waits."""
+    if not is_distributed():
+        return value
+    flag = torch.tensor(int(value))
+    dist.all_reduce(flag, dist.ReduceOp.MAX)
+    return bool(flag.item())
+
+
 class _Gather(torch.autograd.Function):
     """The tensors of all processes; its gradient is the sum over processes of the gradients for this process's part."""
 

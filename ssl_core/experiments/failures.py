@@ -5,49 +5,67 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 FAILED = re.compile(r"^Error in rule (\w+):$")
-DETAIL = re.compile(r"^    (output|log): (.+)$")
+DETAIL = re.compile(r"^    (output|log|message): (?!None$)(.+)$")
+# Messages of Snakemake's SLURM plugin for a job that SLURM has not accepted.
+NOT_SUBMITTED = re.compile(r"^(SLURM sbatch failed\. The error message was|Job submission failed with exception:) '?")
+AT_THE_END = "Exiting because a job execution failed."  # then Snakemake repeats the failed jobs
+KILLED = "it ended without an error message, most likely killed: for want of memory, by a scheduler or by hand"
+
+Job = tuple[str, str]  # rule and outputs
 
 
 def summary(logs: Iterable[Path]) -> str:
     """Return one line per failed job of Snakemake's `logs`, under a headline; empty if none is recorded."""
-    lines: dict[str, None] = {}  # Snakemake repeats failed jobs at the end
+    lines: dict[str, None] = {}
     for log in logs:
-        for rule, details in _failed_jobs(log):
+        for (rule, _), details in _failed_jobs(log.read_text(encoding="utf-8", errors="replace")).items():
             lines[_describe(rule, details)] = None
     if not lines:
         return ""
     return "\n".join([f"Failed jobs ({len(lines)}):", *lines])
 
 
-def _failed_jobs(log: Path) -> Iterator[tuple[str, dict[str, str]]]:
-    """Yield the rule of each failed job with its output and log."""
-    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+def _failed_jobs(text: str) -> dict[Job, dict[str, str]]:
+    """Return the details of each failed job; a job that succeeded when it was retried is none."""
+    before, _, end = text.partition(AT_THE_END)
+    jobs: dict[Job, dict[str, str]] = {}
+    for job, details in [*_errors(before), *_errors(end)]:
+        jobs[job] = {**jobs.get(job, {}), **details}  # Snakemake repeats a failed job without its message
+    failed = {job for job, _ in _errors(end)} or set(jobs)
+    return {job: details for job, details in jobs.items() if job in failed}
+
+
+def _errors(text: str) -> Iterator[tuple[Job, dict[str, str]]]:
+    """Yield each reported failure: the job and its output, log and message."""
+    lines = text.splitlines()
     for number, line in enumerate(lines):
         failed = FAILED.match(line)
         if failed is None:
             continue
         details: dict[str, str] = {}
         for detail in lines[number + 1 :]:
-            if not detail.startswith("    "):
+            if detail.startswith(("[", "Error in ")):  # the time of the next event; messages may have several lines
                 break
             match = DETAIL.match(detail)
             if match is not None:
-                details[match[1]] = match[2]
-        yield failed[1], details
+                details.setdefault(match[1], match[2])
+        yield (failed[1], details.get("output", "")), details
 
 
 def _describe(rule: str, details: dict[str, str]) -> str:
     output = details.get("output", "").split(", ")[0]
-    log = details.get("log", "").removesuffix(" (check log file(s) for error details)")
+    log = details.get("log", "").removesuffix(" (check log file(s) for error details)").split(", ")[0]
+    message = details.get("message", "").partition("For further error details see ")[0]
+    if NOT_SUBMITTED.match(message):
+        return f"  {rule} {output}: {NOT_SUBMITTED.sub('not submitted: ', message)}"
     if not log:
         return f"  {rule} {output}: it has no log"
-    return f"  {rule} {output}: {_reason(Path(log))} (log: {log})"
+    reason = error_line(Path(log)) or message or KILLED
+    return f"  {rule} {output}: {reason} (log: {log})"
 
 
-def _reason(log: Path) -> str:
-    """Return the last `error:` line of a stage's log."""
+def error_line(log: Path) -> str | None:
+    """Return the last error message in a stage's log, None if the stage was killed or did not start."""
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else []
     errors = [line for line in lines if line.startswith("error: ")]
-    if errors:
-        return errors[-1].removesuffix(f" (log: {log})")
-    return "it ended without an error message, most likely killed: for want of memory, by a scheduler or by hand"
+    return errors[-1].removesuffix(f" (log: {log})") if errors else None

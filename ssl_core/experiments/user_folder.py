@@ -4,6 +4,7 @@ from pathlib import Path
 
 from ssl_core.experiments import bundled
 
+PROFILE = "workflow/profiles/slurm/config.yaml"
 SNAKEFILE = """\
 # The workflow of the installed package. Configuration, cards and results are in this folder.
 from ssl_core.experiments import bundled
@@ -27,7 +28,7 @@ use rule * from pretraining
 
 
 def create(folder: Path) -> list[Path]:
-    """Write Snakefile, config.yaml and datasets/ with the demonstration's card into `folder`; return the files.
+    """Write Snakefile, config.yaml, the demonstration's card and the SLURM profile into `folder`; return the files.
 
     Raises `ValueError`, before anything is written, if one of them exists or `folder` is a file.
     """
@@ -35,6 +36,7 @@ def create(folder: Path) -> list[Path]:
         folder / "Snakefile": SNAKEFILE,
         folder / "config.yaml": bundled.CONFIG.read_text(encoding="utf-8"),
         folder / "datasets" / "demo.yaml": (bundled.CARDS / "demo.yaml").read_text(encoding="utf-8"),
+        folder / PROFILE: (bundled.ROOT / PROFILE).read_text(encoding="utf-8"),
     }
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is no folder: name another")

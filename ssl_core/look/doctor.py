@@ -241,7 +241,7 @@ def _programs() -> Iterator[Finding]:
     if shutil.which("sbatch") is None:
         yield Finding("ok", "SLURM", "not installed; only a cluster needs it")
     elif importlib.util.find_spec("snakemake_executor_plugin_slurm") is None:
-        yield Finding("warning", "SLURM", "its plugin is missing: uv pip install snakemake-executor-plugin-slurm")
+        yield Finding("warning", "SLURM", "its plugin is missing: run `make install` on this host")
     else:
         yield Finding("ok", "SLURM", "sbatch and Snakemake's plugin are installed")
     browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "firefox"))), None)

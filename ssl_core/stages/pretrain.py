@@ -268,7 +268,7 @@ def start_process(training: Training, threads: int) -> torch.device:
     if processes > 1:
         # gloo would resolve the host's name to choose a network interface
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-        torch.distributed.init_process_group("nccl" if cuda else "gloo")
+        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
     return torch.device("cuda", local_rank) if cuda else torch.device("cpu")
 
 

@@ -81,7 +81,9 @@ class Recorder:
         self.uri = uri
         self.pending: deque[Message] = deque(maxlen=PENDING_MESSAGES)
         self.opening: Message | None = None  # the start message, until it was executed
+        self.ended = False  # whether MLflow has the end of the run
         self.status = "KILLED"  # of the run without an end message
+        self.last_time: int | None = None  # of a message, in milliseconds
         self.retry_at = 0.0
         self.warned = False
         self.system_at = 0.0
@@ -106,6 +108,7 @@ class Recorder:
                 return False
             if message is None:
                 return True
+            self.last_time = message["time"]
             if message["kind"] == "start":
                 self.opening = message
                 return False
@@ -337,8 +340,9 @@ class Recorder:
         self.pending.append({"kind": "metrics", "time": now, "values": values, "step": step})
 
     def _end(self) -> None:
-        self.client.set_terminated(self.run_id, self.status)
-        self.client.set_terminated(self.parent_id, self.status)
+        self.client.set_terminated(self.run_id, self.status, self.last_time)
+        self.client.set_terminated(self.parent_id, self.status, self.last_time)
+        self.ended = True
 
 
 def _refused(error: Exception) -> bool:
@@ -428,7 +432,9 @@ def main() -> None:
     threading.Thread(target=_read, args=(sys.stdin.buffer, messages), daemon=True).start()
     uri = use_credentials(os.environ.get("MLFLOW_TRACKING_URI") or own_database())
     os.environ["MLFLOW_TRACKING_URI"] = uri
-    Recorder(uri).follow(messages)
+    recorder = Recorder(uri)
+    recorder.follow(messages)
+    sys.exit(not recorder.ended)
 
 
 if __name__ == "__main__":

@@ -91,8 +91,8 @@ class Trainer:
         """Continue from `state()`; the number of processes must be the same."""
         if len(state["ranks"]) != distributed.world_size():
             raise ValueError(
-                f"the checkpoint was written by {len(state['ranks'])} processes, "
-                f"training.gpus is {distributed.world_size()}"
+                f"the checkpoint was written by {len(state['ranks'])} processes, training.gpus is "
+                f"{distributed.world_size()}: set it to {len(state['ranks'])}, or remove the checkpoint"
             )
         rank_state = state["ranks"][distributed.rank()]
         self.method.load_state_dict(state["method"])
@@ -130,10 +130,10 @@ class Trainer:
                     if distributed.agree(due, self.device) and self.step < self.total_steps:
                         save()
                         saved = time.monotonic()
-                if stop and self.step < self.total_steps:
-                    if not distributed.is_distributed():  # other processes may be a step behind: no checkpoint here
-                        save()
-                    raise Stop(128 + stop[0])
+                # All processes save after the same step, whichever of them received the signal first.
+                if distributed.any_rank(bool(stop)) and self.step < self.total_steps:
+                    save()
+                    raise Stop(128 + (stop[0] if stop else signal.SIGTERM))
         self._check_weights()
 
     def _check_weights(self) -> None:

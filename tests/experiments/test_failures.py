@@ -32,6 +32,40 @@ def test_each_failed_job_is_named_once_with_its_reason(tmp_path: Path, monkeypat
     assert second.endswith("(log: two.log)")
 
 
+def failed_on_slurm(message: str) -> str:
+    job = JOB.format(rule="pretrain", output="results/x/backbone.safetensors", log="two.log, /logs/slurm/12.log")
+    return job.replace("message: None", f"message: {message}")
+
+
+@pytest.mark.parametrize(
+    ("message", "reason"),
+    [
+        (
+            "SLURM-job '12' failed, SLURM status is: 'TIMEOUT'.For further error details see the cluster/cloud log",
+            "SLURM-job '12' failed, SLURM status is: 'TIMEOUT'. (log: two.log)",
+        ),
+        ("SLURM sbatch failed. The error message was 'sbatch: error: no\nmore", "not submitted: sbatch: error: no"),
+        ("Job submission failed with exception: The account x is\nmore", "not submitted: The account x is"),
+    ],
+)
+def test_the_reason_of_slurm_is_named(
+    message: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("snakemake.log").write_text(failed_on_slurm(message), encoding="utf-8")
+    assert summary([Path("snakemake.log")]).splitlines()[1] == f"  pretrain results/x/backbone.safetensors: {reason}"
+
+
+def test_a_retried_job_counts_only_if_its_last_attempt_failed(tmp_path: Path) -> None:
+    first = JOB.format(rule="shard", output="a", log="a.log")
+    second = JOB.format(rule="shard", output="b", log="b.log")
+    attempts = second.replace("None", "SLURM-job '1' failed") + second.replace("None", "SLURM-job '2' failed")
+    end = f"Exiting because a job execution failed. Look below for error messages\n{second}"
+    (tmp_path / "snakemake.log").write_text(f"{first}Trying to restart job 1.\n{attempts}{end}", encoding="utf-8")
+    _, line = summary([tmp_path / "snakemake.log"]).splitlines()
+    assert line == "  shard b: SLURM-job '2' failed (log: b.log)"
+
+
 def test_a_log_without_failed_jobs_gives_no_summary(tmp_path: Path) -> None:
     (tmp_path / "snakemake.log").write_text("Building DAG of jobs...\n", encoding="utf-8")
     assert summary([tmp_path / "snakemake.log"]) == ""

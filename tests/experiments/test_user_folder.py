@@ -7,7 +7,7 @@ import pytest
 from ssl_core import cli
 from ssl_core.experiments import bundled
 
-FILES = {"Snakefile", "config.yaml", "datasets/demo.yaml"}
+FILES = {"Snakefile", "config.yaml", "datasets/demo.yaml", "workflow/profiles/slurm/config.yaml"}
 
 
 def files_in(folder: Path) -> set[str]:
@@ -30,7 +30,7 @@ def test_other_files_stay(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", sorted(FILES))
 def test_nothing_is_overwritten(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "datasets").mkdir()
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / name).write_text("mine")
     assert cli.main(["init", str(tmp_path)]) == 2
     message = f"error: {tmp_path / name} exists: remove it, or name another folder (nothing was written)\n"

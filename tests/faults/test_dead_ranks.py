@@ -78,6 +78,28 @@ def test_ranks_do_not_outlive_a_killed_launcher(warm: Warm, undisturbed: Undistu
     assert time.monotonic() - killed < MINUTE
 
 
+def test_ranks_save_together_on_sigterm(
+    warm: Warm, undisturbed: Undisturbed, whole: dict[str, bytes], tmp_path: Path
+) -> None:
+    folder = tmp_path / "project"
+    shutil.copytree(undisturbed.before["pretrain"], folder)
+    running = start(warm, folder)
+    processes = wait_until(lambda: ranks(running.process))
+    wait_until((folder / "checkpoints" / "tiny.pt").exists)
+    for process in processes:
+        os.kill(process, signal.SIGSTOP)
+    for checkpoint in (folder / "checkpoints").glob("*.pt"):
+        checkpoint.unlink()
+    os.kill(running.process, signal.SIGTERM)
+    for process in processes:
+        os.kill(process, signal.SIGCONT)
+    assert running.wait().status == 128 + signal.SIGTERM
+    ended = start(warm, folder).wait()
+    assert ended.status == 0, ended.output
+    assert "continuing at step" in ended.output
+    assert contents(folder) == whole
+
+
 def test_ranks_meet_on_a_host_whose_name_does_not_resolve(
     undisturbed: Undisturbed, whole: dict[str, bytes], tmp_path: Path
 ) -> None:

@@ -35,7 +35,7 @@ def install(folder: Path, *, killed: str = "") -> "subprocess.CompletedProcess[s
 
 @pytest.fixture
 def project(root: Path, tmp_path: Path) -> Path:
-    for file in ("Makefile", "pyproject.toml", "requirements.lock"):
+    for file in ("Makefile", "pyproject.toml", "requirements.lock", "requirements-slurm.lock"):
         shutil.copy(root / file, tmp_path)
     (tmp_path / "python3").write_text(PYTHON)
     (tmp_path / "python3").chmod(0o755)

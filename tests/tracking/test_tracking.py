@@ -262,6 +262,31 @@ def test_a_stopped_recorder_never_blocks_a_step(monkeypatch: pytest.MonkeyPatch,
         run.metrics({"loss": 1.0}, step=0)  # a recorder that has ended raises nothing
 
 
+@pytest.mark.long
+def test_jobs_of_slurm_write_files_that_are_merged_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    for stage, end in (("pretrain", "finish"), ("linear", "sigterm")):
+        with launch(tmp_path, stage, end) as process:
+            process.communicate()
+    assert not (tmp_path / "mlflow.db").exists()
+    assert len(list((tmp_path / "mlflow-jobs").glob("tiny.*.12.*.jsonl"))) == 2
+
+    monkeypatch.chdir(tmp_path)
+    for name in ("MLFLOW_TRACKING_URI", "SSL_TRACKING"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(ValueError, match="merging writes to one SQLite file"):
+        tracking.merge()
+    running = tracking.start("knn", "tiny", digest="d" * 64, parameters={})
+    monkeypatch.delenv("SLURM_JOB_ID")
+    assert len(tracking.merge()) == 2
+    running.__exit__(None, None, None)
+    assert len(tracking.merge()) == 1
+    assert not list((tmp_path / "mlflow-jobs").iterdir())
+    runs = dict(select(tmp_path, "select name, status from runs where name like '%/%'"))
+    assert runs == {"tiny / pretrain": "FINISHED", "tiny / linear": "KILLED", "tiny / knn": "FINISHED"}
+    assert select(tmp_path, "select count(*) from metrics where key = 'loss'") == [(10,)]
+
+
 def test_tracking_can_be_switched_off(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("SSL_TRACKING", "off")
     monkeypatch.chdir(tmp_path)

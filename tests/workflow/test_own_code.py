@@ -25,7 +25,7 @@ def test_make_installs_anew_in_a_copied_folder_only(root: Path, name: str, tmp_p
     original, copied = tmp_path / "original", tmp_path / name
     programs = original / ".venv" / "bin"
     programs.mkdir(parents=True)
-    for file in ("Makefile", "pyproject.toml", "requirements.lock"):
+    for file in ("Makefile", "pyproject.toml", "requirements.lock", "requirements-slurm.lock"):
         shutil.copy(root / file, original)
     (programs / "ssl-core").write_text(f"#!{programs}/python\n")
     (original / ".venv" / ".installed").touch()

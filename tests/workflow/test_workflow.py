@@ -5,6 +5,8 @@ import re
 import subprocess
 import sys
 
+import pytest
+
 from .conftest import Project
 
 
@@ -86,15 +88,31 @@ def test_an_evaluation_uses_all_labelled_images_of_the_experiments_data_set(fres
 
 
 def test_one_job_at_a_time_uses_the_gpu(fresh: Project) -> None:
-    rules = fresh.folder / "workflow" / "rules" / "common.smk"
-    text = rules.read_text()
-    assert "\nGPU = " in text
-    rules.write_text(text.replace("\nGPU = ", "\nGPU = 1 or "))
+    tool = fresh.folder / "bin" / "nvidia-smi"
+    tool.write_text("#!/bin/sh\n")
+    tool.chmod(0o755)
     run = fresh.snakemake("--cores", "64")
     assert run.returncode == 0, run.stderr
     assert run.stderr.count("rule pretrain") == 2
     for started in run.stderr.split("Execute ")[1:]:  # the rounds in which Snakemake starts jobs
         assert len(re.findall(r"rule (?:pretrain|evaluate):", started)) <= 1, started
+
+
+def test_jobs_request_a_gpu_on_a_host_without_one(fresh: Project) -> None:
+    fresh.change("experiments/first/training", {"gpus": 4})
+    run = fresh.snakemake("-n", "results/first/knn.json", "results/second/knn.json", "--resources", "gpu=8")
+    requests = re.findall(r"^    resources: .*gpu=(\d)", run.stdout + run.stderr, re.MULTILINE)
+    assert sorted(requests) == ["1", "1", "1", "4"]
+
+
+@pytest.mark.parametrize(("message", "calls"), [("error: no", 1), ("", 3)])
+def test_a_stage_is_retried_unless_it_ends_with_an_error_message(message: str, calls: int, fresh: Project) -> None:
+    """Without a message it was killed: by a time limit, preemption, or with its node."""
+    log = f"mkdir -p logs/shard; echo '{message}' > logs/shard/tiny.log"
+    (fresh.folder / "bin" / "ssl-core").write_text(f"#!/bin/sh\necho call >> calls.txt; {log}; exit 2\n")
+    run = fresh.snakemake("--retries", "2", "shards/tiny/manifest.json")
+    assert run.returncode == 1
+    assert len(fresh.calls()) == calls
 
 
 def test_jobs_together_never_take_more_cores_than_there_are(fresh: Project) -> None:

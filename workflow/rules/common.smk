@@ -5,7 +5,6 @@ import gc
 import json
 import os
 import re
-import shutil
 import sys
 from functools import cache
 from pathlib import Path
@@ -79,6 +78,33 @@ def reserve_lone_job(self, jobs, select=JobScheduler.job_selector):
 
 if JobScheduler.job_selector.__name__ == "job_selector":
     JobScheduler.job_selector = reserve_lone_job
+
+
+# `--retries` is for time limits, preemption and lost nodes: a stage that ended with an error message would end with it
+# again.
+def retry_killed_job(self, job, postprocess_job=True, handle=JobScheduler._handle_error):
+    if any(failures.error_line(Path(log)) for log in job.log or []):
+        job._attempt = job.restart_times + 1  # its setter would compute the resources again
+    handle(self, job, postprocess_job)
+
+
+if JobScheduler._handle_error.__name__ == "_handle_error":
+    JobScheduler._handle_error = retry_killed_job
+
+
+# The SLURM plugin waits for a preempted job for ever; with `slurm-no-requeue` it has ended and is retried.
+slurm = sys.modules.get("snakemake_executor_plugin_slurm")
+
+
+async def query_with_preempted_as_cancelled(command, logger, query=slurm and slurm.query_job_status):
+    states, seconds = await query(command, logger)
+    if states and workflow.executor_settings.no_requeue:
+        states = {job: "CANCELLED" if state == "PREEMPTED" else state for job, state in states.items()}
+    return states, seconds
+
+
+if slurm and slurm.query_job_status.__name__ == "query_job_status":
+    slurm.query_job_status = query_with_preempted_as_cancelled
 
 
 # Snakemake imports pandas, half a second, to ask whether a parameter is a table; that needs a rule that imported it.
@@ -164,6 +190,11 @@ def pictures_of(experiments):
     return own + [f"results/{name}/{evaluation}/tsne.png" for name in experiments for evaluation in drawn]
 
 
+def pretraining_gpus(wildcards):
+    """Return the number of GPUs of a pre-training. Like all resources it is the same on every host that plans a job."""
+    return pretrain_spec(wildcards).get("training", {}).get("gpus", 1)
+
+
 def one_of(names):
     """Return a regular expression that matches exactly these names."""
     return "|".join(map(re.escape, names)) or "(?!)"
@@ -182,8 +213,6 @@ ADOPTED = [experiment for experiment, section in EXPERIMENTS.items() if "weights
 WRITTEN = sweeps.written_experiments(CONFIG)  # without those of sweeps, which run only as targets
 EVALUATIONS = CONFIG.get("evaluations") or {}
 SWEEPS = CONFIG.get("sweeps") or {}
-# GPUs per job. Without one (its driver brings the tool) jobs run on the processor, and their threads limit their number.
-GPU = int(shutil.which("nvidia-smi") is not None)
 
 
 # The last lines of a failed run: at exit, since Snakemake prints more after this hook.

@@ -12,7 +12,9 @@ rule evaluate:
         evaluation=one_of(evaluations_of("evaluate")),
     threads: 16
     resources:
-        gpu=GPU,
+        gpu=1,
+        runtime=12 * 60,
+        mem_mb=32000,
     params:
         spec=lambda wildcards: canonical(evaluate_spec(wildcards)),
         code=lambda wildcards: evaluation_code(evaluate_spec(wildcards)),
@@ -41,7 +43,9 @@ rule detect:
         evaluation=one_of(evaluations_of("detect")),
     threads: 16
     resources:
-        gpu=GPU,
+        gpu=lambda wildcards: evaluate_spec(wildcards).get("gpus", 1),
+        runtime=23 * 60,
+        mem_mb=64000,
     params:
         spec=lambda wildcards: canonical(evaluate_spec(wildcards)),
         code=lambda wildcards: detection_code(evaluate_spec(wildcards)),

@@ -17,7 +17,9 @@ rule pictures:
         evaluation=one_of(evaluations_of("pictures")),
     threads: 16
     resources:
-        gpu=GPU,
+        gpu=1,
+        runtime=12 * 60,
+        mem_mb=32000,
     params:
         spec=lambda wildcards: canonical(evaluate_spec(wildcards)),
         code=lambda wildcards: evaluation_code(evaluate_spec(wildcards)),

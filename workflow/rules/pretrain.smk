@@ -14,7 +14,9 @@ rule pretrain:
         experiment=one_of([experiment for experiment in EXPERIMENTS if experiment not in ADOPTED]),
     threads: 16
     resources:
-        gpu=GPU,
+        gpu=pretraining_gpus,
+        runtime=23 * 60,
+        mem_mb=64000,
     params:
         spec=lambda wildcards: canonical(pretrain_spec(wildcards)),
         code=lambda wildcards: pretraining_code(pretrain_spec(wildcards)),

@@ -5,6 +5,9 @@ rule shard:
     log:
         "logs/shard/{dataset}.log",
     threads: 16
+    resources:
+        runtime=12 * 60,
+        mem_mb=32000,
     params:
         content=lambda wildcards: canonical(card_content(wildcards.dataset)),
         code=lambda wildcards: stage_code("shard", card_content(wildcards.dataset)),
