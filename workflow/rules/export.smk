@@ -25,6 +25,25 @@ rule export:
         " --card {params.dataset:q} --results {input.results:q} --output {params.folder:q} --threads {threads} --log {log:q}"
 
 
+# Calibrated on the images of the pre-training. The calibration runs on all cores.
+rule quantise:
+    input:
+        onnx="results/{experiment}/export/backbone.onnx",
+        manifest=lambda wildcards: manifest_of(pretrain_spec(wildcards)),
+    output:
+        "results/{experiment}/export/backbone.int8.onnx",
+    log:
+        "logs/quantise/{experiment}.log",
+    threads: 16
+    params:
+        spec=canonical(CONFIG.get("quantise") or {}),
+        dataset=lambda wildcards: canonical(pretrain_spec(wildcards)["dataset"]),
+        code=lambda wildcards: stage_code("quantise"),
+    shell:
+        "ssl-core quantise {wildcards.experiment:q} --spec {params.spec:q} --dataset {params.dataset:q}"
+        " --onnx {input.onnx:q} --manifest {input.manifest:q} --output {output:q} --log {log:q}"
+
+
 # Timings differ from run to run: only the table may have this result as an input. The job takes all threads, so that no
 # other job disturbs the timing.
 rule cost:
