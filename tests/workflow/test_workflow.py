@@ -172,6 +172,11 @@ def test_an_8_bit_file_is_made_of_the_export_and_the_images_of_the_pretraining(f
     assert '--spec {"images":64} --dataset {"name":"tiny"} --onnx results/first/export/backbone.onnx' in quantise
     assert "--manifest shards/tiny/manifest.json" in quantise
     assert fresh.pending(target) == set()
+    fresh.change("evaluations/small", {"protocol": "quantised"})
+    run = fresh.snakemake("results/first/small.json")
+    assert run.returncode == 0, run.stderr
+    (quantised,) = [call for call in fresh.calls() if call.startswith("quantised first small")]
+    assert f"--int8 {target} --manifest shards/tiny/manifest.json" in quantised
 
 
 def test_adopted_weights_have_pictures_but_no_curves(fresh: Project) -> None:

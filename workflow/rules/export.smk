@@ -5,7 +5,7 @@ rule export:
         results=[
             f"results/{{experiment}}/{evaluation}.json"
             for evaluation in EVALUATIONS
-            if evaluation not in evaluations_of("cost")
+            if evaluation not in evaluations_of("cost") + evaluations_of("quantised")
         ],
     output:
         weights="results/{experiment}/export/backbone.safetensors",
@@ -67,3 +67,24 @@ rule cost:
     shell:
         "ssl-core cost {wildcards.experiment:q} {wildcards.evaluation:q} --spec {params.spec:q} --code {params.code}"
         " --backbone {input.backbone:q} --onnx {input.onnx:q} {params.pretrain:q} --output {output.json:q} --log {log:q}"
+
+
+# Timed as in rule cost.
+rule quantised:
+    input:
+        onnx="results/{experiment}/export/backbone.onnx",
+        int8="results/{experiment}/export/backbone.int8.onnx",
+        manifest=lambda wildcards: manifest_of(evaluate_spec(wildcards)),
+    output:
+        json="results/{experiment}/{evaluation}.json",
+    log:
+        "logs/quantised/{experiment}/{evaluation}.log",
+    wildcard_constraints:
+        evaluation=one_of(evaluations_of("quantised")),
+    threads: 16
+    params:
+        spec=lambda wildcards: canonical(evaluate_spec(wildcards)),
+        code=lambda wildcards: stage_code("quantised"),
+    shell:
+        "ssl-core quantised {wildcards.experiment:q} {wildcards.evaluation:q} --spec {params.spec:q} --code {params.code}"
+        " --onnx {input.onnx:q} --int8 {input.int8:q} --manifest {input.manifest:q} --output {output.json:q} --log {log:q}"
