@@ -137,6 +137,7 @@ def _add_stages(commands: Any) -> None:
     detect = add("detect", "train and measure detectors with a backbone", *measured, **files, **options)
     export = add("export", "write a backbone with a model card", "experiment", backbone="FILE", output="FOLDER")
     export.add_argument("--card", type=_card, required=True, help=CARD)
+    export.add_argument("--options", type=_json, help="the configuration's section `export`, as JSON")
     export.add_argument("--results", type=Path, nargs="*", default=[], metavar="JSON")
     quantise = add(
         "quantise",

@@ -115,6 +115,13 @@ class Adopted(Strict):
     normalisation: Literal["imagenet", "dataset"] | Normalisation | None = None
 
 
+class Export(Strict):
+    """Inputs of the exported ONNX file."""
+
+    normalise: bool = False  # true: the file takes pixels in 0..1 and normalises them
+    dynamic_size: bool = False  # true: it takes images of any height and width
+
+
 class Quantise(Strict):
     """How exported networks are quantised to 8-bit integers."""
 

@@ -26,8 +26,15 @@ class ExportedNetwork(nn.Module):
         return int(self.facts["image_size"])
 
     @property
+    def normalises(self) -> bool:
+        """Whether the file normalises its images, which are pixels in 0..1."""
+        return "normalise" in self.facts
+
+    @property
     def normalisation(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Mean and standard deviation per channel, of pixels in 0..1, that images must be normalised by."""
+        if self.normalises:
+            return (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
         mean, std = (tuple(json.loads(self.facts[key])) for key in ("mean", "std"))
         return mean, std
 

@@ -31,7 +31,7 @@ detect) mkdir -p "${output%.json}"; echo '{}' > "$output"; echo > "${output%.jso
 cost|quantised) echo '{}' > "$output" ;;
 draw) for name in tsne triangles neighbours confusion spectrum; do
     echo > "$output/$name.png"; echo > "$output/$name.svg"; done ;;
-export) mkdir -p "$output"; for file in backbone.safetensors backbone.onnx README.md; do
+export) mkdir -p "$output"; for file in backbone.safetensors backbone.onnx config.json README.md; do
     echo "$output" > "$output/$file"; done ;;
 quantise) echo "$output" > "$output" ;;
 curves) echo > "$output"; echo > "${output%.png}.svg" ;;

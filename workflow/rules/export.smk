@@ -10,19 +10,21 @@ rule export:
     output:
         weights="results/{experiment}/export/backbone.safetensors",
         onnx="results/{experiment}/export/backbone.onnx",
+        config="results/{experiment}/export/config.json",
         card="results/{experiment}/export/README.md",
     log:
         "logs/export/{experiment}.log",
     threads: 16
     params:
         spec=lambda wildcards: canonical(pretrain_spec(wildcards)),
+        options=canonical(CONFIG.get("export") or {}),
         code=lambda wildcards: export_code(pretrain_spec(wildcards)),
         dataset=lambda wildcards: pretrain_spec(wildcards)["dataset"]["name"],
         content=lambda wildcards: canonical(card_content(pretrain_spec(wildcards)["dataset"]["name"])),
         folder=lambda wildcards, output: str(Path(output.card).parent),
     shell:
-        "ssl-core export {wildcards.experiment:q} --spec {params.spec:q} --backbone {input.backbone:q}"
-        " --card {params.dataset:q} --results {input.results:q} --output {params.folder:q} --threads {threads} --log {log:q}"
+        "ssl-core export {wildcards.experiment:q} --spec {params.spec:q} --options {params.options:q}"
+        " --backbone {input.backbone:q} --card {params.dataset:q} --results {input.results:q} --output {params.folder:q} --threads {threads} --log {log:q}"
 
 
 # Calibrated on the images of the pre-training. The calibration runs on all cores.
