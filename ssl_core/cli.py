@@ -137,9 +137,21 @@ def _add_stages(commands: Any) -> None:
     detect = add("detect", "train and measure detectors with a backbone", *measured, **files, **options)
     export = add("export", "write a backbone with a model card", "experiment", backbone="FILE", output="FOLDER")
     export.add_argument("--card", type=_card, required=True, help=CARD)
+    export.add_argument("--options", type=_json, help="the configuration's section `export`, as JSON")
     export.add_argument("--results", type=Path, nargs="*", default=[], metavar="JSON")
+    quantise = add(
+        "quantise",
+        "write an exported network with 8-bit integers",
+        "experiment",
+        onnx="FILE",
+        manifest="JSON",
+        output="FILE",
+    )
+    quantise.add_argument("--dataset", type=_json, required=True, help="the data of the pre-training, as JSON")
     cost = add("cost", "measure the cost of a backbone", *measured, **files, onnx="FILE")
     cost.add_argument("--pretrain", type=Path, help="the summary of the pre-training, if there was one")
+    files = {"onnx": "FILE", "int8": "FILE", "manifest": "JSON", "output": "JSON"}
+    quantised = add("quantised", "measure an 8-bit network beside its original", *measured, **files)
     add("curves", "draw the history of a pre-training", "experiment", history="CSV", output="PNG")
     add("draw", "draw the pictures of an evaluation from its arrays", *measured, data="NPZ", output="FOLDER")
     table = add("table", "gather results into one table", output="CSV")
@@ -147,9 +159,9 @@ def _add_stages(commands: Any) -> None:
     table.add_argument("--grid", type=_json, help="the values that each experiment of a sweep sets, as JSON")
     table.add_argument("--seeds", type=_json, help="the experiments that differ only in their seed, as JSON")
     table.add_argument("--reported", type=_json, help="published numbers to show beside the results, as JSON")
-    for stage in (pretrain, views, adopt, evaluate, detect, export, cost):
-        stage.add_argument("--spec", type=_json, required=True, help="settings of experiment or evaluation, as JSON")
-    for stage in (pretrain, adopt, evaluate, detect, cost):
+    for stage in (pretrain, views, adopt, evaluate, detect, export, quantise, cost, quantised):
+        stage.add_argument("--spec", type=_json, required=True, help="settings of the stage's section, as JSON")
+    for stage in (pretrain, adopt, evaluate, detect, cost, quantised):
         stage.add_argument("--code", required=True, help="digest of the code that the stage runs")
     for stage in (shard, pretrain, evaluate, detect, export):
         stage.add_argument("--threads", type=_positive, default=1)

@@ -115,6 +115,21 @@ class Adopted(Strict):
     normalisation: Literal["imagenet", "dataset"] | Normalisation | None = None
 
 
+class Export(Strict):
+    """Inputs of the exported ONNX file."""
+
+    normalise: bool = False  # true: the file takes pixels in 0..1 and normalises them
+    dynamic_size: bool = False  # true: it takes images of any height and width
+
+
+class Quantise(Strict):
+    """How exported networks are quantised to 8-bit integers."""
+
+    images: PositiveInt = 256  # training images that calibrate the ranges of activations
+    seed: NonNegativeInt = 0  # draws them
+    largest_error: PositiveFloat = 0.5  # of the features, as a share of their variance; above, nothing is written
+
+
 class Reported(Strict):
     """Published numbers that the table shows beside the measured ones; only the report reads them."""
 

@@ -28,6 +28,8 @@ def explain(error: BaseException) -> str | None:
     if isinstance(error, ValidationError):  # one error is enough
         first = error.errors()[0]
         return f"{'.'.join(map(str, first['loc']))}: {first['msg']}, found {first['input']!r}"
+    if isinstance(error, ModuleNotFoundError) and not (error.name or "").startswith("ssl_core"):
+        return f"the package '{error.name}' is not installed: run `make install`"
     if isinstance(error, ValueError):
         return " ".join(str(error).split())
     return _explain_file_error(error) if isinstance(error, OSError) else None

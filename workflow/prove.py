@@ -27,7 +27,7 @@ SMALL = {  # methods whose published sizes do not fit the demonstration
     "moco": {"queue_size": 64}, "ressl": {"queue_size": 64}, "swav": {"queue_size": 64, "num_prototypes": 64},
     "dino": {"num_outputs": 64},
 }  # fmt: skip
-TIMED = {"cost"}  # protocols that measure times
+TIMED = {"cost", "quantised"}  # protocols that measure times
 
 
 class Tree:

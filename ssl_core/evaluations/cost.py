@@ -6,26 +6,23 @@ Source: docs/sources.md#pictures-and-cost.
 """
 
 import copy
-import statistics
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-import numpy as np
 import torch
-from pydantic import NonNegativeInt, PositiveInt
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ssl_core.evaluations.base import Outcome, ProtocolConfig
+from ssl_core.evaluations.base import Outcome
+from ssl_core.evaluations.parts.exported import TimedConfig, latency, runtime
 from ssl_core.evaluations.parts.features import frozen
 from ssl_core.experiments.needs import Contract, Needs
 
 PRETRAINING = ("images_per_second", "peak_memory_mb", "backward_passes", "seconds")  # costs in pretrain.json
 
 
-class Config(ProtocolConfig):
+class Config(TimedConfig):
     """How often the exported network is timed.
 
     The table shows the cost in the row of `dataset`, whose images are not read. The seed draws the noise image.
@@ -34,8 +31,6 @@ class Config(ProtocolConfig):
     contract: ClassVar = Contract(rule="cost", needs=Needs(labels="none", test_split="none"))
 
     protocol: Literal["cost"] = "cost"
-    warmup: NonNegativeInt = 10  # forward passes before the timed ones
-    repeats: PositiveInt = 100
 
 
 def measure(
@@ -54,13 +49,13 @@ def measure(
         "flops": 2 * macs,
         "onnx_bytes": onnx.stat().st_size,
     }
-    hyperparameters = config.settings(image_size=image_size, batch_size=1, threads=1, runtime=_runtime())
+    hyperparameters = config.settings(image_size=image_size, batch_size=1, threads=1, runtime=runtime())
     if pretraining:
         hyperparameters["pretraining_hardware"] = pretraining["hardware"]  # may differ from that of the latency
     return Outcome(
         "cost/v1",
         config.dataset.split,
-        {"pretrained": training_cost | size | _latency(config, onnx, image_size)},
+        {"pretrained": training_cost | size | latency(config, onnx, image_size)},
         hyperparameters,
         num_train=pretraining["num_images"] if pretraining else 0,
         num_test=0,
@@ -79,29 +74,3 @@ def count_macs(network: nn.Module, image_size: int) -> int:
     with frozen({"network": shadow}), FlopCounterMode(display=False) as counter:
         shadow(torch.empty(1, 3, image_size, image_size, device="meta"))
     return counter.get_total_flops() // 2  # a multiply-accumulate is two operations
-
-
-def _latency(config: Config, onnx: Path, image_size: int) -> dict[str, float]:
-    """Time single images on one thread, in milliseconds: the median and the 10th and 90th percentile."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
-    session = onnxruntime.InferenceSession(onnx, options, providers=["CPUExecutionProvider"])
-    shape = (1, 3, image_size, image_size)
-    images = {"images": np.random.default_rng(config.seed).standard_normal(shape, dtype=np.float32)}
-    times = []
-    for _ in range(config.warmup + config.repeats):
-        started = time.perf_counter()
-        session.run(None, images)
-        times.append(1000 * (time.perf_counter() - started))
-    times = times[config.warmup :]
-    low, high = np.percentile(times, [10, 90]).tolist()
-    latency = {"latency_ms": statistics.median(times), "latency_ms_p10": low, "latency_ms_p90": high}
-    return {name: round(value, 4) for name, value in latency.items()}
-
-
-def _runtime() -> str:
-    import onnxruntime
-
-    return f"onnxruntime {onnxruntime.__version__}"

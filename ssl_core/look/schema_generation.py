@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import BaseModel, TypeAdapter
 
-from ssl_core.config import Adopted, Experiment, Reported
+from ssl_core.config import Adopted, Experiment, Export, Quantise, Reported
 from ssl_core.experiments.needs import projector_layers
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
@@ -61,6 +61,8 @@ def generate() -> dict[str, Any]:
         evaluations=_sections(protocols),
         sweeps=_sections({"$ref": "#/$defs/sweep"}),
         reported=_sections(_part(Reported, definitions)),
+        export=_part(Export, definitions),
+        quantise=_part(Quantise, definitions),
     )
     return {"$schema": DIALECT} | whole | {"required": ["experiments"], "$defs": dict(sorted(definitions.items()))}
 

@@ -6,6 +6,7 @@ A new family is one subclass of `Family` in `FAMILIES`; a new vision transformer
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 from torchvision.models import EfficientNet, MobileNetV2, MobileNetV3, ResNet
@@ -302,6 +303,25 @@ def architecture(config: Backbone) -> tuple[str, str]:
     if name in TRANSFORMERS:
         return "timm", TRANSFORMERS[name].timm_model
     return "torchvision", name
+
+
+def timm_arguments(network: nn.Module, config: Backbone, image_size: int) -> dict[str, Any] | None:
+    """Return the arguments with which timm's network of the same name loads the weights; None if no network does.
+
+    These are all of timm's networks, the ViTs but `deit_tiny`, and torchvision's ResNets with the ImageNet stem.
+    """
+    if config.name == "deit_tiny" or config.stem != "imagenet":
+        return None
+    if isinstance(network, ResNet):  # timm has torchvision's ResNets under the same names
+        return {}
+    if architecture(config)[0] != "timm":
+        return None
+    arguments: dict[str, Any] = {}
+    if hasattr(network, "dynamic_img_size"):  # the position embeddings depend on the image size
+        arguments |= {"img_size": image_size, "dynamic_img_size": True}
+    if config.name in TRANSFORMERS:
+        arguments["patch_size"] = TRANSFORMERS[config.name].patch_size
+    return arguments
 
 
 def _is_removed_classifier(path: str, layer: nn.Module) -> bool:

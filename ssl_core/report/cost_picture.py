@@ -1,4 +1,4 @@
-"""The picture of accuracy over the time of pre-training, one point per experiment (Cao & Wu, Figure 1)."""
+"""Accuracy over the time of pre-training (Cao & Wu, Figure 1) or over the latency, one point per network."""
 
 from collections.abc import Mapping, Sequence
 
@@ -20,19 +20,33 @@ def draw_costs(rows: Sequence[Row], priced: Mapping[str, Sequence[Priced]], *, t
 
     Error bars are standard deviations over seeds; lines are the baselines, averaged over the experiments.
     """
-    most = max(point.seconds.mean for points in priced.values() for point in points)
+    most = _largest(priced)
     unit, length = next((unit for unit in UNITS if most >= 2 * unit[1]), UNITS[-1])
+    return _draw(rows, priced, title=title, label=f"{unit} of pre-training", length=length)
+
+
+@styled
+def draw_latencies(priced: Mapping[str, Sequence[Priced]], *, title: str) -> Figure:
+    """Draw one panel per evaluation of 8-bit networks; `priced` comes from `results.latencies`."""
+    return _draw([], priced, title=title, label="ms per image", length=1)
+
+
+def _draw(
+    rows: Sequence[Row], priced: Mapping[str, Sequence[Priced]], *, title: str, label: str, length: float
+) -> Figure:
+    """Draw the accuracies over the costs, which are divided by `length`."""
+    most = _largest(priced)
     figure, grid = panels(len(priced), min(2, len(priced)), (5.5, 3.9), title)
     names = sorted({point.name for points in priced.values() for point in points})
     for axes, (group, points) in zip(grid, priced.items(), strict=True):
-        axes.set(title=group, xlabel=f"{unit} of pre-training", ylabel="%")
+        axes.set(title=group, xlabel=label, ylabel="%")
         _lines(axes, rows, group)
         for point in points:
             rank = names.index(point.name)
             axes.errorbar(
-                point.seconds.mean / length,
+                point.cost.mean / length,
                 point.accuracy.mean,
-                xerr=(point.seconds.deviation or 0) / length,
+                xerr=(point.cost.deviation or 0) / length,
                 yerr=point.accuracy.deviation or 0,
                 fmt=marker_of(rank),
                 color=colour_of(rank),
@@ -44,8 +58,12 @@ def draw_costs(rows: Sequence[Row], priced: Mapping[str, Sequence[Priced]], *, t
     figure.draw_without_rendering()  # fixes the positions of the points
     figure.set_layout_engine("none")
     for axes, points in zip(grid, priced.values(), strict=True):
-        _name(axes, {shorten(p.name, 20): (p.seconds.mean / length, p.accuracy.mean) for p in points})
+        _name(axes, {shorten(p.name, 20): (p.cost.mean / length, p.accuracy.mean) for p in points})
     return figure
+
+
+def _largest(priced: Mapping[str, Sequence[Priced]]) -> float:
+    return max(point.cost.mean for points in priced.values() for point in points)
 
 
 def _lines(axes: Axes, rows: Sequence[Row], group: str) -> None:

@@ -10,13 +10,16 @@ from typing import Any
 
 import yaml
 
-from ssl_core.config import Backbone
+from ssl_core.config import Backbone, Export
 from ssl_core.data.card import Card
 from ssl_core.experiments.sweeps import weight_files
 from ssl_core.methods.base import load_method_module, resolve
 from ssl_core.networks.backbones import Network
-from ssl_core.networks.families import architecture, family_of
-from ssl_core.report.results import BASELINES, Result, headline, value
+from ssl_core.networks.families import architecture, family_of, timm_arguments
+from ssl_core.report.hub import model_index
+from ssl_core.report.results import Result, headline, value
+
+BASELINES = ("untrained", "pixels")  # of the evaluations that the card lists
 
 
 def write_model_card(
@@ -27,13 +30,15 @@ def write_model_card(
     *,
     card: Card,
     results: Sequence[Result],
+    options: Export | None = None,
 ) -> str:
     """Return the card of `network`; `header` is of its file, `spec` of its experiment, `results` of its evaluations."""
     config = Backbone.model_validate_json(header["backbone"])
     size = int(header["image_size"])
+    loads_in_timm = timm_arguments(network, config, size) is not None
     origin = _adoption(spec, card) if "weights" in spec else _pretraining(spec, card)
     parts = [
-        _front_matter(spec, config),
+        _front_matter(spec, config, loads_in_timm, model_index(experiment, results)),
         f"# {experiment}",
         f"{'/'.join(architecture(config))} without its classifier: images of {size} x {size} pixels in, "
         f"{network.num_features} features out.",
@@ -41,22 +46,25 @@ def write_model_card(
         "## Results",
         *_results(results),
         "## Use",
-        *_use(network, config, header, size),
+        *_use(network, config, header, size, options or Export()),
+        *(_timm_use(network) if loads_in_timm else []),
         "## Files",
         *_files(header),
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def _front_matter(spec: Mapping[str, Any], config: Backbone) -> str:
+def _front_matter(spec: Mapping[str, Any], config: Backbone, loads_in_timm: bool, index: list[dict[str, Any]]) -> str:
     library, name = architecture(config)
     method = [] if "weights" in spec else [spec["method"]["name"]]
     content = {
-        "library_name": library,
+        "library_name": "timm" if loads_in_timm else library,
         "pipeline_tag": "image-feature-extraction",
         "license": "unknown",  # only the user knows
         "tags": ["self-supervised-learning", *method, name, "onnx"],
     }
+    if index:
+        content["model-index"] = index
     return f"---\n{yaml.safe_dump(content, sort_keys=False)}---"
 
 
@@ -121,14 +129,22 @@ def _row(result: Result) -> list[str]:
     return [result["evaluation"], result["protocol"], data, metric, *numbers, *counts]
 
 
-def _use(network: Network, config: Backbone, header: Mapping[str, str], size: int) -> list[str]:
+def _use(network: Network, config: Backbone, header: Mapping[str, str], size: int, options: Export) -> list[str]:
     """Return example code: image to tensor, then torch, then ONNX Runtime."""
     mean, std = json.loads(header["mean"]), json.loads(header["std"])
     library, _ = architecture(config)
     family = family_of(network)
     stem = "The stem is the library's." if config.stem == "imagenet" else family.stem_description(config.stem)
+    readers, images, pixels, sizes = "Both files expect", "images", "", ""
+    if options.normalise:
+        readers, images = "The weights expect", "pixels"
+        pixels = """
+pixels = v2.Compose(prepare.transforms[:-1])(Image.open("picture.png").convert("RGB"))[None]  # the file normalises
+"""
+    if options.dynamic_size:
+        sizes = " of any height and width"
     return [
-        f"Both files expect pixels in 0..1 that are normalised by mean {mean} and standard deviation {std} of the "
+        f"{readers} pixels in 0..1 that are normalised by mean {mean} and standard deviation {std} of the "
         "channels red, green and blue.",
         f"""```python
 import torch
@@ -152,12 +168,25 @@ model.load_state_dict(load_file("backbone.safetensors"))
 model.eval()
 features = model(images)  # (1, {network.num_features})
 ```""",
-        "With ONNX Runtime, for any number of images:",
+        f"With ONNX Runtime, for any number of images{sizes}:",
         f"""```python
 import onnxruntime
-
+{pixels}
 session = onnxruntime.InferenceSession("backbone.onnx")
-(features,) = session.run(None, {{"images": images.numpy()}})  # (1, {network.num_features})
+(features,) = session.run(None, {{"images": {images}.numpy()}})  # (1, {network.num_features})
+```""",
+    ]
+
+
+def _timm_use(network: Network) -> list[str]:
+    """Return example code for networks that timm loads from the folder."""
+    return [
+        "With timm, which reads `config.json` and the weights of the folder:",
+        f"""```python
+import timm
+
+model = timm.create_model("local-dir:.", pretrained=True).eval()
+features = model(images)  # (1, {network.num_features})
 ```""",
     ]
 
@@ -169,6 +198,7 @@ def _files(header: Mapping[str, str]) -> list[str]:
         "- `backbone.onnx`: the same network in float32 with batch norm folded into the convolutions, and the same "
         "facts as metadata.",
     ]
+    lines.append("- `backbone.int8.onnx`, if it was made: 8-bit weights and activations; its metadata has the error.")
     if "version" in header:
         lines.append(f"- Version of the pre-training (settings, code and data): `{header['version']}`.")
     return ["\n".join(lines)]

@@ -18,6 +18,7 @@ from ssl_core.report.results import (
     groups_of,
     headline,
     headlines,
+    latencies,
     parameters_of,
     priced,
     value,
@@ -88,7 +89,7 @@ def as_html(rows: Sequence[Row], *, title: str) -> str:
         of_dataset = [row for row in rows if row.dataset == name]
         is_wide = len(groups_of(of_dataset)) <= MAX_WIDE
         table = _wide_table(of_dataset) if is_wide else _long_table(of_dataset)
-        datasets.append((table, _cost_picture(of_dataset)))
+        datasets.append((table, _pictures(of_dataset)))
     reported = [row for row in rows if row.reported]
     return environment.get_template(TEMPLATE).render(
         title=title,
@@ -253,17 +254,23 @@ def _signed(number: float) -> str:
 # Below the tables
 
 
-def _cost_picture(rows: Sequence[Row]) -> tuple[str, str] | None:
-    """Draw accuracy over the time of pre-training, if two experiments were timed; return title and SVG (base64)."""
-    panels = priced(rows)
-    if not panels:
-        return None
+def _pictures(rows: Sequence[Row]) -> list[tuple[str, str]]:
+    """Draw accuracy over the time of pre-training, if two experiments were timed, and that of 8-bit networks over the
+    latency; return titles and SVGs (base64)."""
+    costs, milliseconds = priced(rows), latencies(rows)
+    if not costs and not milliseconds:
+        return []
     from ssl_core.drawing.style import render  # matplotlib, which few tables need
-    from ssl_core.report.cost_picture import draw_costs
+    from ssl_core.report.cost_picture import draw_costs, draw_latencies
 
-    title = f"Accuracy against the time of pre-training, {rows[0].dataset}"
-    svg = render(draw_costs(rows, panels, title=title))["svg"]
-    return title, base64.b64encode(svg).decode()
+    figures = {}
+    if costs:
+        title = f"Accuracy against the time of pre-training, {rows[0].dataset}"
+        figures[title] = draw_costs(rows, costs, title=title)
+    if milliseconds:
+        title = f"Accuracy against the latency, {rows[0].dataset}"
+        figures[title] = draw_latencies(milliseconds, title=title)
+    return [(title, base64.b64encode(render(figure)["svg"]).decode()) for title, figure in figures.items()]
 
 
 def _reported_notes(rows: Sequence[Row]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from ssl_core.files import read_json
 
-BASELINES = ("untrained", "pixels")
+BASELINES = ("untrained", "pixels", "float32")
 REQUIRED = ("experiment", "evaluation", "protocol", "dataset", "metrics")
 Result = Mapping[str, Any]  # the content of one JSON
 Grid = Mapping[str, Mapping[str, Any]]  # experiment -> the sweep's values, `{"method.temperature": 0.1}`
@@ -29,10 +29,10 @@ class Summary(NamedTuple):
 
 
 class Priced(NamedTuple):
-    """The accuracy of an experiment under one evaluation, and the time of its pre-training."""
+    """The accuracy of an experiment under one evaluation, and its cost: seconds of pre-training, ms per image."""
 
     name: str
-    seconds: Summary
+    cost: Summary
     accuracy: Summary
 
 
@@ -190,9 +190,22 @@ def priced(rows: Sequence[Row]) -> dict[str, list[Priced]]:
             continue
         for group, results in row.results.items():
             accuracy = row.summary(group, "", headline(results[0]))
-            if accuracy and baselines([row], group):
+            if accuracy and "untrained" in baselines([row], group):
                 by_group.setdefault(group, []).append(Priced(row.experiment, seconds, accuracy))
     return {group: by_group[group] for group in groups_of(rows) if len(by_group.get(group, ())) > 1}
+
+
+def latencies(rows: Sequence[Row]) -> dict[str, list[Priced]]:
+    """Return, for each evaluation of 8-bit networks, these and their originals with accuracy and latency."""
+    by_group: dict[str, list[Priced]] = {}
+    for row in rows:
+        for group in row.results:
+            for source, kind in (("", "int8"), ("float32", "float32")):
+                accuracy = row.summary(group, source, "top1")
+                milliseconds = row.summary(group, source, "latency_ms")
+                if "float32" in baselines([row], group) and accuracy and milliseconds:
+                    by_group.setdefault(group, []).append(Priced(f"{row.experiment} {kind}", milliseconds, accuracy))
+    return by_group
 
 
 def parameters_of(rows: Sequence[Row]) -> list[str]:

@@ -3,6 +3,7 @@
 Equal inputs give equal bytes, independent of the project's folder.
 """
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,13 @@ from torch import Tensor, nn
 from torch.export import Dim
 from torch.onnx import OnnxExporterError
 
-from ssl_core.config import Backbone
+from ssl_core.config import Backbone, Export, parse
 from ssl_core.data.card import load_card
-from ssl_core.files import read_json, write_bytes, write_text
+from ssl_core.files import read_json, write_bytes, write_json, write_text
 from ssl_core.networks.backbones import Network, load_backbone, write_tensors
 from ssl_core.networks.families import architecture
 from ssl_core.provenance import file_digest
+from ssl_core.report.hub import hub_config
 from ssl_core.report.model_card import write_model_card
 from ssl_core.tracking.run import start
 
@@ -35,18 +37,26 @@ def run(
     results: list[Path],
     output: Path,
     threads: int,
+    options: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write `backbone` as backbone.safetensors, backbone.onnx and README.md into the folder `output`.
+    """Write `backbone` as backbone.safetensors, backbone.onnx, config.json and README.md into the folder `output`.
 
     `spec` is the experiment's settings, `card` the file of its data set's card, `results` the JSON files of its
-    evaluations. Raises ValueError for a network that ONNX cannot express, and for invalid files.
+    evaluations, `options` the configuration's section `export`. Raises ValueError for a network that ONNX cannot
+    express, and for invalid files.
     """
     torch.set_num_threads(threads)
+    config = parse(Export, options or {}, "export")
     network, header = load_backbone(backbone)
     network.eval()
     facts = describe(network, header)
-    model = to_onnx(network, int(header["image_size"]), facts)
-    difference = largest_difference(network, model, int(header["image_size"]))
+    size = int(header["image_size"])
+    exported = Normalised(network, header) if config.normalise else network
+    chosen = {key: "true" for key, value in config.model_dump().items() if value}
+    model = to_onnx(exported, size, facts | chosen, dynamic_size=config.dynamic_size)
+    difference = largest_difference(exported, model, size)
+    if config.dynamic_size:
+        difference = max(difference, largest_difference(exported, model, size + 32))
     text = write_model_card(
         experiment,
         spec,
@@ -54,13 +64,28 @@ def run(
         header,
         card=load_card(card),
         results=[read_json(path) for path in results],
+        options=config,
     )
     write_tensors(output / "backbone.safetensors", network.state_dict(), {**header, **facts})
     write_bytes(output / "backbone.onnx", model)
+    write_json(output / "config.json", hub_config(network, header))
     write_text(output / CARD, text)
     with start("export", experiment, digest=header.get("version", file_digest(backbone)), parameters=facts) as tracked:
         tracked.artifact(output / CARD, on_parent=True)  # some kilobytes; the weights are not copied
     print(f"{experiment}: features of ONNX Runtime and torch differ by at most {difference:.1e} -> {output}")
+
+
+class Normalised(nn.Module):
+    """A network that takes pixels in 0..1 and normalises them by the mean and standard deviation of its header."""
+
+    def __init__(self, network: nn.Module, header: Mapping[str, str]) -> None:
+        super().__init__()
+        self.network = network
+        for name in ("mean", "std"):
+            self.register_buffer(name, torch.tensor(json.loads(header[name]))[:, None, None])
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.network((images - self.mean) / self.std)
 
 
 def describe(network: Network, header: Mapping[str, str]) -> dict[str, str]:
@@ -76,24 +101,33 @@ def describe(network: Network, header: Mapping[str, str]) -> dict[str, str]:
     return facts | {key: header[key] for key in ("image_size", "mean", "std", "version") if key in header}
 
 
-def to_onnx(network: nn.Module, image_size: int, facts: Mapping[str, str]) -> bytes:
+def to_onnx(network: nn.Module, image_size: int, facts: Mapping[str, str], *, dynamic_size: bool = False) -> bytes:
     """Return the network as an ONNX file: `images` (batch, 3, size, size) to `features` (batch, dim), for any batch.
 
-    Batch norm is folded into the convolutions. The file contains no paths and names of this machine.
+    With `dynamic_size` height and width are free too; raises ValueError for networks of a fixed size. Batch norm is
+    folded into the convolutions. The file contains no paths and names of this machine.
     """
     example = torch.zeros(2, 3, image_size, image_size)  # with a batch of one the exporter takes it for a constant
+    dimensions = {0: Dim("batch")}
+    if dynamic_size:
+        dimensions |= {2: Dim("height"), 3: Dim("width")}
     try:
         program = torch.onnx.export(
             network,
             (example,),
             dynamo=True,
-            dynamic_shapes=({0: Dim("batch")},),
+            dynamic_shapes=(dimensions,),
             input_names=["images"],
             output_names=["features"],
             external_data=False,
             verbose=False,
         )
     except OnnxExporterError as error:
+        if dynamic_size:
+            raise ValueError(
+                f"{type(network).__name__} cannot be written as ONNX for images of any size: leave out "
+                "export.dynamic_size"
+            ) from error
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"{type(network).__name__} cannot be written as ONNX: {reason}") from error
     assert program is not None  # with dynamo=True

@@ -1,5 +1,6 @@
 """Exported files: equal features in torch and ONNX Runtime, equal bytes each time, and a correct model card."""
 
+import json
 import os
 import re
 import subprocess
@@ -10,14 +11,19 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+import timm
 import torch
+import torchvision
 import yaml
+from huggingface_hub import ModelCard
 from PIL import Image
 from torch import nn
 
 from ssl_core.config import Backbone
 from ssl_core.files import write_json
 from ssl_core.networks.backbones import Network, build_backbone, load_backbone, read_tensors, save_backbone
+from ssl_core.networks.exported import ExportedNetwork
+from ssl_core.report.hub import hub_config
 from ssl_core.stages import export
 from tests.evaluations.conftest import Tiny
 
@@ -121,6 +127,28 @@ def test_onnx_gives_the_features_of_the_network_for_any_batch(exported: Path, so
 def test_onnx_gives_the_features_of_every_family(name: str, stem: str, size: int) -> None:
     network = trained(name, stem, size)
     assert differ(network, export.to_onnx(network, size, {}), size) < 1e-4
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_options_put_the_normalisation_into_the_file_and_free_the_size(memory_format: torch.memory_format) -> None:
+    network = Tiny().eval()
+    normalised = export.Normalised(network, HEADER)
+    model = export.to_onnx(normalised, 16, HEADER | {"normalise": "true"}, dynamic_size=True)
+    exported = ExportedNetwork(model)
+    assert exported.normalisation == ((0, 0, 0), (1, 1, 1))
+    mean, std = (torch.tensor(json.loads(HEADER[key]))[:, None, None] for key in ("mean", "std"))
+    for height, width in ((16, 16), (24, 40)):
+        pixels = torch.rand(3, 3, height, width).to(memory_format=memory_format)
+        with torch.no_grad():
+            expected = network((pixels - mean) / std)
+        torch.testing.assert_close(exported(pixels), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.long
+def test_a_network_of_one_size_is_refused_as_dynamic() -> None:
+    network = trained("vit_tiny_16", "imagenet", 32)
+    with pytest.raises(ValueError, match="cannot be written as ONNX for images of any size: leave out export"):
+        export.to_onnx(network, 32, {}, dynamic_size=True)
 
 
 def test_a_file_with_wrong_features_is_refused() -> None:
@@ -236,3 +264,47 @@ def test_the_card_of_adopted_weights_describes_no_training(root: Path, sources: 
     assert "The weights come from the file `theirs.safetensors`, which has no record of their training" in text
     assert "/somewhere" not in text
     assert "Not evaluated." in text
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [("resnet18", 64), ("vit_tiny_16", 32), ("vit_tiny_32", 64), ("timm/mobilenetv3_small_100", 32)],
+)
+def test_timm_loads_the_folder_of_its_networks(name: str, size: int, tmp_path: Path) -> None:
+    network = trained(name, "imagenet", size)
+    config = Backbone(name=name)
+    save_backbone(tmp_path / "backbone.safetensors", network, config, size, HEADER)
+    header = load_backbone(tmp_path / "backbone.safetensors")[1]
+    write_json(tmp_path / "config.json", hub_config(network, header))
+    model = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    images = torch.randn(2, 3, size, size)
+    with torch.no_grad():
+        torch.testing.assert_close(model(images), network(images))
+    assert list(model.pretrained_cfg["mean"]) == json.loads(HEADER["mean"])
+
+
+@pytest.mark.long
+def test_timm_has_all_resnets_of_torchvision_with_the_same_weights() -> None:
+    for name in torchvision.models.list_models(module=torchvision.models):
+        if name.startswith(("resnet", "resnext", "wide_resnet")):
+            with torch.device("meta"):
+                theirs = timm.create_model(name, num_classes=0).state_dict()
+                ours = torchvision.models.get_model(name).state_dict()
+            shapes = {key: weight.shape for key, weight in ours.items() if not key.startswith("fc.")}
+            assert shapes == {key: weight.shape for key, weight in theirs.items()}, name
+
+
+def test_timm_refuses_the_folder_of_a_changed_stem(exported: Path) -> None:
+    assert json.loads((exported / "config.json").read_text())["network"] == "resnet18"
+    with pytest.raises(KeyError, match="architecture"):
+        timm.create_model(f"local-dir:{exported}", pretrained=True)
+
+
+def test_hubs_read_the_results_of_the_card(text: str) -> None:
+    (entry,) = ModelCard(text).data.eval_results or []
+    assert (entry.dataset_name, entry.dataset_split, entry.metric_type, entry.metric_value) == (
+        "demo",
+        "test",
+        "top1",
+        81.25,
+    )

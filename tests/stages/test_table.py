@@ -14,7 +14,7 @@ from matplotlib.text import Text
 
 from ssl_core.report.cost_picture import draw_costs
 from ssl_core.report.page import deviation_text
-from ssl_core.report.results import Priced, Summary, collect, priced
+from ssl_core.report.results import Priced, Summary, collect, latencies, priced
 from ssl_core.stages import table
 
 
@@ -281,3 +281,20 @@ def test_names_in_the_picture_of_costs_never_overlap() -> None:
     boxes = [Text.get_window_extent(name, renderer) for name in names]  # without their lines to the points
     assert len(boxes) == 12
     assert not any(one.overlaps(other) for one, other in combinations(boxes, 2))
+
+
+def test_8_bit_networks_are_beside_float32_in_the_table_and_in_a_picture_over_the_latency(tmp_path: Path) -> None:
+    float32 = {"top1": 84.0, "latency_ms": 2.5}
+    int8 = {"top1": 83.0, "latency_ms": 1.25}
+    small = result("a", "quantised", 0.0, metrics=int8, baselines={"float32": float32})
+    text, page = tabulate(tmp_path, small, result("a", "knn", 84.0))
+    assert cells(page) == ["a", "demo", "84.0", "+23.6", "60.4", "85.3", "83.0", "84.0"]
+    assert read(text)[0]["quantised/v1 float32 top1"] == "84.0"
+    assert page.count("<img ") == 1
+    rows = collect([(Path(), small)], grid={}, seeds={}, reported={})
+    assert latencies(rows) == {
+        "quantised/v1": [
+            Priced("a int8", Summary(1.25, None, 1), Summary(83.0, None, 1)),
+            Priced("a float32", Summary(2.5, None, 1), Summary(84.0, None, 1)),
+        ]
+    }

@@ -28,11 +28,12 @@ sample-views) mkdir -p "${output%/*}"; echo > "$output" ;;
 adopt) mkdir -p "${output%/*}"; echo "$output" > "$output" ;;
 evaluate) mkdir -p "${output%.json}"; echo '{}' > "$output"; echo > "${output%.json}/pictures.npz" ;;
 detect) mkdir -p "${output%.json}"; echo '{}' > "$output"; echo > "${output%.json}/detections.png" ;;
-cost) echo '{}' > "$output" ;;
+cost|quantised) echo '{}' > "$output" ;;
 draw) for name in tsne triangles neighbours confusion spectrum; do
     echo > "$output/$name.png"; echo > "$output/$name.svg"; done ;;
-export) mkdir -p "$output"; for file in backbone.safetensors backbone.onnx README.md; do
+export) mkdir -p "$output"; for file in backbone.safetensors backbone.onnx config.json README.md; do
     echo "$output" > "$output/$file"; done ;;
+quantise) echo "$output" > "$output" ;;
 curves) echo > "$output"; echo > "${output%.png}.svg" ;;
 table) echo > "$output"; echo > "${output%.csv}.html" ;;
 esac

@@ -181,6 +181,22 @@ def test_a_cost_needs_the_export_and_the_export_all_other_evaluations(fresh: Pro
     assert fresh.pending("results/first/export/README.md", "results/first/price.json") == set()
 
 
+def test_an_8_bit_file_is_made_of_the_export_and_the_images_of_the_pretraining(fresh: Project) -> None:
+    fresh.change("quantise", {"images": 64})
+    target = "results/first/export/backbone.int8.onnx"
+    run = fresh.snakemake(target)
+    assert run.returncode == 0, run.stderr
+    (quantise,) = [call for call in fresh.calls() if call.startswith("quantise first")]
+    assert '--spec {"images":64} --dataset {"name":"tiny"} --onnx results/first/export/backbone.onnx' in quantise
+    assert "--manifest shards/tiny/manifest.json" in quantise
+    assert fresh.pending(target) == set()
+    fresh.change("evaluations/small", {"protocol": "quantised"})
+    run = fresh.snakemake("results/first/small.json")
+    assert run.returncode == 0, run.stderr
+    (quantised,) = [call for call in fresh.calls() if call.startswith("quantised first small")]
+    assert f"--int8 {target} --manifest shards/tiny/manifest.json" in quantised
+
+
 def test_adopted_weights_have_pictures_but_no_curves(fresh: Project) -> None:
     first = fresh.config["experiments"]["first"]
     del first["method"]

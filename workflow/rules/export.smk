@@ -5,24 +5,45 @@ rule export:
         results=[
             f"results/{{experiment}}/{evaluation}.json"
             for evaluation in EVALUATIONS
-            if evaluation not in evaluations_of("cost")
+            if evaluation not in evaluations_of("cost") + evaluations_of("quantised")
         ],
     output:
         weights="results/{experiment}/export/backbone.safetensors",
         onnx="results/{experiment}/export/backbone.onnx",
+        config="results/{experiment}/export/config.json",
         card="results/{experiment}/export/README.md",
     log:
         "logs/export/{experiment}.log",
     threads: 16
     params:
         spec=lambda wildcards: canonical(pretrain_spec(wildcards)),
+        options=canonical(CONFIG.get("export") or {}),
         code=lambda wildcards: export_code(pretrain_spec(wildcards)),
         dataset=lambda wildcards: pretrain_spec(wildcards)["dataset"]["name"],
         content=lambda wildcards: canonical(card_content(pretrain_spec(wildcards)["dataset"]["name"])),
         folder=lambda wildcards, output: str(Path(output.card).parent),
     shell:
-        "ssl-core export {wildcards.experiment:q} --spec {params.spec:q} --backbone {input.backbone:q}"
-        " --card {params.dataset:q} --results {input.results:q} --output {params.folder:q} --threads {threads} --log {log:q}"
+        "ssl-core export {wildcards.experiment:q} --spec {params.spec:q} --options {params.options:q}"
+        " --backbone {input.backbone:q} --card {params.dataset:q} --results {input.results:q} --output {params.folder:q} --threads {threads} --log {log:q}"
+
+
+# Calibrated on the images of the pre-training. The calibration runs on all cores.
+rule quantise:
+    input:
+        onnx="results/{experiment}/export/backbone.onnx",
+        manifest=lambda wildcards: manifest_of(pretrain_spec(wildcards)),
+    output:
+        "results/{experiment}/export/backbone.int8.onnx",
+    log:
+        "logs/quantise/{experiment}.log",
+    threads: 16
+    params:
+        spec=canonical(CONFIG.get("quantise") or {}),
+        dataset=lambda wildcards: canonical(pretrain_spec(wildcards)["dataset"]),
+        code=lambda wildcards: stage_code("quantise"),
+    shell:
+        "ssl-core quantise {wildcards.experiment:q} --spec {params.spec:q} --dataset {params.dataset:q}"
+        " --onnx {input.onnx:q} --manifest {input.manifest:q} --output {output:q} --log {log:q}"
 
 
 # Timings differ from run to run: only the table may have this result as an input. The job takes all threads, so that no
@@ -48,3 +69,24 @@ rule cost:
     shell:
         "ssl-core cost {wildcards.experiment:q} {wildcards.evaluation:q} --spec {params.spec:q} --code {params.code}"
         " --backbone {input.backbone:q} --onnx {input.onnx:q} {params.pretrain:q} --output {output.json:q} --log {log:q}"
+
+
+# Timed as in rule cost.
+rule quantised:
+    input:
+        onnx="results/{experiment}/export/backbone.onnx",
+        int8="results/{experiment}/export/backbone.int8.onnx",
+        manifest=lambda wildcards: manifest_of(evaluate_spec(wildcards)),
+    output:
+        json="results/{experiment}/{evaluation}.json",
+    log:
+        "logs/quantised/{experiment}/{evaluation}.log",
+    wildcard_constraints:
+        evaluation=one_of(evaluations_of("quantised")),
+    threads: 16
+    params:
+        spec=lambda wildcards: canonical(evaluate_spec(wildcards)),
+        code=lambda wildcards: stage_code("quantised"),
+    shell:
+        "ssl-core quantised {wildcards.experiment:q} {wildcards.evaluation:q} --spec {params.spec:q} --code {params.code}"
+        " --onnx {input.onnx:q} --int8 {input.int8:q} --manifest {input.manifest:q} --output {output.json:q} --log {log:q}"
