@@ -99,13 +99,15 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="ssl-core",
         description="Self-supervised pre-training of small networks.",
-        epilog="Begin with init; look with explain, views, doctor and compare. Snakemake calls the stages "
+        epilog="Begin with init; look with explain, views, doctor and compare; use a trained network with embed, "
+        "neighbours and predict. Snakemake calls the stages "
         "(snakemake --cores all). Options of a command: ssl-core COMMAND --help.",
     )
     parser.add_argument("--version", action="version", version=f"ssl-core {metadata.version('ssl-core')}")
     commands = parser.add_subparsers(dest="name", metavar="COMMAND")
     _add_stages(commands)
     _add_looks(commands)
+    _add_uses(commands)
     for command in commands.choices.values():
         command.add_argument("--log", type=Path, help="also write the terminal's output to this file")
     return parser
@@ -195,6 +197,45 @@ def _add_looks(commands: Any) -> None:
 
     schema = commands.add_parser("schema", help="print the schema of config.yaml")
     schema.set_defaults(command=_schema)
+
+
+def _add_uses(commands: Any) -> None:
+    """Add the commands that use a trained network."""
+
+    def add(name: str, description: str, example: str, subject: str, subject_help: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=description, description=description, epilog=f"example: {example}")
+        command.set_defaults(command=_use)
+        command.add_argument(subject, type=Path, help=subject_help)
+        network = "a folder such as results/<experiment>, or a backbone.safetensors"
+        command.add_argument("--network", type=Path, required=True, help=network)
+        command.add_argument("--skip-unreadable", action="store_true", help="name and count unreadable images, go on")
+        threads = {"type": _positive, "default": num_cores()}
+        command.add_argument("--threads", **threads, help="processor threads (default: all cores)")
+        return command
+
+    images = "a folder; all images below it, sorted by name"
+    example = "ssl-core embed photos --network results/ressl_r18 -o features.parquet"
+    embed = add("embed", "write the features of images", example, "folder", images)
+    output = "a new file that ends in .parquet or .npz, with the names and the features"
+    embed.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help=output)
+    embed.add_argument("--force", action="store_true", help="replace the output file")
+
+    example = "ssl-core neighbours photos/1.jpg --network results/ressl_r18 --in photos -k 5"
+    neighbours = add("neighbours", "print the images most similar to one image", example, "image", "an image file")
+    among = f"{images}, or a file by embed"
+    neighbours.add_argument("--in", dest="among", type=Path, required=True, metavar="FOLDER or FILE", help=among)
+    neighbours.add_argument("-k", type=_positive, default=10, help="number of images (default: 10)")
+
+
+def _use(options: argparse.Namespace) -> None:
+    """Call the function of a command with its options, which have the names of its arguments."""
+    from ssl_core.inference import commands
+
+    functions = {"embed": commands.write_embeddings, "neighbours": commands.print_neighbours}
+    arguments = dict(vars(options))
+    for name in ("command", "name", "log"):
+        del arguments[name]
+    functions[options.name](**arguments)
 
 
 def _stage(options: argparse.Namespace) -> None:
