@@ -7,10 +7,12 @@ import torch
 
 from ssl_core.data.image_files import list_counts
 from ssl_core.data.records import SourceSplit
+from ssl_core.files import atomic
 from ssl_core.inference.embedding import embed, embed_batches, open_images
 from ssl_core.inference.feature_files import SUFFIXES, is_feature_file, new_feature_file, read_features
 from ssl_core.inference.neighbours import nearest
 from ssl_core.inference.network import load
+from ssl_core.inference.prediction import classify, find_classifier, write_csv
 from ssl_core.mistakes import excerpt
 
 
@@ -54,6 +56,28 @@ def print_neighbours(image: Path, *, network: Path, among: Path, k: int, skip_un
     print("cosine  image")
     for similarity, name in found:
         print(f"{similarity:6.4f}  {name}")
+
+
+def write_predictions(
+    folder: Path, *, network: Path, output: Path | None, skip_unreadable: bool, force: bool, threads: int
+) -> None:
+    """Write the class of all images below `folder` as CSV, to `output` or the terminal, sorted by name."""
+    torch.set_num_threads(threads)
+    if output is not None:
+        check_output(output, force=force)
+    loaded = load(network)
+    classifier = find_classifier(network, loaded)
+    source = open_images(folder)
+    report_unread(source)
+    skipped: dict[str, str] | None = {} if skip_unreadable else None
+    predictions = classify(embed_batches(loaded, source, skipped=skipped, threads=threads), classifier)
+    if output is None:
+        write_csv(predictions, sys.stdout)
+    else:
+        with atomic(output) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
+            count = write_csv(predictions, file)
+        print(f"{count} images, sorted by name -> {output}")
+    report_skipped(skipped)
 
 
 def check_output(path: Path, *, force: bool) -> None:

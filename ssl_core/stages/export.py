@@ -76,8 +76,8 @@ def describe(network: Network, header: Mapping[str, str]) -> dict[str, str]:
     return facts | {key: header[key] for key in ("image_size", "mean", "std", "version") if key in header}
 
 
-def to_onnx(network: nn.Module, image_size: int, facts: Mapping[str, str]) -> bytes:
-    """Return the network as an ONNX file: `images` (batch, 3, size, size) to `features` (batch, dim), for any batch.
+def to_onnx(network: nn.Module, image_size: int, facts: Mapping[str, str], output: str = "features") -> bytes:
+    """Return the network as an ONNX file: `images` (batch, 3, size, size) to `output` (batch, dim), for any batch.
 
     Batch norm is folded into the convolutions. The file contains no paths and names of this machine.
     """
@@ -89,7 +89,7 @@ def to_onnx(network: nn.Module, image_size: int, facts: Mapping[str, str]) -> by
             dynamo=True,
             dynamic_shapes=({0: Dim("batch")},),
             input_names=["images"],
-            output_names=["features"],
+            output_names=[output],
             external_data=False,
             verbose=False,
         )

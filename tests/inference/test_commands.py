@@ -138,7 +138,7 @@ def test_a_mistake_is_one_line(run, words, message):
     assert errors.startswith(f"error: {message}")
 
 
-@pytest.mark.parametrize("command", ["embed", "neighbours"])
+@pytest.mark.parametrize("command", ["embed", "neighbours", "predict"])
 def test_the_help_has_an_example(command, capsys):
     with pytest.raises(SystemExit, match="0"):
         cli.main([command, "--help"])
