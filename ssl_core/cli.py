@@ -73,7 +73,7 @@ def _only_writer(options: argparse.Namespace) -> AbstractContextManager[None]:
     """Return the lock of the stage's output, if it has one; take it before anything is written, the log included."""
     if options.name == "pretrain":
         return processes.one_writer(options.checkpoint.with_suffix(".lock"), f"experiment {options.experiment}")
-    if options.name == "detect":
+    if options.name in ("detect", "finetune"):
         subject = f"evaluation {options.evaluation} of {options.experiment}"
         return processes.one_writer(options.checkpoint.with_suffix(".lock"), subject)
     if options.name == "shard":
@@ -99,13 +99,15 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="ssl-core",
         description="Self-supervised pre-training of small networks.",
-        epilog="Begin with init; look with explain, views, doctor and compare. Snakemake calls the stages "
+        epilog="Begin with init; look with explain, views, doctor and compare; use a trained network with embed, "
+        "neighbours and predict. Snakemake calls the stages "
         "(snakemake --cores all). Options of a command: ssl-core COMMAND --help.",
     )
     parser.add_argument("--version", action="version", version=f"ssl-core {metadata.version('ssl-core')}")
     commands = parser.add_subparsers(dest="name", metavar="COMMAND")
     _add_stages(commands)
     _add_looks(commands)
+    _add_uses(commands)
     for command in commands.choices.values():
         command.add_argument("--log", type=Path, help="also write the terminal's output to this file")
     return parser
@@ -132,9 +134,13 @@ def _add_stages(commands: Any) -> None:
     measured = ("experiment", "evaluation")
     files = {"backbone": "FILE", "output": "JSON"}
     evaluate = add("evaluate", "measure a backbone by one protocol", *measured, **files, manifest="JSON")
-    evaluate.add_argument("--model", type=Path, nargs="?", help="the whole pre-trained model, if the protocol needs it")
     options = {"manifest": "JSON", "picture": "PNG", "checkpoint": "FILE"}
     detect = add("detect", "train and measure detectors with a backbone", *measured, **files, **options)
+    options = {"manifest": "JSON", "checkpoint": "FILE"}
+    finetune = add("finetune", "train a backbone with a classifier", *measured, **files, **options)
+    for stage in (evaluate, finetune):
+        help = "the whole pre-trained model, if the protocol needs it"
+        stage.add_argument("--model", type=Path, nargs="?", help=help)
     export = add("export", "write a backbone with a model card", "experiment", backbone="FILE", output="FOLDER")
     export.add_argument("--card", type=_card, required=True, help=CARD)
     export.add_argument("--options", type=_json, help="the configuration's section `export`, as JSON")
@@ -148,7 +154,9 @@ def _add_stages(commands: Any) -> None:
         output="FILE",
     )
     quantise.add_argument("--dataset", type=_json, required=True, help="the data of the pre-training, as JSON")
-    cost = add("cost", "measure the cost of a backbone", *measured, **files, onnx="FILE")
+    files = {"backbone": "FILE", "classifier": "FILE", "output": "ONNX"}
+    classifier = add("export-classifier", "write a fine-tuned network as ONNX", *measured, **files)
+    cost = add("cost", "measure the cost of a backbone", *measured, backbone="FILE", output="JSON", onnx="FILE")
     cost.add_argument("--pretrain", type=Path, help="the summary of the pre-training, if there was one")
     files = {"onnx": "FILE", "int8": "FILE", "manifest": "JSON", "output": "JSON"}
     quantised = add("quantised", "measure an 8-bit network beside its original", *measured, **files)
@@ -159,11 +167,11 @@ def _add_stages(commands: Any) -> None:
     table.add_argument("--grid", type=_json, help="the values that each experiment of a sweep sets, as JSON")
     table.add_argument("--seeds", type=_json, help="the experiments that differ only in their seed, as JSON")
     table.add_argument("--reported", type=_json, help="published numbers to show beside the results, as JSON")
-    for stage in (pretrain, views, adopt, evaluate, detect, export, quantise, cost, quantised):
+    for stage in (pretrain, views, adopt, evaluate, detect, finetune, export, quantise, cost, quantised):
         stage.add_argument("--spec", type=_json, required=True, help="settings of the stage's section, as JSON")
-    for stage in (pretrain, adopt, evaluate, detect, cost, quantised):
+    for stage in (pretrain, adopt, evaluate, detect, finetune, cost, quantised):
         stage.add_argument("--code", required=True, help="digest of the code that the stage runs")
-    for stage in (shard, pretrain, evaluate, detect, export):
+    for stage in (shard, pretrain, evaluate, detect, finetune, export, classifier):
         stage.add_argument("--threads", type=_positive, default=1)
 
 
@@ -212,6 +220,54 @@ def _add_looks(commands: Any) -> None:
 
     schema = commands.add_parser("schema", help="print the schema of config.yaml")
     schema.set_defaults(command=_schema)
+
+
+def _add_uses(commands: Any) -> None:
+    """Add the commands that use a trained network."""
+
+    def add(name: str, description: str, example: str, subject: str, subject_help: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=description, description=description, epilog=f"example: {example}")
+        command.set_defaults(command=_use)
+        command.add_argument(subject, type=Path, help=subject_help)
+        network = "a folder such as results/<experiment>, or a backbone.safetensors"
+        command.add_argument("--network", type=Path, required=True, help=network)
+        command.add_argument("--skip-unreadable", action="store_true", help="name and count unreadable images, go on")
+        threads = {"type": _positive, "default": num_cores()}
+        command.add_argument("--threads", **threads, help="processor threads (default: all cores)")
+        return command
+
+    images = "a folder; all images below it, sorted by name"
+    example = "ssl-core embed photos --network results/ressl_r18 -o features.parquet"
+    embed = add("embed", "write the features of images", example, "folder", images)
+    output = "a new file that ends in .parquet or .npz, with the names and the features"
+    embed.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help=output)
+    example = "ssl-core neighbours photos/1.jpg --network results/ressl_r18 --in photos -k 5"
+    neighbours = add("neighbours", "print the images most similar to one image", example, "image", "an image file")
+    among = f"{images}, or a file by embed"
+    neighbours.add_argument("--in", dest="among", type=Path, required=True, metavar="FOLDER or FILE", help=among)
+    neighbours.add_argument("-k", type=_positive, default=10, help="number of images (default: 10)")
+
+    example = "ssl-core predict photos --network results/ressl_r18/finetune -o predictions.csv"
+    predict = add("predict", "print the class of images by a fine-tuned network", example, "folder", images)
+    output = "a new CSV file (default: print it)"
+    predict.add_argument("-o", "--output", type=Path, metavar="FILE", help=output)
+    for command in (embed, predict):
+        command.add_argument("--force", action="store_true", help="replace the output file")
+
+
+def _use(options: argparse.Namespace) -> None:
+    """Call the function of a command with its options, which have the names of its arguments."""
+    from ssl_core.inference import commands
+
+    functions = {
+        "embed": commands.write_embeddings,
+        "neighbours": commands.print_neighbours,
+        "predict": commands.write_predictions,
+    }
+    arguments = dict(vars(options))
+    for name in ("command", "name", "log"):
+        del arguments[name]
+    functions[options.name](**arguments)
 
 
 def _stage(options: argparse.Namespace) -> None:

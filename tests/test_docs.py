@@ -24,7 +24,7 @@ from tests.methods.harness import trainer
 from tests.warm_snakemake import run_snakemake
 
 BIN = Path(sys.executable).parent
-HARMLESS = {"source", "export", "cd", "mv", "uv"}  # shell commands that need no test
+HARMLESS = {"source", "export", "cd", "mv", "uv", "python"}  # shell commands that need no test
 RULES = {"all", "all_evaluations"}
 TUTORIALS = ROOT / "docs" / "tutorials"
 
@@ -264,6 +264,11 @@ def a_table(project: Path) -> None:
             TUTORIALS / "your_images.md",
             your_images,
             ["results/birds/linear.json", "views.png", "results/birds/export/backbone.onnx"],
+        ),
+        (
+            TUTORIALS / "use_the_network.md",
+            your_images,
+            ["features.parquet", "predictions.csv", "results/birds/finetune/classifier.onnx"],
         ),
         (TUTORIALS / "compare_methods.md", None, ["results/simsiam-seed1/knn.json", "results/sweeps/ressl_rates.csv"]),
         (TUTORIALS / "add_a_dataset.md", a_table, ["results/garden/transfer.json", "results/table.html", "views.png"]),

@@ -22,7 +22,7 @@ LAYERS = (
     {"evaluations"},
     {"drawing"},
     {"report"},
-    {"stages", "look"},
+    {"stages", "look", "inference"},
     {"cli", "ssl_core"},  # `ssl_core` is the package's own `__init__.py`
 )
 LAYER_OF = {room: number for number, layer in enumerate(LAYERS) for room in layer}

@@ -134,7 +134,7 @@ def jobs() -> Iterable[tuple[str, str, dict[str, Any]]]:
             yield f"evaluate {path.stem}", "_evaluation(spec)", spec
 
 
-LIGHT = {"linear": {"epochs": 2}, "semi_supervised": {"epochs": 2}, "pictures": {"images": 200}}
+LIGHT = {"linear": {"epochs": 2}, "finetune": {"epochs": 2}, "pictures": {"images": 200}}
 
 
 def prepare(*trees: Tree) -> None:

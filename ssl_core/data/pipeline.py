@@ -38,6 +38,7 @@ dali_trace.set_tracing(enabled=False)
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # from malloc.h
 RANDOM = ("crop", "flip", "colour", "blur", "sigma", "solarize")
+FILES = "files"
 NARROW = 8  # a longer side of more than so many shorter sides
 INTERPOLATION = {"linear": types.INTERP_LINEAR, "cubic": types.INTERP_CUBIC}
 
@@ -117,6 +118,19 @@ def _graph(plan: Plan) -> tuple[DataNode, ...]:
         for index in range(view.count):
             views.append(_view(image, plan, group, view, index))
     return (meta.gpu() if plan.gpu else meta, *views)
+
+
+@pipeline_def(enable_conditionals=True)
+def file_graph(plan: Plan) -> DataNode:
+    """Return the first view, HWC float, of the image files that each run is given as the input `FILES`.
+
+    It decodes as `_graph` does, which is a part of every digest and therefore stays as it is.
+    """
+    encoded = fn.external_source(name=FILES, dtype=types.UINT8, ndim=1)
+    where = {"device": "mixed", "jpeg_fancy_upsampling": True} if plan.gpu else {"device": "cpu"}
+    image = fn.decoders.image(encoded, output_type=types.RGB, **where)
+    group, view = next(iter(plan.views.items()))
+    return _view(image, plan, group, view, 0)
 
 
 def _view(image: DataNode, plan: Plan, group: str, view: View, index: int) -> DataNode:

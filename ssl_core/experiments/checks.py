@@ -23,6 +23,8 @@ RESERVED = {
     "evaluations": {"pretrain", "export"},
     "sweeps": set(),
 }
+# Former protocols with the settings that give the same numbers.
+RENAMED = {"semi_supervised": "`protocol: finetune` with the same `variant` (`ressl_1` where there was none)"}
 CHECKPOINTS = ("previous", "damaged", "other")  # checkpoints/<experiment>.<word>.pt belongs to <experiment>
 FOLDERS = ("checkpoints", "logs", "results", "shards")
 # Files that only a pre-training writes.
@@ -35,6 +37,7 @@ def check(config: Config, schema: Mapping[str, Any], cards: Iterable[str]) -> No
     `schema` is the JSON schema of config.yaml, and `cards` are the names of the data sets that have a card.
     """
     _check_values(config, "")
+    _check_renamed(config)
     check_structure(config, schema, ())
     _check_seeds(config, "")
     for section in ("experiments", "evaluations", "sweeps"):
@@ -55,6 +58,14 @@ def check(config: Config, schema: Mapping[str, Any], cards: Iterable[str]) -> No
         _check_backbone(experiment, f"experiments.{name}", schema)
     _check_datasets(config, list(cards))
     _check_reported(config)
+
+
+def _check_renamed(config: Config) -> None:
+    """Refuse protocols by their former names."""
+    for name, section in (config.get("evaluations") or {}).items():
+        former = section.get("protocol") if isinstance(section, Mapping) else None
+        if former in RENAMED:
+            raise ValueError(f"evaluations.{name}.protocol: {former!r} has a new name: write {RENAMED[former]}")
 
 
 def check_targets(config: Config, targets: Iterable[str]) -> None:

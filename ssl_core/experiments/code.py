@@ -36,6 +36,11 @@ def detection_code(spec: Mapping[str, Any]) -> str:
     return code_digest(*_stage("detect"), Key("ssl_core.evaluations.detection", "Config"), spec=spec)
 
 
+def finetuning_code(spec: Mapping[str, Any]) -> str:
+    """Digest the code of a fine-tuning: the stage and the settings of the protocol."""
+    return code_digest(*_stage("finetune"), Key("ssl_core.evaluations.finetune", "Config"), spec=spec)
+
+
 def views_code(spec: Mapping[str, Any]) -> str:
     """Digest the code that draws an experiment's views."""
     return code_digest(*_stage("sample_views"), *_method(spec), spec=spec, drawing=True)

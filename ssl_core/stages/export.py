@@ -101,8 +101,15 @@ def describe(network: Network, header: Mapping[str, str]) -> dict[str, str]:
     return facts | {key: header[key] for key in ("image_size", "mean", "std", "version") if key in header}
 
 
-def to_onnx(network: nn.Module, image_size: int, facts: Mapping[str, str], *, dynamic_size: bool = False) -> bytes:
-    """Return the network as an ONNX file: `images` (batch, 3, size, size) to `features` (batch, dim), for any batch.
+def to_onnx(
+    network: nn.Module,
+    image_size: int,
+    facts: Mapping[str, str],
+    *,
+    output: str = "features",
+    dynamic_size: bool = False,
+) -> bytes:
+    """Return the network as an ONNX file: `images` (batch, 3, size, size) to `output` (batch, dim), for any batch.
 
     With `dynamic_size` height and width are free too; raises ValueError for networks of a fixed size. Batch norm is
     folded into the convolutions. The file contains no paths and names of this machine.
@@ -118,7 +125,7 @@ def to_onnx(network: nn.Module, image_size: int, facts: Mapping[str, str], *, dy
             dynamo=True,
             dynamic_shapes=(dimensions,),
             input_names=["images"],
-            output_names=["features"],
+            output_names=[output],
             external_data=False,
             verbose=False,
         )

@@ -23,7 +23,7 @@ SHORT: dict[str, dict[str, Any]] = {
     "low_shot": {"shots": [4], "draws": 1, "max_iterations": 50},
     "metrics": {"images_per_class": 4},
     "pictures": {"perplexity": 5, "triangles": 6, "queries": 2, "neighbours": 3, "k": 9},
-    "semi_supervised": {"variant": "ressl_10", "epochs": 1},
+    "finetune": {"variant": "ressl_10", "epochs": 1},
 }
 NAMES = base.names()
 MEASURING = [name for name in NAMES if hasattr(base.load({"protocol": name}, ""), "run")]  # the others read no images

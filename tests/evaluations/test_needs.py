@@ -9,7 +9,7 @@ from ssl_core.experiments.needs import Contract, Needs, SplitLabels, check_needs
 
 EXPERIMENT = {"dataset": {"name": "squares"}, "backbone": {"name": "resnet18"}, "method": {"name": "simclr"}}
 ADOPTED = {"dataset": {"name": "squares"}, "backbone": {"name": "resnet18"}, "weights": "w.safetensors"}
-ON_PROJECTOR = {"protocol": "semi_supervised", "variant": "sslight_1"}
+ON_PROJECTOR = {"protocol": "finetune", "variant": "sslight_1"}
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def test_adopted_weights_are_refused_where_a_projector_is_needed(schema):
         ValueError, match=r"^evaluations\.mine: .*adopted weights have no projector.*: choose a variant"
     ):
         check(schema, ON_PROJECTOR, ADOPTED)
-    check(schema, {"protocol": "semi_supervised"}, ADOPTED)
+    check(schema, {"protocol": "finetune"}, ADOPTED)
 
 
 def test_a_protocol_that_divides_one_split_needs_no_other(schema):

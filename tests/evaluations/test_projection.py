@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import gelu, relu
 
 from ssl_core.config import Backbone, Dataset
-from ssl_core.evaluations import semi_supervised
+from ssl_core.evaluations import finetune
 from ssl_core.evaluations.base import Subjects
 from ssl_core.evaluations.parts.features import frozen, gather_subjects
 from ssl_core.evaluations.parts.projection import first_two_layers, load_projector, with_projector
@@ -150,14 +150,14 @@ def test_statistics_of_parts_of_the_batch_end_with_the_pre_training():
     torch.testing.assert_close(layers[1](hidden), expected, atol=1e-4, rtol=1e-4)
 
 
-FEW = {"protocol": "semi_supervised", "variant": "sslight_10", "epochs": 1, "dataset": {"name": "squares"}}
+FEW = {"protocol": "finetune", "variant": "sslight_10", "epochs": 1, "dataset": {"name": "squares"}}
 
 
 def test_the_stage_reads_the_model_and_the_results_state_it(dino, manifest_path, tmp_path):
     model = dino / "model.safetensors"
     result = measure(FEW, dino / "backbone.safetensors", manifest_path, tmp_path / "few.json", model=model)
     settings = result["hyperparameters"]
-    assert result["protocol"] == "semi_supervised-sslight_10/v1"
+    assert result["protocol"] == "finetune-sslight_10/v1"
     assert settings["classifier_on"] == "the projector's second layer"
     assert settings["learning_rate"] == settings["backbone_learning_rate"] == pytest.approx(0.03 * 6 / 256)
     assert set(result["digests"]) >= {"backbone", "model"}
@@ -170,11 +170,10 @@ def test_without_a_model_the_variant_is_a_clear_error(dino, manifest_path, tmp_p
 
 def test_the_variants_are_sslights():
     small, large = (
-        semi_supervised.Config(dataset=Dataset(name="squares"), variant=variant)
-        for variant in ("sslight_1", "sslight_10")
+        finetune.Config(dataset=Dataset(name="squares"), variant=variant) for variant in ("sslight_1", "sslight_10")
     )
     for config, fraction, epochs in ((small, 0.01, 60), (large, 0.1, 30)):
         assert (config.fraction, config.epochs, config.batch_size, config.nesterov) == (fraction, epochs, 1024, True)
         assert (config.learning_rate, config.backbone_learning_rate, config.weight_decay) == (0.03, 0.03, 0)
     # the rate moves once an epoch, from .03 x 1024 / 256 to 1e-6
-    assert list(semi_supervised.shares(small.model_copy(update={"epochs": 2}), 4)) == pytest.approx([1, 1, 0.5, 0.5])
+    assert list(finetune.shares(small.model_copy(update={"epochs": 2}), 4)) == pytest.approx([1, 1, 0.5, 0.5])

@@ -3,12 +3,12 @@
 import pytest
 
 from ssl_core.data.shards import Manifest
-from ssl_core.evaluations import knn, linear, logistic, low_shot, semi_supervised
+from ssl_core.evaluations import finetune, knn, linear, logistic, low_shot
 
 from .conftest import write_shards
 
 LINEAR = {"epochs": 4, "batch_size": 16, "learning_rate": (1e-9, 0.01)}  # the first leaves the random weights alone
-FEW = {"epochs": 30, "batch_size": 6, "fraction": 0.3, "learning_rate": 0.1}
+FEW = {"variant": "ressl_1", "epochs": 30, "batch_size": 6, "fraction": 0.3, "learning_rate": 0.1}
 
 
 @pytest.fixture(scope="module")
@@ -25,8 +25,8 @@ def other_labels(tmp_path_factory) -> Manifest:
         (linear, {**LINEAR, "cached": True}, "top1"),
         (logistic, {"l2_steps": 5}, "top1"),
         (low_shot, {"shots": (4,), "draws": 2}, "map_full"),
-        (semi_supervised, FEW, "top1"),
-        (semi_supervised, {**FEW, "backbone_learning_rate": 0.05}, "top1"),
+        (finetune, FEW, "top1"),
+        (finetune, {**FEW, "backbone_learning_rate": 0.05}, "top1"),
         (knn, {"k": 5}, "top1"),
     ],
 )

@@ -23,6 +23,12 @@ def test_a_valid_configuration_passes(schema: dict[str, Any]) -> None:
     checks.check(VALID, schema, CARDS)
 
 
+def test_a_former_protocol_is_refused_with_its_new_name(schema: dict[str, Any]) -> None:
+    config = {**VALID, "evaluations": {"few": {"protocol": "semi_supervised"}}}
+    with pytest.raises(ValueError, match=r"^evaluations\.few\.protocol: 'semi_supervised' .*`protocol: finetune` with"):
+        checks.check(config, schema, CARDS)
+
+
 def test_the_demonstration_and_all_recipes_pass(root: Path, schema: dict[str, Any]) -> None:
     cards = [path.stem for path in (root / "datasets").glob("*.yaml")]
     demonstration = yaml.safe_load((root / "config.yaml").read_text())

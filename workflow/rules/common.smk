@@ -42,6 +42,7 @@ from ssl_core.experiments.code import (
     detection_code,
     evaluation_code,
     export_code,
+    finetuning_code,
     pretraining_code,
     stage_code,
     views_code,

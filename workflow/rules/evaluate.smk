@@ -54,3 +54,29 @@ rule detect:
         " --backbone {input.backbone:q} --manifest {input.manifest:q} --output {output.json:q}"
         " --picture {output.picture:q}"
         " --checkpoint checkpoints/{wildcards.experiment:q}/{wildcards.evaluation:q}.pt --threads {threads} --log {log:q}"
+
+
+# Keeps the fine-tuned network; the checkpoint is not declared as an output, as in rule pretrain.
+rule finetune:
+    input:
+        backbone="results/{experiment}/backbone.safetensors",
+        model=model_of,
+        manifest=lambda wildcards: manifest_of(evaluate_spec(wildcards)),
+    output:
+        json="results/{experiment}/{evaluation}.json",
+        backbone="results/{experiment}/{evaluation}/backbone.safetensors",
+        classifier="results/{experiment}/{evaluation}/classifier.safetensors",
+    log:
+        "logs/finetune/{experiment}/{evaluation}.log",
+    wildcard_constraints:
+        evaluation=one_of(evaluations_of("finetune")),
+    threads: 16
+    resources:
+        gpu=GPU,
+    params:
+        spec=lambda wildcards: canonical(evaluate_spec(wildcards)),
+        code=lambda wildcards: finetuning_code(evaluate_spec(wildcards)),
+    shell:
+        "ssl-core finetune {wildcards.experiment:q} {wildcards.evaluation:q} --spec {params.spec:q} --code {params.code}"
+        " --backbone {input.backbone:q} --model {input.model:q} --manifest {input.manifest:q} --output {output.json:q}"
+        " --checkpoint checkpoints/{wildcards.experiment:q}/{wildcards.evaluation:q}.pt --threads {threads} --log {log:q}"

@@ -46,6 +46,24 @@ rule quantise:
         " --onnx {input.onnx:q} --manifest {input.manifest:q} --output {output:q} --log {log:q}"
 
 
+rule export_classifier:
+    input:
+        backbone="results/{experiment}/{evaluation}/backbone.safetensors",
+        classifier="results/{experiment}/{evaluation}/classifier.safetensors",
+    output:
+        "results/{experiment}/{evaluation}/classifier.onnx",
+    log:
+        "logs/export_classifier/{experiment}/{evaluation}.log",
+    wildcard_constraints:
+        evaluation=one_of(evaluations_of("finetune")),
+    threads: 16
+    params:
+        code=lambda wildcards: stage_code("export_classifier"),
+    shell:
+        "ssl-core export-classifier {wildcards.experiment:q} {wildcards.evaluation:q} --backbone {input.backbone:q}"
+        " --classifier {input.classifier:q} --output {output:q} --threads {threads} --log {log:q}"
+
+
 # Timings differ from run to run: only the table may have this result as an input. The job takes all threads, so that no
 # other job disturbs the timing.
 rule cost:

@@ -82,14 +82,14 @@ def gather_subjects(
     for network in networks.values():
         network.requires_grad_(False).to(device=device, memory_format=torch.channels_last)  # pyright: ignore
     size = image_size or int(header["image_size"])
-    mean, std = (tuple(_read_header(header, key)) for key in ("mean", "std"))
+    mean, std = (tuple(read_header(header, key)) for key in ("mean", "std"))
     return Subjects(networks, size, mean, std, device, threads, header, model)
 
 
 def build_untrained(header: Mapping[str, str]) -> nn.Module:
     """Build the backbone of a safetensors header with the weights that the pre-training started from."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(_read_header(header, "seed"))
+        torch.manual_seed(read_header(header, "seed"))
         return build_backbone(Backbone.model_validate_json(header["backbone"]), int(header["image_size"]))
 
 
@@ -274,7 +274,7 @@ def percent(hits: Tensor) -> float:
     return round(100 * hits.sum().item() / len(hits), 4)
 
 
-def _read_header(header: Mapping[str, str], key: str) -> Any:
+def read_header(header: Mapping[str, str], key: str) -> Any:
     """Read a JSON value from the header of a backbone's file."""
     if key not in header:
         raise ValueError(

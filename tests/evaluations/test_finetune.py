@@ -4,15 +4,19 @@ import torch.nn.functional as F
 
 from ssl_core.config import Dataset, Subset
 from ssl_core.data.shards import Manifest, read_labels
-from ssl_core.evaluations import semi_supervised
+from ssl_core.evaluations import finetune
+from ssl_core.evaluations.finetune import VARIANTS, Config, Model, draw_labelled, run, shares
 from ssl_core.evaluations.parts.features import draw_by_class
-from ssl_core.evaluations.semi_supervised import VARIANTS, Config, Model, draw_labelled, run, shares
 
 from .conftest import SQUARES, Tiny, quiet, write_shards
 
 
 def short(**options):
-    return Config(dataset=SQUARES, **{"epochs": 8, "batch_size": 6, "fraction": 0.3, "learning_rate": 0.1, **options})
+    return Config(
+        dataset=SQUARES,
+        variant="ressl_1",
+        **{"epochs": 8, "batch_size": 6, "fraction": 0.3, "learning_rate": 0.1, **options},
+    )
 
 
 def test_each_class_gives_its_share_and_at_least_one():
@@ -55,7 +59,7 @@ def test_only_the_labelled_images_are_seen(subjects, manifest, tmp_path, monkeyp
     images = draw_labelled(manifest, short(labels_per_class=3))
     wrong = [n % 3 if n in images else (n + 1) % 3 for n in range(60)]
     other = Manifest.load(write_shards(tmp_path, train=wrong, test=[n % 3 for n in range(31)]))
-    monkeypatch.setattr(semi_supervised, "draw_labelled", lambda manifest, config: images)
+    monkeypatch.setattr(finetune, "draw_labelled", lambda manifest, config: images)
     outcome = run(short(epochs=30), subjects, other, quiet)
     assert outcome.metrics["pixels"]["top1"] == 100.0
 
@@ -95,6 +99,7 @@ def test_schedules_have_their_shape():
 @pytest.mark.parametrize(
     ("variant", "fraction", "backbone", "classifier", "epochs"),
     [
+        ("full", 1.0, 0.02, 0.2, 20),
         ("ressl_1", 0.01, 0, 0.1, 60),
         ("ressl_10", 0.1, 0.02, 0.2, 20),
         ("swav_1", 0.01, 0.02, 5.0, 20),
@@ -110,10 +115,12 @@ def test_published_protocols_have_their_numbers(variant, fraction, backbone, cla
 @pytest.mark.parametrize(
     ("options", "name"),
     [
-        ({}, "semi_supervised-ressl_1/v1"),
-        ({"variant": "ressl_10"}, "semi_supervised-ressl_10/v1"),
-        ({"fraction": 0.05}, "semi_supervised-ressl_1-5_percent/v1"),
-        ({"variant": "ressl_10", "labels_per_class": 4}, "semi_supervised-ressl_10-4_a_class/v1"),
+        ({}, "finetune-full/v1"),
+        ({"fraction": 0.25}, "finetune-full-25_percent/v1"),
+        ({"variant": "ressl_1"}, "finetune-ressl_1/v1"),
+        ({"variant": "ressl_10"}, "finetune-ressl_10/v1"),
+        ({"variant": "ressl_1", "fraction": 0.05}, "finetune-ressl_1-5_percent/v1"),
+        ({"variant": "ressl_10", "labels_per_class": 4}, "finetune-ressl_10-4_a_class/v1"),
     ],
 )
 def test_the_protocol_name_tells_numbers_of_labels_apart(options, name):

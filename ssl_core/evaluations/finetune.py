@@ -1,13 +1,15 @@
-"""Semi-supervised classification: a classifier, and in some variants the backbone, trained on few labels.
+"""Fine-tuning: a classifier and the backbone trained on all labels or, as in semi-supervised papers, on few of them.
 
 ReSSL freezes the backbone at 1 % of the labels and fine-tunes it at 10 %. SSLight fine-tunes, with the classifier on
 the second layer of the projector. The seed draws the labelled images: a share of each class, or a number per class. The
 results list their indices. Source: docs/sources.md#semi-supervised.
+
+The stage `finetune` runs it, keeps the network and continues after an interruption.
 """
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -15,9 +17,10 @@ import torch.nn.functional as F
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from ssl_core.config import Dataset
-from ssl_core.data.loader import Loader, draw_subset
+from ssl_core.config import Dataset, Training
+from ssl_core.data.loader import draw_subset
 from ssl_core.data.shards import Manifest, read_labels
+from ssl_core.data.views import View
 from ssl_core.evaluations.base import ImageConfig, Log, Outcome, Subjects, find_test_split
 from ssl_core.evaluations.parts.features import (
     accuracies,
@@ -32,9 +35,10 @@ from ssl_core.evaluations.parts.features import (
 )
 from ssl_core.evaluations.parts.projection import with_projector
 from ssl_core.experiments.needs import Contract, Needs
-from ssl_core.progress import progress_bar
+from ssl_core.training.finetuning import FinetuneTrainer
 
-# What each published protocol changes in the defaults of `Config`, which are ReSSL's at 1 %.
+# What each variant changes in the defaults of `Config`, which are ReSSL's at 1 %. All but `full` are published; it uses
+# ReSSL's settings at 10 % for all labels, a choice made here.
 _FINE_TUNED = {"fraction": 0.1, "backbone_learning_rate": 0.02, "learning_rate": 0.2, "epochs": 20}
 _STEPS = {"schedule": "step", "milestones": (12 / 20, 16 / 20), "decay_factor": 0.2, "epochs": 20}
 _SSLIGHT = {
@@ -49,6 +53,7 @@ _SSLIGHT = {
     "resize": 256 / 224,
 }
 VARIANTS: dict[str, dict[str, Any]] = {
+    "full": {**_FINE_TUNED, "fraction": 1.0},
     "ressl_1": {},
     "ressl_10": _FINE_TUNED,
     "swav_1": {**_STEPS, "backbone_learning_rate": 0.02, "learning_rate": 5.0},
@@ -65,11 +70,13 @@ class Config(ImageConfig):
     The seed draws the labelled images, the views and the first weights of the classifier.
     """
 
-    contract: ClassVar = Contract(needs_by_key={"variant": {name: Needs(projector=True) for name in ON_PROJECTOR}})
+    contract: ClassVar = Contract(
+        rule="finetune", needs_by_key={"variant": {name: Needs(projector=True) for name in ON_PROJECTOR}}
+    )
     published: ClassVar = VARIANTS
 
-    protocol: Literal["semi_supervised"] = "semi_supervised"
-    variant: Literal[*VARIANTS] = "ressl_1"  # pyright: ignore
+    protocol: Literal["finetune"] = "finetune"
+    variant: Literal[*VARIANTS] = "full"  # pyright: ignore
     fraction: float = Field(default=0.01, gt=0, le=1)  # of each class's images, at least one
     labels_per_class: PositiveInt | None = None  # replaces the fraction
     backbone_learning_rate: NonNegativeFloat = 0.0  # 0: frozen, in eval mode
@@ -87,6 +94,7 @@ class Config(ImageConfig):
     batch_size: PositiveInt = 256  # not given for ReSSL; at most the number of labelled images
     area: tuple[PositiveFloat, PositiveFloat] = (0.08, 1.0)
     interpolation: Literal["linear", "cubic"] = "linear"
+    checkpoint_minutes: PositiveFloat = 2.0
 
     def protocol_name(self) -> str:
         """Return the protocol's name with its variant, and the number of labels if it differs from the variant's."""
@@ -94,46 +102,83 @@ class Config(ImageConfig):
         labels = f"-{self.labels_per_class}_a_class" if self.labels_per_class else ""
         if not labels and self.fraction != original.fraction:
             labels = f"-{100 * self.fraction:g}_percent"
-        return f"semi_supervised-{self.variant}{labels}/v1"
+        return f"finetune-{self.variant}{labels}/v1"
+
+
+State = dict[str, Any]
+Save = Callable[[State], None]
 
 
 def run(config: Config, subjects: Subjects, manifest: Manifest, log: Log) -> Outcome:
     """Train a copy of each network on the same views of the same labelled images, and score it on the test split."""
-    split = find_test_split(config, manifest)
+    return measure(config, subjects, manifest, train(config, subjects, manifest, {}, log=log, save=lambda state: None))
+
+
+def train(
+    config: Config, subjects: Subjects, manifest: Manifest, state: State, *, log: Log, save: Save
+) -> dict[str, "Model"]:
+    """Train a copy of each network, from `state` on; `save` stores a state from which a later call continues."""
     images = draw_labelled(manifest, config)
-    on_projector = config.needs().projector
-    if on_projector:
+    if config.needs().projector:
         subjects = with_projector(subjects)
     classes = num_classes(manifest, config.dataset.split)
     view = training_view(subjects.image_size, config.area, manifest.avoid, interpolation=config.interpolation)
-    center = center_view(subjects.image_size, resize=config.resize, interpolation=config.interpolation)
     whole = Dataset(name=config.dataset.name, split=config.dataset.split)
     batch_size = min(config.batch_size, len(images))
     options: Any = {"shuffle": True, "batch_size": batch_size, "seed": config.seed, "only": images}
-    scale = batch_size / 256 if config.learning_rate_scaling == "linear" else 1.0
+    scale = rate_scale(config, batch_size)
     models = {
         name: Model(subjects.networks[name], width, classes, config, scale=scale, device=subjects.device)
         for name, width in _widths(subjects).items()
     }
     with make_loader(subjects, manifest, whole, view, **options) as loader:
-        _train(models, loader, config)
-    logits = read_split(subjects, manifest, split, center, "semi-supervised", networks=models)
+        plan = list(shares(config, config.epochs * loader.steps_per_epoch))
+        training = Training(batch_size=batch_size, checkpoint_minutes=config.checkpoint_minutes)
+        trainer = FinetuneTrainer(models, loader, plan, training, device=torch.device(subjects.device))
+        if state:
+            trainer.restore(state)
+        trainer.run(
+            save=lambda: save(trainer.state()),
+            log=lambda row: log({name: value for name, value in row.items() if name != "step"}, int(row["step"])),
+        )
+    return models
+
+
+def measure(config: Config, subjects: Subjects, manifest: Manifest, models: dict[str, "Model"]) -> Outcome:
+    """Score the trained networks on the test split."""
+    split = find_test_split(config, manifest)
+    images = draw_labelled(manifest, config)
+    batch_size = min(config.batch_size, len(images))
+    scale = rate_scale(config, batch_size)
+    view = evaluation_view(config, subjects)
+    flip = training_view(subjects.image_size, config.area, manifest.avoid).augmentation.flip
+    logits = read_split(subjects, manifest, split, view, "finetune", networks=models)
     metrics = {name: accuracies(rows, logits.labels) for name, rows in logits.by_network.items()}
     hyperparameters = config.settings(
         overridden=config.overridden(),
         how="fixed by the configuration",
         labelled_images=len(images),
         backbone="fine-tuned" if config.backbone_learning_rate else "frozen",
-        classifier_on="the projector's second layer" if on_projector else "the backbone",
+        classifier_on="the projector's second layer" if config.needs().projector else "the backbone",
         backbone_learning_rate=config.backbone_learning_rate * scale,
         learning_rate=config.learning_rate * scale,
         batch_size=batch_size,
-        flip=view.augmentation.flip,
+        flip=flip,
         image_size=subjects.image_size,
     )
     details = {"labelled_images": " ".join(map(str, images))}
     counts = (len(images), len(logits.labels))
     return Outcome(config.protocol_name(), split, metrics, hyperparameters, *counts, details=details)
+
+
+def rate_scale(config: Config, batch_size: int) -> float:
+    """Return the factor of the learning rates for a batch."""
+    return batch_size / 256 if config.learning_rate_scaling == "linear" else 1.0
+
+
+def evaluation_view(config: Config, subjects: Subjects) -> View:
+    """Return the view of test images."""
+    return center_view(subjects.image_size, resize=config.resize, interpolation=config.interpolation)
 
 
 def draw_labelled(manifest: Manifest, config: Config) -> list[int]:
@@ -180,8 +225,11 @@ class Model(nn.Module):
         """Return logits."""
         return self.classifier(self.backbone(images))
 
-    def step(self, images: Tensor, labels: Tensor, share: float) -> None:
-        """Take one step at the fraction `share` of the learning rate range; a frozen backbone stays in eval mode."""
+    def step(self, images: Tensor, labels: Tensor, share: float) -> Tensor:
+        """Take one step at the fraction `share` of the learning rates' range and return the loss.
+
+        A frozen backbone stays in eval mode.
+        """
         if self.tuned:
             self.train()
             features = self.backbone(images)
@@ -191,8 +239,10 @@ class Model(nn.Module):
         for group, rate in zip(self.optimizer.param_groups, self.rates):
             group["lr"] = self.lowest + share * (rate - self.lowest)
         self.optimizer.zero_grad()
-        F.cross_entropy(self.classifier(features), labels).backward()
+        loss = F.cross_entropy(self.classifier(features), labels)
+        loss.backward()
         self.optimizer.step()
+        return loss.detach()
 
 
 def shares(config: Config, steps: int) -> Iterator[float]:
@@ -205,18 +255,6 @@ def shares(config: Config, steps: int) -> Iterator[float]:
             yield (1 + math.cos(math.pi * done)) / 2
         else:
             yield config.decay_factor ** sum(done >= milestone for milestone in config.milestones)
-
-
-def _train(models: dict[str, Model], loader: Loader, config: Config) -> None:
-    plan = shares(config, config.epochs * loader.steps_per_epoch)
-    with progress_bar(config.epochs, "semi-supervised", unit="epochs") as bar:
-        for _ in range(config.epochs):
-            for batch in loader.epoch():
-                ((images,),) = batch.views.values()
-                labels, share = batch.labels.to(images.device), next(plan)
-                for model in models.values():
-                    model.step(images, labels, share)
-            bar.update()
 
 
 def _widths(subjects: Subjects) -> dict[str, int]:

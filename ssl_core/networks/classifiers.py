@@ -1,0 +1,34 @@
+"""The file of a classifier: one linear layer on a backbone's features, with the names of its classes."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from torch import nn
+
+from ssl_core.networks.backbones import load_strictly, read_tensors, write_tensors
+
+
+class Classifier(NamedTuple):
+    """A linear layer from features to classes, and the metadata of its file."""
+
+    layer: nn.Linear
+    classes: tuple[str, ...]
+    header: dict[str, str]
+
+
+def save_classifier(path: Path, layer: nn.Linear, classes: Sequence[str], metadata: Mapping[str, str]) -> None:
+    """Write a classifier; equal inputs give equal bytes. All values of `metadata` are strings."""
+    write_tensors(path, layer.state_dict(), {"classes": json.dumps(list(classes)), **metadata})
+
+
+def load_classifier(path: Path) -> Classifier:
+    """Read the file of a classifier; raise `ValueError` if it is damaged or another file."""
+    weights, header = read_tensors(path)
+    if "classes" not in header or "weight" not in weights:
+        raise ValueError(f"{path} is no classifier of this project: its header has no classes")
+    classes = tuple(json.loads(header["classes"]))
+    layer = nn.Linear(weights["weight"].shape[1], len(classes))
+    load_strictly(layer, weights, path)
+    return Classifier(layer, classes, header)
