@@ -3,6 +3,7 @@
 A new family is one subclass of `Family` in `FAMILIES`; a new vision transformer is one entry of `TRANSFORMERS`.
 """
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -50,6 +51,11 @@ class Family:
     def pooled_features(self, network: nn.Module, pooled: Tensor) -> Tensor:
         """Return the features (rows, num_features) of averages (rows, channels) over the last map."""
         raise NotImplementedError
+
+    def features_and_map(self, network: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return pooled features (batch, num_features) and the last map (batch, channels, height, width)."""
+        maps = self.feature_map(network, images)
+        return self.pooled_features(network, maps.mean(dim=(2, 3))), maps
 
     def rebuilding_code(self, network: nn.Module, config: Backbone, image_size: int) -> str:
         """Return Python code that builds the network as `model` with its library alone."""
@@ -195,6 +201,17 @@ class TimmFamily(Family):
     def pooled_features(self, network: nn.Module, pooled: Tensor) -> Tensor:
         return network.forward_head(pooled[:, :, None, None], pre_logits=True)  # pyright: ignore[reportCallIssue]
 
+    def features_and_map(self, network: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+        """The map of a transformer is that of its patches, without class and register tokens."""
+        prefix = getattr(network, "num_prefix_tokens", None)
+        if prefix is None:
+            return super().features_and_map(network, images)
+        tokens: Tensor = network.forward_features(images)  # pyright: ignore[reportCallIssue] - (batch, tokens, width)
+        features: Tensor = network.forward_head(tokens, pre_logits=True)  # pyright: ignore[reportCallIssue]
+        patches = tokens[:, prefix:].transpose(1, 2)
+        side = math.isqrt(patches.shape[2])
+        return features, patches.unflatten(2, (side, side))
+
     def rebuilding_code(self, network: nn.Module, config: Backbone, image_size: int) -> str:
         _, name = architecture(config)
         transformer = TRANSFORMERS.get(config.name)
@@ -287,6 +304,14 @@ def feature_map(backbone: nn.Module, images: Tensor) -> Tensor:
     Raises ValueError for networks without one: transformers, and other networks of torchvision.
     """
     return family_of(backbone).feature_map(backbone, images)
+
+
+def features_and_map(backbone: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Return pooled features (batch, num_features) and the last map (batch, channels, height, width) of `images`.
+
+    Raises ValueError for networks without a map: other networks of torchvision.
+    """
+    return family_of(backbone).features_and_map(backbone, images)
 
 
 def pooled_features(backbone: nn.Module, pooled: Tensor) -> Tensor:
