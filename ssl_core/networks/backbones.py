@@ -21,13 +21,22 @@ from torch import Tensor, nn
 
 from ssl_core.config import Backbone
 from ssl_core.files import atomic
-from ssl_core.networks.families import CLASSIFIERS, FAMILIES, TRANSFORMERS, can_drop_paths, family_of, fit_stem
+from ssl_core.networks.families import (
+    CLASSIFIERS,
+    FAMILIES,
+    TRANSFORMERS,
+    WideResNet,
+    can_drop_paths,
+    family_of,
+    fit_stem,
+)
 from ssl_core.networks.heads import PROJECTOR
 from ssl_core.networks.pickles import is_pickled, read_state_dict
 from ssl_core.provenance import digest
 
 CONVOLUTIONAL = tuple(name for family in FAMILIES for name in family.names)
 NAMES = (*CONVOLUTIONAL, *TRANSFORMERS)
+WIDE = "resnet50x2"
 IMAGE_SIZE = TypeAdapter(Annotated[int, Field(ge=1, le=8192)])  # bounds for the header of a file
 CHECKSUM = "ssl_core_sha256"  # key of the file's checksum in its metadata
 NO_CHECKSUM = "0" * 64  # in place of the checksum while it is computed
@@ -110,12 +119,15 @@ def _refuse_single_pixels(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
 
 
 def _torchvision(config: Backbone) -> nn.Module:
-    """Build a network of torchvision without its classifier."""
+    """Build a network of torchvision without its classifier, or ResNet-50x2, which torchvision lacks."""
     name = config.name.removeprefix("torchvision/")
     available = torchvision.models.list_models(module=torchvision.models)
-    if name not in available or (config.name == name and name not in CONVOLUTIONAL):
+    if config.name == WIDE:
+        module = WideResNet()
+    elif name in available and (config.name != name or name in CONVOLUTIONAL):
+        module = torchvision.models.get_model(name, weights=None)
+    else:
         raise ValueError(_unknown(config.name))
-    module = torchvision.models.get_model(name, weights=None)
     family_of(module).remove_classifier(module, config)
     return module
 
