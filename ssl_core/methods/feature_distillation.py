@@ -108,7 +108,7 @@ class FeatureDistillation(Method):
 def distance(prediction: Tensor, target: Tensor, *, loss: str) -> Tensor:
     """Return 1 - cos over channels, or the squared error, of (batch, channels, ...), mean over all other axes."""
     if loss == "cosine":
-        return (1 - F.cosine_similarity(prediction, target.detach(), dim=1)).mean()
+        return 1 - (F.normalize(prediction, dim=1) * F.normalize(target.detach(), dim=1)).sum(dim=1).mean()
     return F.mse_loss(prediction, target.detach())
 
 

@@ -89,4 +89,5 @@ def regression_head(num_features: int, dim: int) -> nn.Sequential:
 
 def simreg_loss(prediction: Tensor, target: Tensor) -> Tensor:
     """Return the squared distance of the unit vectors, 2 - 2 cos, of (batch, dim), mean over the batch."""
-    return (2 - 2 * F.cosine_similarity(prediction, target.detach(), dim=1)).mean()
+    cosine = (F.normalize(prediction, dim=1) * F.normalize(target.detach(), dim=1)).sum(dim=1)
+    return (2 - 2 * cosine).mean()
