@@ -22,6 +22,7 @@ from ssl_core.experiments import processes
 from ssl_core.files import use_utf8
 from ssl_core.provenance import num_cores
 
+LAYOUTS = ("moco", "swav", "dino", "byol", "simsiam")  # of `convert`
 CARD = "a data set's name, whose card is in datasets/ or in the package, or the file of a card"
 
 
@@ -190,6 +191,8 @@ def _add_looks(commands: Any) -> None:
     compare = commands.add_parser("compare", help="print reported numbers beside the measured ones")
     compare.set_defaults(command=_compare)
 
+    _add_convert(commands)
+
     explain = commands.add_parser("explain", help="show all settings of an experiment, defaults included, and its cost")
     explain.add_argument(
         "--time",
@@ -270,6 +273,19 @@ def _use(options: argparse.Namespace) -> None:
     functions[options.name](**arguments)
 
 
+def _add_convert(commands: Any) -> None:
+    convert = commands.add_parser("convert", help="convert a public checkpoint to a backbone file with projector")
+    convert.add_argument("checkpoint", type=Path, help="by torch.save; only tensors and plain containers are read")
+    convert.add_argument("--layout", required=True, choices=LAYOUTS, help="the authors' names of tensors")
+    convert.add_argument("-o", "--output", type=Path, required=True, metavar="FILE")
+    convert.add_argument("--backbone", default="resnet50", metavar="NAME", help="its network (default: resnet50)")
+    convert.add_argument("--stem", default="imagenet", choices=("imagenet", "tiny", "small"))
+    convert.add_argument("--image-size", type=_positive, default=224, metavar="PIXELS", help="default: 224")
+    convert.add_argument("--backbone-only", action="store_true", help="leave out the projector")
+    convert.add_argument("--overwrite", action="store_true", help="replace an existing file")
+    convert.set_defaults(command=_convert)
+
+
 def _stage(options: argparse.Namespace) -> None:
     """Call the stage with its options, which have the names of its arguments."""
     processes.end_with_workflow()
@@ -332,6 +348,22 @@ def _find_experiment(options: argparse.Namespace) -> None:
     from ssl_core.experiments.overlays import load_configuration
 
     load_configuration(options.configfile).experiment(options.experiment)
+
+
+def _convert(options: argparse.Namespace) -> None:
+    from ssl_core.config import Backbone
+    from ssl_core.networks.conversion import convert
+
+    description = convert(
+        options.checkpoint,
+        layout=options.layout,
+        output=options.output,
+        backbone=Backbone(name=options.backbone, stem=options.stem),
+        image_size=options.image_size,
+        backbone_only=options.backbone_only,
+        overwrite=options.overwrite,
+    )
+    print(f"{options.checkpoint}: {description}")
 
 
 def _explain(options: argparse.Namespace) -> None:

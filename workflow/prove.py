@@ -122,8 +122,9 @@ def jobs() -> Iterable[tuple[str, str, dict[str, Any]]]:
         method = {"name": path.stem, **SMALL.get(path.stem, {})}
         if path.stem == "base":
             continue
-        if path.stem == "seed":
+        if "    teacher: Teacher\n" in path.read_text():
             method["teacher"] = {"weights": "start/backbone.safetensors"}
+        if path.stem in ("seed", "compress", "disco"):
             method["queue_size"] = 64
         dataset = {"name": DATASET, "subset": SUBSET}
         spec = {"dataset": dataset, "backbone": BACKBONE, "method": method, "training": TRAINING}

@@ -24,7 +24,7 @@ from ssl_core.data.batch import Batch
 from ssl_core.data.views import POLICIES, Augmentation, Probability, View, Views
 from ssl_core.methods.base import Losses, Memory, Method, MethodConfig, Preset, Progress, full_precision
 from ssl_core.networks.backbones import Network, load_strictly, read_tensors
-from ssl_core.networks.heads import mlp
+from ssl_core.networks.heads import PROJECTOR, mlp
 
 
 class Config(MultiCrop, MethodConfig):
@@ -201,7 +201,7 @@ def start_from(path: Path, backbone: nn.Module, projector: nn.Module) -> None:
     """
     weights, header = read_tensors(path)
     if "backbone" in header:
-        weights = {f"backbone.{name}": weight for name, weight in weights.items()}
+        weights = {name if name.startswith(PROJECTOR) else f"backbone.{name}": rows for name, rows in weights.items()}
     parts: dict[str, dict[str, Tensor]] = {"backbone": {}, "projector": {}}
     for name, weight in weights.items():
         part, _, rest = name.partition(".")

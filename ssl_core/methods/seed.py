@@ -4,36 +4,22 @@ A small student learns a frozen, larger teacher's similarities of an image to it
 Both see the same view. Shi et al. initialise their MoCo with the resulting backbone.
 """
 
-import json
-import re
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Literal, Self
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from pydantic import PositiveFloat, PositiveInt
-from torch import Tensor, nn
+from torch import Tensor
 
 from ssl_core.blocks import distributed
+from ssl_core.blocks.frozen_teacher import FrozenTeacher, Teacher
 from ssl_core.blocks.queue import Queue
-from ssl_core.config import IMAGENET, Backbone, Normalisation, Strict
 from ssl_core.data.batch import Batch, BatchSource
 from ssl_core.data.views import POLICIES, Augmentation, View, Views
 from ssl_core.methods.base import Losses, Memory, Method, MethodConfig, Preset, Progress, full_precision
-from ssl_core.networks.backbones import Network, build_backbone, load_backbone, load_weights, read_tensors
+from ssl_core.networks.backbones import Network
 from ssl_core.networks.heads import mlp
-
-
-class Teacher(Strict):
-    """The frozen network whose embeddings are distilled."""
-
-    weights: str  # a backbone.safetensors of this project or, with `backbone`, a file of torchvision or timm
-    backbone: Backbone | None = None  # the network, for a file without that entry in its header
-    projector: str | None = None  # the model.safetensors of the same run; None: pooled features are the embeddings
-    size: PositiveInt | None = None  # side of its input in pixels; None: the student's
-    mean: tuple[float, float, float] | None = None  # normalisation; None: from the file's header, else ImageNet's
-    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] | None = None
 
 
 class Config(MethodConfig):
@@ -72,17 +58,13 @@ class SEED(Method):
 
     Config = Config
     fixed_views = ("both",)
-    scale: Tensor
-    shift: Tensor
 
     def __init__(self, config: Config, backbone: Network, *, num_images: int, batch_size: int, seed: int) -> None:
         super().__init__(config, backbone, num_images=num_images, batch_size=batch_size, seed=seed)
         self.config = config
-        self.teacher, dim, self.normalisation = load_teacher(config.teacher)
-        self.projector = mlp([backbone.num_features, backbone.num_features, dim], batch_norm=False)
-        self.register_buffer("scale", torch.ones(3, 1, 1))  # from the data's normalisation to the teacher's
-        self.register_buffer("shift", torch.zeros(3, 1, 1))
-        self.queue = Queue(config.queue_size, dim)
+        self.teacher = FrozenTeacher(config.teacher)
+        self.projector = mlp([backbone.num_features, backbone.num_features, self.teacher.dim], batch_norm=False)
+        self.queue = Queue(config.queue_size, self.teacher.dim)
 
     @staticmethod
     def views(config: Config, image_size: int) -> Views:
@@ -92,27 +74,14 @@ class SEED(Method):
         return {"both": view}
 
     def prepare(self, loader: BatchSource, device: torch.device) -> None:
-        """Compute the map from the data's normalisation to the teacher's."""
-
-        def per_channel(values: Sequence[float]) -> Tensor:
-            return torch.tensor(values, device=device).view(3, 1, 1)
-
-        mean, std = map(per_channel, loader.normalisation)
-        teacher_mean, teacher_std = per_channel(self.normalisation.mean), per_channel(self.normalisation.std)
-        self.scale.copy_(std / teacher_std)
-        self.shift.copy_((mean - teacher_mean) / teacher_std)
-
-    def train(self, mode: bool = True) -> Self:
-        """Set the student's mode; the teacher remains in evaluation mode."""
-        super().train(mode)
-        self.teacher.eval()
-        return self
+        """Fit the teacher's input to the data's normalisation."""
+        self.teacher.prepare(loader, device)
 
     def forward(self, batch: Batch, progress: Progress) -> Losses:
         """Return the loss over the teacher's embedding of each image and the queue of earlier batches."""
         (view,) = batch.views["both"]
         student = F.normalize(self.projector(self.backbone(view)).float(), dim=1)  # (batch, dim)
-        teacher = self._teach(view)
+        teacher = F.normalize(self.teacher(view), dim=1)
         with full_precision(student):
             loss = seed_loss(
                 student,
@@ -124,66 +93,10 @@ class SEED(Method):
         return Losses(loss, {}, embedding=student.detach(), memory={"keys": teacher})
 
     @torch.no_grad()
-    def _teach(self, view: Tensor) -> Tensor:
-        size = self.config.teacher.size
-        if size is not None and size != view.shape[-1]:
-            view = F.interpolate(view, size=(size, size), mode="bilinear", antialias=True)
-        return F.normalize(self.teacher(view * self.scale + self.shift).float(), dim=1)
-
-    @torch.no_grad()
     def after_step(self, progress: Progress, memories: Sequence[Memory]) -> None:
         """Put the teacher's embeddings of this step into the queue."""
         for memory in memories:
             self.queue.enqueue(distributed.gather(memory["keys"]))
-
-
-def load_teacher(config: Teacher) -> tuple[nn.Module, int, Normalisation]:
-    """Load backbone and optional projector as one frozen network; return it, its width and its normalisation.
-
-    Raises ValueError for a file that is missing or does not fit.
-    """
-    path, normalisation = Path(config.weights), dict(IMAGENET)
-    if config.backbone is None:
-        backbone, header = load_backbone(path)
-        normalisation |= {name: json.loads(header[name]) for name in ("mean", "std") if name in header}
-    else:
-        backbone = build_backbone(config.backbone, config.size or 224)
-        load_weights(backbone, path)
-    normalisation |= config.model_dump(include={"mean", "std"}, exclude_none=True)
-    projector, dim = nn.Identity(), backbone.num_features
-    if config.projector is not None:
-        projector, dim = load_projector(Path(config.projector), dim)
-    teacher = nn.Sequential(backbone, projector).requires_grad_(False).eval()
-    return teacher, dim, Normalisation.model_validate(normalisation)
-
-
-def load_projector(path: Path, num_features: int) -> tuple[nn.Module, int]:
-    """Rebuild the `projector` of a model.safetensors from its shapes: linear layers and BatchNorms, ReLU in between.
-
-    Returns it with its output width. Raises ValueError if there is none, or none for `num_features` features.
-    """
-    tensors, _ = read_tensors(path)
-    weights = {name.removeprefix("projector."): rows for name, rows in tensors.items() if name.startswith("projector.")}
-    if any(re.fullmatch(r"\d+\.\w+", name) is None for name in weights) or not weights:
-        raise ValueError(
-            f"{path} has no projector of plain layers: leave out teacher.projector to distil pooled features"
-        )
-    layers: list[nn.Module] = []
-    dim = num_features
-    for index in range(1 + max(int(name.split(".")[0]) for name in weights)):
-        weight, mean = weights.get(f"{index}.weight"), weights.get(f"{index}.running_mean")
-        if mean is not None:
-            layers.append(nn.BatchNorm1d(len(mean), affine=weight is not None))
-        elif weight is None:
-            layers.append(nn.ReLU())
-        else:
-            if weight.shape[1] != dim:
-                raise ValueError(f"{path}: its projector takes {weight.shape[1]} features, its backbone gives {dim}")
-            dim = len(weight)
-            layers.append(nn.Linear(weight.shape[1], dim, bias=f"{index}.bias" in weights))
-    projector = nn.Sequential(*layers)
-    projector.load_state_dict(weights)
-    return projector, dim
 
 
 def seed_loss(

@@ -21,11 +21,22 @@ from torch import Tensor, nn
 
 from ssl_core.config import Backbone
 from ssl_core.files import atomic
-from ssl_core.networks.families import CLASSIFIERS, FAMILIES, TRANSFORMERS, can_drop_paths, family_of, fit_stem
+from ssl_core.networks.families import (
+    CLASSIFIERS,
+    FAMILIES,
+    TRANSFORMERS,
+    WideResNet,
+    can_drop_paths,
+    family_of,
+    fit_stem,
+)
+from ssl_core.networks.heads import PROJECTOR
+from ssl_core.networks.pickles import is_pickled, read_state_dict
 from ssl_core.provenance import digest
 
 CONVOLUTIONAL = tuple(name for family in FAMILIES for name in family.names)
 NAMES = (*CONVOLUTIONAL, *TRANSFORMERS)
+WIDE = "resnet50x2"
 IMAGE_SIZE = TypeAdapter(Annotated[int, Field(ge=1, le=8192)])  # bounds for the header of a file
 CHECKSUM = "ssl_core_sha256"  # key of the file's checksum in its metadata
 NO_CHECKSUM = "0" * 64  # in place of the checksum while it is computed
@@ -108,12 +119,15 @@ def _refuse_single_pixels(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
 
 
 def _torchvision(config: Backbone) -> nn.Module:
-    """Build a network of torchvision without its classifier."""
+    """Build a network of torchvision without its classifier, or ResNet-50x2, which torchvision lacks."""
     name = config.name.removeprefix("torchvision/")
     available = torchvision.models.list_models(module=torchvision.models)
-    if name not in available or (config.name == name and name not in CONVOLUTIONAL):
+    if config.name == WIDE:
+        module = WideResNet()
+    elif name in available and (config.name != name or name in CONVOLUTIONAL):
+        module = torchvision.models.get_model(name, weights=None)
+    else:
         raise ValueError(_unknown(config.name))
-    module = torchvision.models.get_model(name, weights=None)
     family_of(module).remove_classifier(module, config)
     return module
 
@@ -198,11 +212,17 @@ def _unknown(name: str) -> str:
 
 
 def save_backbone(
-    path: Path, module: nn.Module, config: Backbone, image_size: int, metadata: Mapping[str, str]
+    path: Path,
+    module: nn.Module,
+    config: Backbone,
+    image_size: int,
+    metadata: Mapping[str, str],
+    projector: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write weights and a header that `load_backbone` can rebuild the network from; equal inputs give equal bytes.
 
-    `metadata` joins the header: normalisation, digests; all values are strings.
+    `metadata` joins the header: normalisation, digests; all values are strings. The tensors of a `projector` are
+    written beside the backbone's.
     """
     header = {
         "backbone": config.model_dump_json(exclude={"drop_path"}),  # paths are dropped in pre-training only
@@ -210,7 +230,8 @@ def save_backbone(
         "num_features": str(module.num_features),
         **metadata,
     }
-    write_tensors(path, module.state_dict(), header)
+    head = {f"{PROJECTOR}{name}": tensor for name, tensor in (projector or {}).items()}
+    write_tensors(path, {**module.state_dict(), **head}, header)
 
 
 def load_backbone(path: Path) -> tuple[Network, dict[str, str]]:
@@ -227,12 +248,17 @@ def load_backbone(path: Path) -> tuple[Network, dict[str, str]]:
     except ValidationError as error:
         raise ValueError(f"{path}: its header describes no known backbone: {error.errors()[0]['msg']}") from None
     module = build_backbone(config, image_size)
-    load_strictly(module, weights, path)
+    load_strictly(module, without_projector(weights), path)
     return module, header
 
 
+def without_projector(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors of a file without those of a converted checkpoint's projector."""
+    return {name: weight for name, weight in weights.items() if not name.startswith(PROJECTOR)}
+
+
 def load_weights(module: nn.Module, path: Path) -> list[str]:
-    """Load a safetensors file with the names of torchvision or timm; return the names that were dropped.
+    """Load a file with the names of torchvision or timm; return the names that were dropped.
 
     Only the classifier is dropped. Only the batch counters of batch norm may be missing: files from before torch 0.4.1
     lack them, and evaluation does not read them. Raises ValueError with the file and the weight that is missing,
@@ -267,13 +293,17 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read the tensors and the metadata of a safetensors file.
+    """Read the tensors and the metadata of a safetensors file, or a state dict by `torch.save`, which has none.
 
     Raises ValueError if the file is missing or broken, has a tensor that is not finite, or differs from the checksum in
     its metadata, if there is one.
     """
     if not path.is_file():
         raise ValueError(f"{path} does not exist")
+    if is_pickled(path):
+        tensors = read_state_dict(path)
+        _refuse_infinite(tensors, f"{path} cannot be used")
+        return tensors, {}
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}

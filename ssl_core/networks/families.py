@@ -3,6 +3,8 @@
 A new family is one subclass of `Family` in `FAMILIES`; a new vision transformer is one entry of `TRANSFORMERS`.
 """
 
+import inspect
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torchvision.models import EfficientNet, MobileNetV2, MobileNetV3, ResNet
+from torchvision.models.resnet import Bottleneck
 
 from ssl_core.config import Backbone
 
@@ -52,6 +55,11 @@ class Family:
         """Return the features (rows, num_features) of averages (rows, channels) over the last map."""
         raise NotImplementedError
 
+    def features_and_map(self, network: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return pooled features (batch, num_features) and the last map (batch, channels, height, width)."""
+        maps = self.feature_map(network, images)
+        return self.pooled_features(network, maps.mean(dim=(2, 3))), maps
+
     def rebuilding_code(self, network: nn.Module, config: Backbone, image_size: int) -> str:
         """Return Python code that builds the network as `model` with its library alone."""
         _, name = architecture(config)
@@ -76,17 +84,34 @@ class Family:
         raise NotImplementedError
 
 
+class WideResNet(ResNet):
+    """ResNet-50x2: all layers of ResNet-50 with twice the channels."""
+
+    def __init__(self) -> None:
+        super().__init__(Bottleneck, [3, 4, 6, 3])
+
+    def _make_layer(
+        self, block: type[nn.Module], planes: int, blocks: int, stride: int = 1, dilate: bool = False
+    ) -> nn.Sequential:
+        if planes == 64:  # the first stage: the stem is widened too
+            self.inplanes = 128
+            self.conv1 = nn.Conv2d(3, 128, kernel_size=7, stride=2, padding=3, bias=False)
+            self.bn1 = nn.BatchNorm2d(128)
+        return super()._make_layer(block, 2 * planes, blocks, stride, dilate)  # pyright: ignore[reportArgumentType]
+
+
 class ResNetFamily(Family):
     """Small stems replace the 7x7 convolution and the max-pooling by one 3x3 convolution."""
 
     title = "ResNets"
-    names = ("resnet18", "resnet34", "resnet50")
+    names = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnet50x2")
     types = (ResNet,)
     strides = STRIDES
     first_stride: Mapping[str, int] = {"tiny": 2, "small": 1}
 
     def lower_stride(self, network: nn.Module, stem: str) -> None:
-        convolution = nn.Conv2d(3, 64, kernel_size=3, stride=self.first_stride[stem], padding=1, bias=False)
+        width = len(network.get_parameter("bn1.weight"))
+        convolution = nn.Conv2d(3, width, kernel_size=3, stride=self.first_stride[stem], padding=1, bias=False)
         nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")
         network.conv1 = convolution
         network.maxpool = nn.Identity()
@@ -100,6 +125,14 @@ class ResNetFamily(Family):
 
     def pooled_features(self, network: nn.Module, pooled: Tensor) -> Tensor:
         return pooled
+
+    def rebuilding_code(self, network: nn.Module, config: Backbone, image_size: int) -> str:
+        code = super().rebuilding_code(network, config, image_size)
+        if not isinstance(network, WideResNet):
+            return code
+        imports = "from torch import nn\nfrom torchvision.models.resnet import Bottleneck, ResNet\n\n\n"
+        code = code.replace("torchvision.models.resnet50x2()", "WideResNet()").replace("Conv2d(3, 64", "Conv2d(3, 128")
+        return f"{imports}{inspect.getsource(WideResNet)}\n\n{code}"
 
     def stem_code(self, stem: str) -> list[str]:
         stride = self.first_stride[stem]
@@ -196,6 +229,17 @@ class TimmFamily(Family):
     def pooled_features(self, network: nn.Module, pooled: Tensor) -> Tensor:
         return network.forward_head(pooled[:, :, None, None], pre_logits=True)  # pyright: ignore[reportCallIssue]
 
+    def features_and_map(self, network: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+        """The map of a transformer is that of its patches, without class and register tokens."""
+        prefix = getattr(network, "num_prefix_tokens", None)
+        if prefix is None:
+            return super().features_and_map(network, images)
+        tokens: Tensor = network.forward_features(images)  # pyright: ignore[reportCallIssue] - (batch, tokens, width)
+        features: Tensor = network.forward_head(tokens, pre_logits=True)  # pyright: ignore[reportCallIssue]
+        patches = tokens[:, prefix:].transpose(1, 2)
+        side = math.isqrt(patches.shape[2])
+        return features, patches.unflatten(2, (side, side))
+
     def rebuilding_code(self, network: nn.Module, config: Backbone, image_size: int) -> str:
         _, name = architecture(config)
         transformer = TRANSFORMERS.get(config.name)
@@ -288,6 +332,14 @@ def feature_map(backbone: nn.Module, images: Tensor) -> Tensor:
     Raises ValueError for networks without one: transformers, and other networks of torchvision.
     """
     return family_of(backbone).feature_map(backbone, images)
+
+
+def features_and_map(backbone: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Return pooled features (batch, num_features) and the last map (batch, channels, height, width) of `images`.
+
+    Raises ValueError for networks without a map: other networks of torchvision.
+    """
+    return family_of(backbone).features_and_map(backbone, images)
 
 
 def pooled_features(backbone: nn.Module, pooled: Tensor) -> Tensor:

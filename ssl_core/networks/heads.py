@@ -1,11 +1,14 @@
 """Layers behind a backbone: projectors, predictors, normalisation, and pooling over the quadrants of a map."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+PROJECTOR = "projector."  # prefix of a projector's tensors in files
 
 
 def mlp(
@@ -41,6 +44,36 @@ def mlp(
         if index != last:
             layers.append(activation())
     return nn.Sequential(*layers)
+
+
+def select(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Return the tensors whose names start with `prefix`, without it."""
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def rebuild_mlp(weights: Mapping[str, Tensor], num_features: int) -> tuple[nn.Sequential, int]:
+    """Rebuild a projector from its tensors: linear layers and BatchNorms, ReLU in between; return it and its width.
+
+    Raises ValueError for other layers, and for a projector that does not take `num_features` features.
+    """
+    if any(re.fullmatch(r"\d+\.\w+", name) is None for name in weights):
+        raise ValueError("its projector does not consist of plain layers")
+    layers: list[nn.Module] = []
+    dim = num_features
+    for index in range(1 + max(int(name.split(".")[0]) for name in weights)):
+        weight, mean = weights.get(f"{index}.weight"), weights.get(f"{index}.running_mean")
+        if mean is not None:
+            layers.append(nn.BatchNorm1d(len(mean), affine=weight is not None))
+        elif weight is None:
+            layers.append(nn.ReLU())
+        else:
+            if weight.shape[1] != dim:
+                raise ValueError(f"its projector takes {weight.shape[1]} features, its backbone gives {dim}")
+            dim = len(weight)
+            layers.append(nn.Linear(weight.shape[1], dim, bias=f"{index}.bias" in weights))
+    projector = nn.Sequential(*layers)
+    projector.load_state_dict(weights)
+    return projector, dim
 
 
 class Normalize(nn.Module):

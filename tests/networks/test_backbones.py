@@ -30,6 +30,8 @@ METADATA = {"mean": "[0.5]", "std": "[0.2]", "seed": "0", "digest_spec": "a", "d
         ("resnet18", True, 11_176_512, 512),
         ("resnet34", True, 21_284_672, 512),
         ("resnet50", True, 23_508_032, 2048),
+        ("resnet152", True, 58_143_808, 2048),
+        ("resnet50x2", True, 93_907_072, 4096),  # 94M in SwAV's paper
         ("mobilenet_v2", True, 2_223_872, 1280),
         ("mobilenet_v3_small", False, 927_008, 576),
         ("mobilenet_v3_small", True, 927_008 + 577 * 1024, 1024),

@@ -15,6 +15,7 @@ from ssl_core.networks.families import architecture, family_of
         (Backbone(name="resnet18"), 32),
         (Backbone(name="resnet18", stem="small"), 32),
         (Backbone(name="resnet18", stem="tiny"), 32),
+        (Backbone(name="resnet50x2", stem="tiny"), 16),
         (Backbone(name="mobilenet_v2", stem="small"), 32),
         (Backbone(name="mobilenet_v3_small", stem="tiny"), 32),
         (Backbone(name="mobilenet_v3_small", stem="small", hidden_layer=False), 32),
