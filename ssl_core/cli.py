@@ -282,7 +282,7 @@ def _add_convert(commands: Any) -> None:
     convert.add_argument("--stem", default="imagenet", choices=("imagenet", "tiny", "small"))
     convert.add_argument("--image-size", type=_positive, default=224, metavar="PIXELS", help="default: 224")
     convert.add_argument("--backbone-only", action="store_true", help="leave out the projector")
-    convert.add_argument("--overwrite", action="store_true", help="replace an existing file")
+    convert.add_argument("--force", action="store_true", help="replace an existing file")
     convert.set_defaults(command=_convert)
 
 
@@ -361,7 +361,7 @@ def _convert(options: argparse.Namespace) -> None:
         backbone=Backbone(name=options.backbone, stem=options.stem),
         image_size=options.image_size,
         backbone_only=options.backbone_only,
-        overwrite=options.overwrite,
+        force=options.force,
     )
     print(f"{options.checkpoint}: {description}")
 

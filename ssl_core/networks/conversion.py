@@ -83,15 +83,15 @@ def convert(
     backbone: Backbone,
     image_size: int,
     backbone_only: bool = False,
-    overwrite: bool = False,
+    force: bool = False,
 ) -> str:
     """Write backbone and projector of a checkpoint to `output`, in the form of a backbone.safetensors; describe it.
 
     Raises ValueError for an existing output, a file that contains code, another layout, a missing projector and another
     network.
     """
-    if output.exists() and not overwrite:
-        raise ValueError(f"{output} exists already: choose another file, or add --overwrite")
+    if output.exists() and not force:
+        raise ValueError(f"{output} exists already: choose another file, or add --force")
     if not checkpoint.is_file():
         raise ValueError(f"{checkpoint} does not exist")
     form = LAYOUTS[layout]

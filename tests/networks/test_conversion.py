@@ -137,7 +137,7 @@ def test_a_projector_can_be_left_out_and_one_that_is_missing_is_reported(tmp_pat
     assert convert(tmp_path, content, "moco") == 2
     assert "has no projector, expected one in the layout moco: add --backbone-only" in error(capsys)
     assert convert(tmp_path, content, "moco", "--backbone-only") == 0
-    assert convert(tmp_path, moco()[0], "moco", "--backbone-only", "--overwrite") == 0
+    assert convert(tmp_path, moco()[0], "moco", "--backbone-only", "--force") == 0
     assert not any(name.startswith("projector") for name in read_tensors(tmp_path / "out.safetensors")[0])
 
 
@@ -198,7 +198,7 @@ def test_another_network_a_missing_and_a_damaged_file_are_refused(tmp_path: Path
 def test_an_existing_file_is_kept(tmp_path: Path, capsys: Any) -> None:
     (tmp_path / "out.safetensors").write_text("mine")
     assert convert(tmp_path, moco()[0], "moco") == 2
-    assert "exists already: choose another file, or add --overwrite" in error(capsys)
+    assert "exists already: choose another file, or add --force" in error(capsys)
     assert (tmp_path / "out.safetensors").read_text() == "mine"
 
 
