@@ -3,7 +3,7 @@
 import pickle
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -53,6 +53,6 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     return dict(content)
 
 
-def is_state_dict(content: Any) -> bool:
+def is_state_dict(content: Any) -> TypeGuard[dict[str, Tensor]]:
     """Return whether `content` maps names to tensors."""
     return isinstance(content, dict) and bool(content) and all(isinstance(value, Tensor) for value in content.values())

@@ -1,5 +1,7 @@
 """The frozen teacher: kinds of files, normalisation, mode, and a state without its weights."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -67,7 +69,7 @@ def test_the_projector_comes_from_its_own_or_from_the_same_file(files):
 
 
 def test_it_never_changes_and_has_no_gradient(files):
-    model = nn.ModuleDict({"teacher": teacher(files)}).train()
+    model: Any = nn.ModuleDict({"teacher": teacher(files)}).train()
     network = model["teacher"].network
     before = [tensor.clone() for tensor in (*network.parameters(), *network.buffers())]
     view = images().requires_grad_()
@@ -79,7 +81,7 @@ def test_it_never_changes_and_has_no_gradient(files):
 
 
 def test_its_state_is_its_normalisation_alone_and_loads_strictly(files):
-    model = nn.ModuleDict({"teacher": teacher(files)})
+    model: Any = nn.ModuleDict({"teacher": teacher(files)})
     model["teacher"].prepare(Noise({}, 16), CPU)
     state = model.state_dict()
     assert list(state) == ["teacher.scale", "teacher.shift"]

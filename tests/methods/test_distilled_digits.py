@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]
 GAIN = 5.0  # percentage points, mean over seeds
 SEEDS = (0, 1, 2)
 NETWORK = {"name": "resnet18", "stem": "tiny"}
-STUDENT = {"name": "mobilenet_v3_small", "stem": "small"}
+STUDENT = {"name": "mobilenet_v2", "stem": "small"}  # its BatchNorm averages ten times as fast as MobileNetV3's
 COLOURS = {
     "flip": 0.0,
     "jitter": 1.0,
@@ -45,9 +45,8 @@ def train(folder: Path, manifest: Path, backbone: Any, method: Any, *, epochs: i
 
 @pytest.fixture(scope="module")
 def teachers(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """SimCLR on the demonstration, its ResNet-18 as a file with timm's names, and as a checkpoint of MoCo's code."""
-    method = {"name": "simclr", "projector_hidden": 512, **VIEW}
-    folder = train(tmp_path_factory.mktemp("work") / "teacher", demo, NETWORK, method, epochs=10)
+    """NPID on the demonstration, its ResNet-18 as a file with timm's names, and as a checkpoint of MoCo's code."""
+    folder = train(tmp_path_factory.mktemp("work") / "teacher", demo, NETWORK, {"name": "npid", **VIEW}, epochs=12)
     network, header = load_backbone(folder / "backbone.safetensors")
     state = network.state_dict()
     classifier = {"fc.weight": torch.zeros(1000, 512), "fc.bias": torch.zeros(1000)}
@@ -55,7 +54,7 @@ def teachers(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     tensors, _ = read_tensors(folder / "model.safetensors")
     head = {name: rows for name, rows in tensors.items() if name.startswith("projector.")}
     query = {**state, **{name.replace("projector", "fc"): rows for name, rows in head.items()}}
-    checkpoint = {"state_dict": {f"module.encoder_q.{name}": rows for name, rows in query.items()}, "epoch": 10}
+    checkpoint = {"state_dict": {f"module.encoder_q.{name}": rows for name, rows in query.items()}, "epoch": 12}
     torch.save(checkpoint, folder / "moco.pth.tar")
     out = folder / "moco.safetensors"
     options = ["--layout", "moco", "--backbone", "resnet18", "--stem", "tiny", "--image-size", "16", "-o", str(out)]
@@ -81,7 +80,7 @@ def test_distillation_improves_knn(
     gains = []
     for seed in SEEDS:
         section = {**method, "teacher": teachers[file], **VIEW}
-        folder = train(tmp_path / f"student{seed}", demo, STUDENT, section, epochs=8, seed=seed)
+        folder = train(tmp_path / f"student{seed}", demo, STUDENT, section, epochs=5, seed=seed)
         evaluate.run(
             "student", "knn", spec={"protocol": "knn", "k": 5, "dataset": {"name": "demo"}}, code="test", threads=1,
             backbone=folder / "backbone.safetensors", manifest=demo, output=folder / "knn.json",

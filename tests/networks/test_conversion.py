@@ -31,7 +31,7 @@ def trained(module: nn.Module) -> nn.Module:
 def network(head: nn.Module) -> Any:
     """Return torchvision's ResNet-18 as the authors build it: the projector takes the place of the classifier."""
     torch.manual_seed(0)
-    module = resnet18()
+    module: Any = resnet18()
     module.fc = head
     return trained(module)
 
