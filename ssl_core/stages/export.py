@@ -81,8 +81,8 @@ class Normalised(nn.Module):
     def __init__(self, network: nn.Module, header: Mapping[str, str]) -> None:
         super().__init__()
         self.network = network
-        for name in ("mean", "std"):
-            self.register_buffer(name, torch.tensor(json.loads(header[name]))[:, None, None])
+        mean, std = (torch.tensor(json.loads(header[name]))[:, None, None] for name in ("mean", "std"))
+        self.mean, self.std = nn.Buffer(mean), nn.Buffer(std)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.network((images - self.mean) / self.std)

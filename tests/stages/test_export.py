@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -280,7 +281,8 @@ def test_timm_loads_the_folder_of_its_networks(name: str, size: int, tmp_path: P
     images = torch.randn(2, 3, size, size)
     with torch.no_grad():
         torch.testing.assert_close(model(images), network(images))
-    assert list(model.pretrained_cfg["mean"]) == json.loads(HEADER["mean"])
+    settings: Any = model.pretrained_cfg
+    assert list(settings["mean"]) == json.loads(HEADER["mean"])
 
 
 @pytest.mark.long
@@ -301,7 +303,8 @@ def test_timm_refuses_the_folder_of_a_changed_stem(exported: Path) -> None:
 
 
 def test_hubs_read_the_results_of_the_card(text: str) -> None:
-    (entry,) = ModelCard(text).data.eval_results or []
+    data: Any = ModelCard(text).data
+    (entry,) = data.eval_results
     assert (entry.dataset_name, entry.dataset_split, entry.metric_type, entry.metric_value) == (
         "demo",
         "test",
