@@ -72,7 +72,9 @@ rule finetune:
         evaluation=one_of(evaluations_of("finetune")),
     threads: 16
     resources:
-        gpu=GPU,
+        gpu=1,
+        runtime=12 * 60,
+        mem_mb=32000,
     params:
         spec=lambda wildcards: canonical(evaluate_spec(wildcards)),
         code=lambda wildcards: finetuning_code(evaluate_spec(wildcards)),
