@@ -24,7 +24,7 @@ from tests.methods.harness import trainer
 from tests.warm_snakemake import run_snakemake
 
 BIN = Path(sys.executable).parent
-HARMLESS = {"source", "export", "cd", "mv", "uv", "python"}  # shell commands that need no test
+HARMLESS = {"source", "export", "cd", "mv", "python"}  # shell commands that need no test
 RULES = {"all", "all_evaluations"}
 TUTORIALS = ROOT / "docs" / "tutorials"
 

@@ -62,9 +62,12 @@ def check(config: Config, schema: Mapping[str, Any], cards: Iterable[str]) -> No
 
 def _check_renamed(config: Config) -> None:
     """Refuse protocols by their former names."""
-    for name, section in (config.get("evaluations") or {}).items():
+    evaluations = config.get("evaluations") if isinstance(config, Mapping) else None
+    if not isinstance(evaluations, Mapping):
+        return  # the schema names the mistake
+    for name, section in evaluations.items():
         former = section.get("protocol") if isinstance(section, Mapping) else None
-        if former in RENAMED:
+        if isinstance(former, str) and former in RENAMED:
             raise ValueError(f"evaluations.{name}.protocol: {former!r} has a new name: write {RENAMED[former]}")
 
 

@@ -51,7 +51,7 @@ def run(
     network.eval()
     facts = describe(network, header)
     size = int(header["image_size"])
-    exported = Normalised(network, header) if config.normalise else network
+    exported = Normalised(network, header).eval() if config.normalise else network
     chosen = {key: "true" for key, value in config.model_dump().items() if value}
     model = to_onnx(exported, size, facts | chosen, dynamic_size=config.dynamic_size)
     difference = largest_difference(exported, model, size)

@@ -122,7 +122,7 @@ def test_vision_transformer_takes_crops_of_several_sizes():
     ("config", "image_size", "message"),
     [
         ({"name": "resnt18"}, 64, "unknown backbone 'resnt18': did you mean resnet18 or"),
-        ({"name": "resnet101"}, 64, "did you mean torchvision/resnet101 or timm/resnet101"),
+        ({"name": "wide_resnet50_2"}, 64, "did you mean torchvision/wide_resnet50_2 or timm/wide_resnet50_2"),
         ({"name": "timm/resnet18dd"}, 64, "did you mean timm/resnet18d or"),
         ({"name": "torchvision/squeezenet1_0"}, 64, "does not end in a linear classifier"),
         ({"name": "torchvision/alexnet"}, 32, "alexnet cannot take images of 32x32"),

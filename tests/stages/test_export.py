@@ -133,7 +133,7 @@ def test_onnx_gives_the_features_of_every_family(name: str, stem: str, size: int
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_options_put_the_normalisation_into_the_file_and_free_the_size(memory_format: torch.memory_format) -> None:
     network = Tiny().eval()
-    normalised = export.Normalised(network, HEADER)
+    normalised = export.Normalised(network, HEADER).eval()
     model = export.to_onnx(normalised, 16, HEADER | {"normalise": "true"}, dynamic_size=True)
     exported = ExportedNetwork(model)
     assert exported.normalisation == ((0, 0, 0), (1, 1, 1))
