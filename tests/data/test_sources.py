@@ -225,6 +225,14 @@ def test_a_pattern_takes_the_class_from_the_path(tmp_path: Path) -> None:
         card("image_folder", {"train": {"class_pattern": "(cat)", "labels": "none"}}, path=str(tmp_path))
 
 
+def test_a_class_pattern_that_searches_without_end_is_refused(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr("ssl_core.data.sources.image_folder.SEARCH_SECONDS", 0.1)
+    folder(tmp_path, f"{'a' * 40}.png")
+    found = error(card("image_folder", {"train": {"class_pattern": "^((?:a+)+)$"}}, path=str(tmp_path)), tmp_path)
+    assert "takes more than 0.1 seconds" in found
+    assert "write it without a repetition inside a repetition" in found
+
+
 def test_tiny_imagenet_in_its_original_layout(root: Path, shared_data: Path, tmp_path: Path, monkeypatch: Any) -> None:
     from ssl_core.data.card import load_card
 

@@ -3,6 +3,7 @@
 import csv
 import io
 import re
+import signal
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -15,6 +16,8 @@ from ssl_core.data.sources.file_tree import Archive, Folder
 from ssl_core.data.sources.labelled_files import LabelledFiles, Target, Targets, number_classes, parse_target
 from ssl_core.data.sources.zip_archive import ZipArchive, is_zip
 from ssl_core.mistakes import excerpt
+
+SEARCH_SECONDS = 5.0  # for a class_pattern in one path; usual patterns take microseconds
 
 
 def open_image_folder(source: ImageFolder, card: Card, scratch: Path, stack: ExitStack) -> OpenSource:
@@ -65,11 +68,27 @@ def _class_folder(name: str, place: str) -> str:
 
 
 def _class_in_path(name: str, pattern: str, place: str) -> str:
-    match = re.search(pattern, name)
+    match = _search(pattern, name)
     if match is None or not match[1]:
         image = excerpt(f"{place}/{name}")
         raise ValueError(f"{image} does not match class_pattern {excerpt(pattern)}: correct the pattern")
     return printable(match[1])
+
+
+def _search(pattern: str, name: str) -> "re.Match[str] | None":
+    """Search for a class_pattern, whose nested repetitions could take for ever, up to `SEARCH_SECONDS`."""
+
+    def stop(*_: object) -> None:
+        problem = f"class_pattern {excerpt(pattern)} takes more than {SEARCH_SECONDS:g} seconds for {excerpt(name)}"
+        raise ValueError(f"{problem}: write it without a repetition inside a repetition")
+
+    handler = signal.signal(signal.SIGALRM, stop)
+    earlier = signal.setitimer(signal.ITIMER_REAL, SEARCH_SECONDS)
+    try:
+        return re.search(pattern, name)
+    finally:
+        signal.signal(signal.SIGALRM, handler)
+        signal.setitimer(signal.ITIMER_REAL, *earlier)
 
 
 def _annotated_class(name: str, classes: dict[str, Target], complaint: str) -> Target:
