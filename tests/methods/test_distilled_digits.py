@@ -1,4 +1,4 @@
-"""A timm file and a converted MoCo checkpoint teach a small network: kNN rises above the same network untrained."""
+"""A timm file and a converted MoCo checkpoint teach a network from scratch: kNN rises above the same network untrained."""
 
 import json
 from pathlib import Path
@@ -13,11 +13,10 @@ from ssl_core.files import read_json
 from ssl_core.networks.backbones import load_backbone, read_tensors
 from ssl_core.stages import evaluate, pretrain
 
-pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.long, pytest.mark.timeout(1800)]
 GAIN = 5.0  # percentage points, mean over seeds
 SEEDS = (0, 1, 2)
 NETWORK = {"name": "resnet18", "stem": "tiny"}
-STUDENT = {"name": "mobilenet_v2", "stem": "small"}  # its BatchNorm averages ten times as fast as MobileNetV3's
 COLOURS = {
     "flip": 0.0,
     "jitter": 1.0,
@@ -80,7 +79,7 @@ def test_distillation_improves_knn(
     gains = []
     for seed in SEEDS:
         section = {**method, "teacher": teachers[file], **VIEW}
-        folder = train(tmp_path / f"student{seed}", demo, STUDENT, section, epochs=5, seed=seed)
+        folder = train(tmp_path / f"student{seed}", demo, NETWORK, section, epochs=15, seed=seed)
         evaluate.run(
             "student", "knn", spec={"protocol": "knn", "k": 5, "dataset": {"name": "demo"}}, code="test", threads=1,
             backbone=folder / "backbone.safetensors", manifest=demo, output=folder / "knn.json",
