@@ -1,4 +1,4 @@
-"""A timm file and a converted MoCo checkpoint teach a network from scratch: kNN rises above the same network untrained."""
+"""A timm file and a converted MoCo checkpoint teach a network: kNN rises above the same network untrained."""
 
 import json
 from pathlib import Path
