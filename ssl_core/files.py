@@ -51,8 +51,22 @@ def atomic(path: Path) -> Iterator[Path]:
             _sync(temporary)
             os.replace(temporary, path)
             _sync(path.parent)
+        except FileNotFoundError as error:
+            if error.filename != str(temporary):
+                raise
+            raise ValueError(f"{path} cannot be written: its folder takes no files or was removed") from error
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def check_output(path: Path, *, force: bool) -> None:
+    """Raise ValueError if a command may not write `path`: a folder, a device, or without `force` an existing file."""
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder: give the name of a file")
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is a device or a pipe, expected a file: give another name")
+    if path.exists() and not force:
+        raise ValueError(f"{path} exists: give another name, or --force to replace it")
 
 
 def _sync(path: Path) -> None:

@@ -7,7 +7,7 @@ import torch
 
 from ssl_core.data.image_files import list_counts
 from ssl_core.data.records import SourceSplit
-from ssl_core.files import atomic
+from ssl_core.files import atomic, check_output
 from ssl_core.inference.embedding import embed, embed_batches, open_images
 from ssl_core.inference.feature_files import SUFFIXES, is_feature_file, new_feature_file, read_features
 from ssl_core.inference.neighbours import nearest
@@ -46,7 +46,7 @@ def print_neighbours(image: Path, *, network: Path, among: Path, k: int, skip_un
     query = embed(loaded, [image], threads=threads).features[0]
     skipped: dict[str, str] | None = {} if skip_unreadable else None
     if is_feature_file(among):
-        batches = read_features(among, network=loaded.digest)
+        batches = read_features(among, network=loaded.digest, dim=loaded.num_features)
     else:
         source = open_images(among)
         report_unread(source)
@@ -78,14 +78,6 @@ def write_predictions(
             count = write_csv(predictions, file)
         print(f"{count} images, sorted by name -> {output}")
     report_skipped(skipped)
-
-
-def check_output(path: Path, *, force: bool) -> None:
-    """Refuse to overwrite a file without `force`."""
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder: give the name of a file")
-    if path.exists() and not force:
-        raise ValueError(f"{path} exists: give another name, or --force to replace it")
 
 
 def report_unread(source: SourceSplit) -> None:

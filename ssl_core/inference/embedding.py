@@ -89,7 +89,7 @@ def _open_folder(path: Path) -> SourceSplit:
     files = folder.files("")
     if not files:
         unread = f"; convert its {list_counts(folder.unread)}" if folder.unread else ""
-        raise ValueError(f"{path} has no images{unread}")
+        raise ValueError(f"{path} has no images, expected files such as 1.jpg or 1.png in it or in its folders{unread}")
 
     def read(number: int) -> Record:
         return Record(name(number), folder.fetch(files[number]), -1)
@@ -132,6 +132,7 @@ def embed_batches(
                     contents.append(content)
                 elif skipped is None:
                     remedy = "repair or remove it, or skip such images (--skip-unreadable)"
+                    remedy = remedy if source.size > 1 else "give another image"
                     raise ValueError(f"{excerpt(source.name(number))}: {excerpt(_reason(content))}; {remedy}")
                 else:
                     skipped[source.name(number)] = _reason(content)

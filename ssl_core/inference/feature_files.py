@@ -1,6 +1,7 @@
 """Files of features with the names of their images: Parquet, written and read in parts, or npz."""
 
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +21,11 @@ SUFFIXES = (".parquet", ".npz")
 ROWS = 4096  # per row group of Parquet
 NETWORK = "network"  # key of the digest of the network's file
 
+# Raised for damaged files and for those of other programs.
+UNREADABLE = (pa.ArrowException, zipfile.BadZipFile, zlib.error, EOFError, KeyError, OSError, ValueError)
+
 Write = Callable[[Batch], None]
+Part = tuple[list[str], np.ndarray]  # names and features
 
 
 def is_feature_file(path: Path) -> bool:
@@ -49,7 +54,7 @@ class _ParquetWriter:
     def __init__(self, path: Path, rows: int, dim: int, network: str) -> None:
         fields = [("name", pa.string()), ("features", pa.list_(pa.float32(), dim))]
         self._schema = pa.schema(fields, metadata={NETWORK: network})
-        self._file = pq.ParquetWriter(path, self._schema)
+        self._file = pq.ParquetWriter(path, self._schema, write_page_checksum=True)
         self._batches: list[Batch] = []
 
     def append(self, batch: Batch) -> None:
@@ -92,41 +97,52 @@ class _NpzWriter:
         pass
 
 
-def read_features(path: Path, *, network: str) -> Iterator[Batch]:
-    """Yield the names and features of a file; raise `ValueError` if it is damaged or of another network.
+def read_features(path: Path, *, network: str, dim: int) -> Iterator[Batch]:
+    """Yield the names and features (images, dim) of a file; raise `ValueError` if it is damaged or of another network.
 
     Parquet is read in parts, npz as a whole.
     """
     if not path.is_file():
-        raise ValueError(f"{path} does not exist: write it with `ssl-core embed`")
-    batches = _read_parquet if path.suffix == ".parquet" else _read_npz
+        problem = "is a folder with the name of a file" if path.is_dir() else "does not exist"
+        raise ValueError(f"{path} {problem}: write it with `ssl-core embed`")
+    read = _read_parquet if path.suffix == ".parquet" else _read_npz
     try:
-        yield from batches(path, network)
-    except (pa.ArrowException, zipfile.BadZipFile, KeyError, OSError) as error:
+        written_by, parts = read(path)
+        if written_by == network:
+            for names, features in parts:
+                yield _to_batch(names, features, dim)
+    except UNREADABLE as error:
         reason = excerpt(error)
         raise ValueError(f"{path} is no file of features ({reason}): write it with `ssl-core embed`") from None
-
-
-def _read_parquet(path: Path, network: str) -> Iterator[Batch]:
-    with pq.ParquetFile(path) as file:
-        metadata = file.schema_arrow.metadata or {}
-        _check_network(path, metadata.get(NETWORK.encode(), b"").decode(), network)
-        for part in file.iter_batches(ROWS):
-            features = part.column("features")
-            rows = features.flatten().to_numpy(zero_copy_only=False).reshape(len(features), -1)
-            yield Batch(part.column("name").to_pylist(), torch.from_numpy(rows.copy()))
-
-
-def _read_npz(path: Path, network: str) -> Iterator[Batch]:
-    with open(path, "rb") as file:
-        arrays: Any = np.load(file, allow_pickle=False)
-        _check_network(path, str(arrays["network"]), network)
-        yield Batch(arrays["name"].tolist(), torch.from_numpy(arrays["features"]))
-
-
-def _check_network(path: Path, written_by: str, network: str) -> None:
     if written_by != network:
         raise ValueError(
             f"{path} has the features of another network (sha256 {written_by[:12] or 'unknown'}), expected "
             f"{network[:12]}: write it again with `ssl-core embed`"
         )
+
+
+def _read_parquet(path: Path) -> tuple[str, Iterator[Part]]:
+    file = pq.ParquetFile(path, page_checksum_verification=True)
+    metadata = file.schema_arrow.metadata or {}
+
+    def parts() -> Iterator[Part]:
+        with file:
+            for part in file.iter_batches(ROWS):
+                features = part.column("features")
+                rows = features.flatten().to_numpy(zero_copy_only=False).reshape(len(features), -1)
+                yield part.column("name").to_pylist(), rows.copy()
+
+    return metadata.get(NETWORK.encode(), b"").decode(), parts()
+
+
+def _read_npz(path: Path) -> tuple[str, Iterator[Part]]:
+    with open(path, "rb") as file:
+        arrays: Any = np.lib.npyio.NpzFile(file)  # np.load also reads other files
+        return str(arrays[NETWORK]), iter([(arrays["name"].tolist(), arrays["features"])])
+
+
+def _to_batch(names: list[str], features: np.ndarray, dim: int) -> Batch:
+    if features.dtype != np.float32 or features.shape != (len(names), dim):
+        shape = f"features {features.shape} of {features.dtype}"
+        raise ValueError(f"{shape}, expected ({len(names)}, {dim}) of float32")
+    return Batch(names, torch.from_numpy(features))

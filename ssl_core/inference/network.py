@@ -5,13 +5,16 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ssl_core.config import Normalisation
 from ssl_core.data.card import default_max_side
 from ssl_core.data.views import View
 from ssl_core.evaluations.parts.features import center_view, read_header
+from ssl_core.mistakes import explain
 from ssl_core.networks.backbones import Network, load_backbone
 from ssl_core.provenance import file_digest
 
 BACKBONE = "backbone.safetensors"
+Colour = tuple[float, float, float]  # a value per channel
 
 
 class LoadedNetwork(nn.Module):
@@ -20,12 +23,12 @@ class LoadedNetwork(nn.Module):
     `mean` and `std` are those of pixels in 0..1. `digest` identifies the weights.
     """
 
-    def __init__(self, backbone: Network, *, view: View, mean: list[float], std: list[float], digest: str) -> None:
+    def __init__(self, backbone: Network, *, view: View, mean: Colour, std: Colour, digest: str) -> None:
         super().__init__()
         self.backbone = backbone
         self.num_features = backbone.num_features
         self.view = view
-        self.mean, self.std = tuple(mean), tuple(std)
+        self.mean, self.std = mean, std
         self.digest = digest
         self.eval().requires_grad_(False)
 
@@ -58,15 +61,13 @@ def load(path: str | Path) -> LoadedNetwork:
     file = find_backbone(Path(path))
     backbone, header = load_backbone(file)
     view = center_view(int(header["image_size"]))
-    if "view" in header:  # of a fine-tuned network
-        view = View.model_validate_json(header["view"])
-    network = LoadedNetwork(
-        backbone,
-        view=view,
-        mean=read_header(header, "mean"),
-        std=read_header(header, "std"),
-        digest=file_digest(file),
-    )
+    try:
+        if "view" in header:  # of a fine-tuned network
+            view = View.model_validate_json(header["view"])
+        colours = Normalisation(mean=read_header(header, "mean"), std=read_header(header, "std"))
+    except ValueError as error:
+        raise ValueError(f"{file} has an invalid header ({explain(error)}): write it again") from None
+    network = LoadedNetwork(backbone, view=view, mean=colours.mean, std=colours.std, digest=file_digest(file))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return network.to(device=device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 

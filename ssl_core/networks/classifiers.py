@@ -5,9 +5,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
 from ssl_core.networks.backbones import load_strictly, read_tensors, write_tensors
+
+CLASSES = TypeAdapter(tuple[str, ...])
 
 
 class Classifier(NamedTuple):
@@ -26,9 +29,13 @@ def save_classifier(path: Path, layer: nn.Linear, classes: Sequence[str], metada
 def load_classifier(path: Path) -> Classifier:
     """Read the file of a classifier; raise `ValueError` if it is damaged or another file."""
     weights, header = read_tensors(path)
-    if "classes" not in header or "weight" not in weights:
-        raise ValueError(f"{path} is no classifier of this project: its header has no classes")
-    classes = tuple(json.loads(header["classes"]))
-    layer = nn.Linear(weights["weight"].shape[1], len(classes))
+    weight = weights.get("weight")
+    try:
+        classes = CLASSES.validate_json(header.get("classes", ""))
+    except ValidationError:
+        classes = ()
+    if not classes or weight is None or weight.ndim != 2:
+        raise ValueError(f"{path} is no classifier of this project: its header has no classes, or it has no weight")
+    layer = nn.Linear(weight.shape[1], len(classes))
     load_strictly(layer, weights, path)
     return Classifier(layer, classes, header)

@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from ssl_core.config import IMAGENET, Backbone, Normalisation
+from ssl_core.files import check_output
 from ssl_core.mistakes import excerpt
 from ssl_core.networks.backbones import build_backbone, load_strictly, save_backbone
 from ssl_core.networks.heads import rebuild_mlp
@@ -90,10 +91,11 @@ def convert(
     Raises ValueError for an existing output, a file that contains code, another layout, a missing projector and another
     network.
     """
-    if output.exists() and not force:
-        raise ValueError(f"{output} exists already: choose another file, or add --force")
+    check_output(output, force=force)
     if not checkpoint.is_file():
-        raise ValueError(f"{checkpoint} does not exist")
+        raise ValueError(f"{checkpoint} {'is a folder' if checkpoint.is_dir() else 'does not exist'}: give a file")
+    if output.exists() and output.samefile(checkpoint):
+        raise ValueError(f"{output} is the checkpoint itself: give another name for the output")
     form = LAYOUTS[layout]
     content = read_pickled(checkpoint, *form.classes)
     network, projector = split(content, form)
@@ -109,7 +111,7 @@ def convert(
     module = build_backbone(backbone, image_size)
     counters = {name: value for name, value in module.state_dict().items() if name.endswith(".num_batches_tracked")}
     load_strictly(module, {**counters, **network}, checkpoint)
-    width = f"projector to {rebuild_mlp(projector, module.num_features)[1]} dimensions" if projector else "no projector"
+    width = _describe_projector(projector, module.num_features, checkpoint)
     metadata = {
         "mean": json.dumps(form.normalisation.mean),
         "std": json.dumps(form.normalisation.std),
@@ -119,6 +121,16 @@ def convert(
     }
     save_backbone(output, module, backbone, image_size, metadata, projector)
     return f"{backbone.name} for {image_size}-pixel images, {width} -> {output}"
+
+
+def _describe_projector(projector: Mapping[str, Tensor], num_features: int, checkpoint: Path) -> str:
+    if not projector:
+        return "no projector"
+    try:
+        _, dim = rebuild_mlp(projector, num_features)
+    except ValueError as error:
+        raise ValueError(f"{checkpoint}: {error}: add --backbone-only to convert the backbone alone") from error
+    return f"projector to {dim} dimensions"
 
 
 def split(content: Any, layout: Layout) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

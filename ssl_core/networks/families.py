@@ -360,9 +360,10 @@ def architecture(config: Backbone) -> tuple[str, str]:
 def timm_arguments(network: nn.Module, config: Backbone, image_size: int) -> dict[str, Any] | None:
     """Return the arguments with which timm's network of the same name loads the weights; None if no network does.
 
-    These are all of timm's networks, the ViTs but `deit_tiny`, and torchvision's ResNets with the ImageNet stem.
+    These are timm's networks, the ViTs but `deit_tiny`, and torchvision's ResNets with the ImageNet stem, which do not
+    include `resnet50x2`.
     """
-    if config.name == "deit_tiny" or config.stem != "imagenet":
+    if config.name == "deit_tiny" or config.stem != "imagenet" or isinstance(network, WideResNet):
         return None
     if isinstance(network, ResNet):  # timm has torchvision's ResNets under the same names
         return {}

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 PROJECTOR = "projector."  # prefix of a projector's tensors in files
+NOT_PLAIN = "its projector does not consist of plain layers"
 
 
 def mlp(
@@ -56,23 +57,28 @@ def rebuild_mlp(weights: Mapping[str, Tensor], num_features: int) -> tuple[nn.Se
 
     Raises ValueError for other layers, and for a projector that does not take `num_features` features.
     """
-    if any(re.fullmatch(r"\d+\.\w+", name) is None for name in weights):
-        raise ValueError("its projector does not consist of plain layers")
+    if any(re.fullmatch(r"\d\d?\.\w+", name) is None for name in weights):  # a projector has below 100 layers
+        raise ValueError(NOT_PLAIN)
     layers: list[nn.Module] = []
     dim = num_features
     for index in range(1 + max(int(name.split(".")[0]) for name in weights)):
         weight, mean = weights.get(f"{index}.weight"), weights.get(f"{index}.running_mean")
-        if mean is not None:
+        if mean is not None and mean.ndim == 1:
             layers.append(nn.BatchNorm1d(len(mean), affine=weight is not None))
         elif weight is None:
             layers.append(nn.ReLU())
+        elif weight.ndim != 2:
+            raise ValueError(NOT_PLAIN)
         else:
             if weight.shape[1] != dim:
                 raise ValueError(f"its projector takes {weight.shape[1]} features, its backbone gives {dim}")
             dim = len(weight)
             layers.append(nn.Linear(weight.shape[1], dim, bias=f"{index}.bias" in weights))
     projector = nn.Sequential(*layers)
-    projector.load_state_dict(weights)
+    try:
+        projector.load_state_dict(weights)
+    except RuntimeError as error:  # other names or shapes
+        raise ValueError(NOT_PLAIN) from error
     return projector, dim
 
 

@@ -55,4 +55,6 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
 
 def is_state_dict(content: Any) -> TypeGuard[dict[str, Tensor]]:
     """Return whether `content` maps names to tensors."""
-    return isinstance(content, dict) and bool(content) and all(isinstance(value, Tensor) for value in content.values())
+    if not isinstance(content, dict) or not content:
+        return False
+    return all(isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items())

@@ -1,5 +1,8 @@
 """The commands `embed`, `neighbours` and `predict`, through the command line."""
 
+import os
+import pickle
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +12,7 @@ import torch
 
 import ssl_core
 from ssl_core import cli
-from ssl_core.inference import embedding, feature_files
+from ssl_core.inference import commands, embedding, feature_files
 from ssl_core.inference.embedding import Batch
 from ssl_core.inference.neighbours import nearest
 
@@ -67,12 +70,31 @@ def test_nothing_is_overwritten_unless_forced(run):
     assert run("embed", "photos", "-o", "features.npz", "--force")[0] == 0
 
 
+def test_a_device_is_never_replaced(run):
+    os.mkfifo("pipe.npz")
+    code, _, errors = run("embed", "photos", "-o", "pipe.npz", "--force")
+    assert (code, errors) == (2, "error: pipe.npz is a device or a pipe, expected a file: give another name\n")
+
+
 def test_a_failure_leaves_no_file(run, tmp_path):
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "1.jpg").touch()
     code, _, errors = run("embed", "bad", "-o", "new/features.npz")
     assert (code, errors.count("\n")) == (2, 1)
     assert list((tmp_path / "new").iterdir()) == []
+
+
+def test_a_folder_removed_meanwhile_is_one_line(run, monkeypatch):
+    def remove(*arguments, **options):
+        shutil.rmtree("new")
+        yield from embedding.embed_batches(*arguments, **options)
+
+    monkeypatch.setattr(commands, "embed_batches", remove)
+    code, _, errors = run("embed", "photos", "-o", "new/features.npz")
+    assert (code, errors) == (
+        2,
+        "error: new/features.npz cannot be written: its folder takes no files or was removed\n",
+    )
 
 
 def test_skipped_images_are_named_and_counted(run, tmp_path, photos):
@@ -136,6 +158,59 @@ def test_a_mistake_is_one_line(run, words, message):
     code, _, errors = run(*words)
     assert (code, errors.count("\n")) == (2, 1)
     assert errors.startswith(f"error: {message}")
+
+
+@pytest.fixture
+def features(run) -> dict[str, np.ndarray]:
+    """The arrays of features.npz, which is also written as features.parquet."""
+    for name in ("features.npz", "features.parquet"):
+        run("embed", "photos", "-o", name)
+    return dict(np.load("features.npz"))
+
+
+@pytest.mark.parametrize("content", [b"", b"\x93NUMPY", pickle.dumps({}), None], ids=["empty", "npy", "pickle", "cut"])
+@pytest.mark.parametrize("name", ["features.npz", "features.parquet"])
+def test_a_damaged_file_of_features_is_one_line(run, features, name, content):
+    whole = Path(name).read_bytes()
+    Path(name).write_bytes(whole[: len(whole) // 2] if content is None else content)
+    code, _, errors = run("neighbours", "photos/a/1.jpg", "--in", name)
+    assert (code, errors.count("\n")) == (2, 1)
+    assert errors.startswith(f"error: {name} is no file of features (")
+
+
+@pytest.mark.parametrize("name", ["features.npz", "features.parquet"])
+def test_a_changed_byte_of_the_features_is_found(run, features, name):
+    content = bytearray(Path(name).read_bytes())
+    content[len(content) // 2] ^= 1
+    Path(name).write_bytes(content)
+    code, _, errors = run("neighbours", "photos/a/1.jpg", "--in", name)
+    assert (code, errors.count("\n")) == (2, 1)
+    assert errors.startswith(f"error: {name} is no file of features (")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda names, rows: (names, rows[:, :7]),
+        lambda names, rows: (names, rows[:2]),
+        lambda names, rows: (names, rows.astype(np.float64)),
+        lambda names, rows: (names.astype(object), rows),
+    ],
+    ids=["narrow", "short", "float64", "objects"],
+)
+def test_other_arrays_are_refused(run, features, change):
+    names, rows = change(features["name"], features["features"])
+    np.savez("features.npz", name=names, features=rows, network=features["network"])
+    code, _, errors = run("neighbours", "photos/a/1.jpg", "--in", "features.npz")
+    assert (code, errors.count("\n")) == (2, 1)
+    assert errors.startswith("error: features.npz is no file of features (")
+
+
+def test_a_single_unreadable_image_is_not_skipped(run):
+    Path("bad.png").write_text("<svg/>")
+    code, _, errors = run("neighbours", "bad.png", "--in", "photos", "--skip-unreadable")
+    assert (code, errors.count("\n")) == (2, 1)
+    assert errors.endswith("; give another image\n")
 
 
 @pytest.mark.parametrize("command", ["embed", "neighbours", "predict"])

@@ -12,7 +12,8 @@ from ssl_core.config import Dataset
 from ssl_core.data.shards import Manifest
 from ssl_core.evaluations.parts.features import center_view, gather_subjects, read_split
 from ssl_core.inference import embedding
-from ssl_core.networks.backbones import load_backbone
+from ssl_core.networks.backbones import load_backbone, read_tensors, write_tensors
+from ssl_core.networks.classifiers import load_classifier
 
 from .conftest import NAMES
 
@@ -100,8 +101,8 @@ def test_a_folder_without_a_readable_image_is_refused(damaged, loaded):
     ("images", "message"),
     [
         ("absent", "absent is no folder: correct the path"),
-        ("empty", "empty has no images$"),
-        ("phone", "phone has no images; convert its 1 .heic"),
+        ("empty", r"empty has no images, expected files such as 1\.jpg or 1\.png in it or in its folders$"),
+        ("phone", "phone has no images.*; convert its 1 .heic"),
         ("file.jpg", "file.jpg is no folder: give its folder, or a list"),
         ([], "the list of images is empty"),
     ],
@@ -126,3 +127,21 @@ def test_no_network_is_one_line(tmp_path):
 def test_an_unknown_name_of_the_package():
     with pytest.raises(AttributeError, match="module 'ssl_core' has no attribute 'lod'"):
         ssl_core.lod  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("key", "text"), [("mean", "nope"), ("mean", "[0.5]"), ("std", "[0, 0, 0]"), ("view", "{}"), ("view", "red")]
+)
+def test_an_invalid_header_is_refused_with_the_file(key, text, network, tmp_path):
+    weights, header = read_tensors(network / "backbone.safetensors")
+    write_tensors(tmp_path / "backbone.safetensors", weights, header | {key: text})
+    with pytest.raises(ValueError, match=r"backbone\.safetensors has an invalid header \(.+\): write it again$"):
+        ssl_core.load(tmp_path)
+
+
+@pytest.mark.parametrize("classes", ["nope", "3", "[]", "[1]", None])
+def test_a_classifier_without_names_of_classes_is_refused(classes, tmp_path):
+    header = {} if classes is None else {"classes": classes}
+    write_tensors(tmp_path / "classifier.safetensors", {"weight": torch.ones(1, 2)}, header)
+    with pytest.raises(ValueError, match="is no classifier of this project"):
+        load_classifier(tmp_path / "classifier.safetensors")

@@ -174,6 +174,7 @@ def test_only_dinos_files_may_contain_their_arguments(tmp_path: Path, capsys: An
         (simsiam, "byol", "does not have the layout byol: use --layout simsiam"),
         (dino, "moco", "it contains argparse.Namespace, which could run code"),
         (lambda: ({"model": 3, "epoch": 1}, None), "moco", "it contains model, epoch, expected a checkpoint of one of"),
+        (lambda: ({0: torch.ones(1)}, None), "dino", "it contains 0, expected a checkpoint of one of"),
         (lambda: ([1, 2], None), "dino", "it contains list, expected a checkpoint of one of moco, swav"),
     ],
 )
@@ -198,8 +199,19 @@ def test_another_network_a_missing_and_a_damaged_file_are_refused(tmp_path: Path
 def test_an_existing_file_is_kept(tmp_path: Path, capsys: Any) -> None:
     (tmp_path / "out.safetensors").write_text("mine")
     assert convert(tmp_path, moco()[0], "moco") == 2
-    assert "exists already: choose another file, or add --force" in error(capsys)
+    assert "exists: give another name, or --force to replace it" in error(capsys)
     assert (tmp_path / "out.safetensors").read_text() == "mine"
+
+
+def test_the_checkpoint_is_never_its_own_output(tmp_path: Path, capsys: Any) -> None:
+    torch.save(moco()[0], tmp_path / "checkpoint.pth")
+    (tmp_path / "link.pth").symlink_to("checkpoint.pth")
+    content = (tmp_path / "checkpoint.pth").read_bytes()
+    arguments = ["convert", str(tmp_path / "checkpoint.pth"), "--layout", "moco", "--force", "-o"]
+    for name in ("checkpoint.pth", "link.pth"):
+        assert cli.main([*arguments, str(tmp_path / name)]) == 2
+        assert "is the checkpoint itself: give another name" in error(capsys)
+    assert (tmp_path / "checkpoint.pth").read_bytes() == content
 
 
 def test_the_command_line_names_all_layouts() -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from ssl_core.networks.heads import Normalize, mlp
+from ssl_core.networks.heads import Normalize, mlp, rebuild_mlp
 
 
 def layers(head: nn.Sequential) -> list[str]:
@@ -42,3 +42,21 @@ def test_normalize_computes_in_float32():
     rows = Normalize()(torch.tensor([[3.0, 4.0], [0.0, 0.0]], dtype=torch.bfloat16))
     assert rows.dtype == torch.float32
     assert rows.flatten().tolist() == pytest.approx([0.6, 0.8, 0.0, 0.0])
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [
+        {"0.weight": torch.ones(8)},
+        {"0.weight": torch.tensor(1.0)},
+        {"0.weight": torch.ones(4, 8, 1, 1)},
+        {"0.weight_g": torch.ones(4, 1), "0.weight_v": torch.ones(4, 8)},
+        {"0.weight": torch.ones(4, 8), "0.bias": torch.ones(3)},
+        {"0.bias": torch.ones(3)},
+        {"0.running_mean": torch.tensor(1.0)},
+        {"1000000000.weight": torch.ones(4, 8)},
+    ],
+)
+def test_tensors_of_other_layers_are_refused(weights: dict[str, torch.Tensor]) -> None:
+    with pytest.raises(ValueError, match="its projector does not consist of plain layers"):
+        rebuild_mlp(weights, 8)

@@ -146,10 +146,27 @@ def test_options_put_the_normalisation_into_the_file_and_free_the_size(memory_fo
 
 
 @pytest.mark.long
+@pytest.mark.parametrize(
+    ("name", "stem"),
+    [
+        ("resnet18", "tiny"),
+        ("mobilenet_v2", "tiny"),
+        ("mobilenet_v3_small", "tiny"),
+        ("efficientnet_b0", "tiny"),
+        ("vit_tiny_16", "imagenet"),
+        ("deit_tiny", "imagenet"),
+    ],
+)
+def test_networks_take_images_of_other_sizes(name: str, stem: str) -> None:
+    network = trained(name, stem, 32)
+    model = export.to_onnx(network, 32, {}, dynamic_size=True)
+    assert max(differ(network, model, size) for size in (32, 48, 64)) < 1e-4
+
+
 def test_a_network_of_one_size_is_refused_as_dynamic() -> None:
-    network = trained("vit_tiny_16", "imagenet", 32)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 4)).eval()
     with pytest.raises(ValueError, match="cannot be written as ONNX for images of any size: leave out export"):
-        export.to_onnx(network, 32, {}, dynamic_size=True)
+        export.to_onnx(network, 16, {}, dynamic_size=True)
 
 
 def test_a_file_with_wrong_features_is_refused() -> None:
@@ -269,7 +286,13 @@ def test_the_card_of_adopted_weights_describes_no_training(root: Path, sources: 
 
 @pytest.mark.parametrize(
     ("name", "size"),
-    [("resnet18", 64), ("vit_tiny_16", 32), ("vit_tiny_32", 64), ("timm/mobilenetv3_small_100", 32)],
+    [
+        ("resnet18", 64),
+        ("vit_tiny_16", 32),
+        ("vit_tiny_32", 64),
+        ("vit_small_16", 32),
+        ("timm/mobilenetv3_small_100", 32),
+    ],
 )
 def test_timm_loads_the_folder_of_its_networks(name: str, size: int, tmp_path: Path) -> None:
     network = trained(name, "imagenet", size)
@@ -294,6 +317,13 @@ def test_timm_has_all_resnets_of_torchvision_with_the_same_weights() -> None:
                 ours = torchvision.models.get_model(name).state_dict()
             shapes = {key: weight.shape for key, weight in ours.items() if not key.startswith("fc.")}
             assert shapes == {key: weight.shape for key, weight in theirs.items()}, name
+
+
+@pytest.mark.parametrize("name", ["resnet50x2", "deit_tiny", "mobilenet_v2", "mobilenet_v3_small", "efficientnet_b0"])
+def test_networks_that_timm_lacks_name_no_architecture(name: str) -> None:
+    config = Backbone(name=name)  # pyright: ignore[reportArgumentType]
+    header = HEADER | {"backbone": config.model_dump_json(), "image_size": "32"}
+    assert "architecture" not in hub_config(build_backbone(config, 32), header)
 
 
 def test_timm_refuses_the_folder_of_a_changed_stem(exported: Path) -> None:

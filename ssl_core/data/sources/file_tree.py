@@ -121,11 +121,11 @@ def _walk(top: Path, inside: str = "", above: frozenset[tuple[int, int]] = froze
         status = os.stat(folder)
         identity = (status.st_dev, status.st_ino)
         if identity in above:
-            raise ValueError(f"{folder} is a link back to a folder it lies in: its images would count twice")
+            raise ValueError(f"{folder} is a link back to a folder it lies in: its images would count twice; remove it")
         with os.scandir(folder) as entries:
             for entry in entries:
                 path = f"{inside}{entry.name}"
-                if not entry.is_dir():
+                if not _is_folder(entry):
                     yield File(path)
                 elif not entry.name.startswith("."):
                     yield from _walk(top, f"{path}/", above | {identity})
@@ -133,6 +133,16 @@ def _walk(top: Path, inside: str = "", above: frozenset[tuple[int, int]] = froze
         if error.errno == errno.EMFILE:
             raise
         raise ValueError(f"{folder} cannot be read ({error.strerror}): make it readable or move it away") from None
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """Return whether an entry is a folder; raise `ValueError` for a link that leads only to itself."""
+    try:
+        return entry.is_dir()
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise ValueError(f"{entry.path} is a link that leads back to itself: remove it") from None
 
 
 class Archive:
