@@ -26,6 +26,7 @@ from ssl_core.tracking.run import start
 
 TOLERANCE = 1e-4  # largest difference between the features of torch and ONNX Runtime, relative to features above 1
 CARD = "README.md"  # the name that model hubs read
+SIZE_STEP = 32  # pixels to the second size of networks of any size; a multiple of usual patches
 
 
 def run(
@@ -56,7 +57,7 @@ def run(
     model = to_onnx(exported, size, facts | chosen, dynamic_size=config.dynamic_size)
     difference = largest_difference(exported, model, size)
     if config.dynamic_size:
-        difference = max(difference, largest_difference(exported, model, size + 32))
+        difference = max(difference, largest_difference(exported, model, size + SIZE_STEP))
     text = write_model_card(
         experiment,
         spec,
@@ -117,6 +118,7 @@ def to_onnx(
     example = torch.zeros(2, 3, image_size, image_size)  # with a batch of one the exporter takes it for a constant
     dimensions = {0: Dim("batch")}
     if dynamic_size:
+        _check_other_size(network, image_size + SIZE_STEP)
         dimensions |= {2: Dim("height"), 3: Dim("width")}
     try:
         program = torch.onnx.export(
@@ -131,10 +133,7 @@ def to_onnx(
         )
     except OnnxExporterError as error:
         if dynamic_size:
-            raise ValueError(
-                f"{type(network).__name__} cannot be written as ONNX for images of any size: leave out "
-                "export.dynamic_size"
-            ) from error
+            raise ValueError(_refusal(network)) from error
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"{type(network).__name__} cannot be written as ONNX: {reason}") from error
     assert program is not None  # with dynamo=True
@@ -143,6 +142,20 @@ def to_onnx(
     onnx.helper.set_model_props(model, dict(sorted(facts.items())))
     onnx.checker.check_model(model)
     return model.SerializeToString(deterministic=True)
+
+
+def _check_other_size(network: nn.Module, image_size: int) -> None:
+    """Refuse a network that takes images of one size: torch would export it as if it took all."""
+    try:
+        with torch.no_grad():
+            network(torch.zeros(1, 3, image_size, image_size))
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(_refusal(network)) from error
+
+
+def _refusal(network: nn.Module) -> str:
+    name = type(network).__name__
+    return f"{name} cannot be written as ONNX for images of any size: leave out export.dynamic_size"
 
 
 def largest_difference(network: nn.Module, model: bytes, image_size: int) -> float:

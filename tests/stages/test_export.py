@@ -163,7 +163,6 @@ def test_networks_take_images_of_other_sizes(name: str, stem: str) -> None:
     assert max(differ(network, model, size) for size in (32, 48, 64)) < 1e-4
 
 
-@pytest.mark.xfail(reason="torch exports a flattened image without an error: open", strict=True)
 def test_a_network_of_one_size_is_refused_as_dynamic() -> None:
     network = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 4)).eval()
     with pytest.raises(ValueError, match="cannot be written as ONNX for images of any size: leave out export"):
