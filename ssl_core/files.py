@@ -67,6 +67,10 @@ def check_output(path: Path, *, force: bool) -> None:
         raise ValueError(f"{path} is a device or a pipe, expected a file: give another name")
     if path.exists() and not force:
         raise ValueError(f"{path} exists: give another name, or --force to replace it")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except FileNotFoundError:  # in /proc, for example
+        raise ValueError(f"the folder {path.parent} cannot be made: choose another path") from None
 
 
 def _sync(path: Path) -> None:

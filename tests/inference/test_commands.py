@@ -76,6 +76,11 @@ def test_a_device_is_never_replaced(run):
     assert (code, errors) == (2, "error: pipe.npz is a device or a pipe, expected a file: give another name\n")
 
 
+def test_a_folder_that_cannot_be_made_is_named(run):
+    code, _, errors = run("embed", "photos", "-o", "/proc/mine/features.npz")
+    assert (code, errors) == (2, "error: the folder /proc/mine cannot be made: choose another path\n")
+
+
 def test_a_failure_leaves_no_file(run, tmp_path):
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "1.jpg").touch()
