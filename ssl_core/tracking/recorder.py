@@ -37,6 +37,16 @@ ARTIFACT_PATHS = (  # the columns of MLflow's database that contain absolute pat
     ("runs", "artifact_uri"),
     ("logged_models", "artifact_location"),
 )
+# What SQLite, SQLAlchemy and MLflow report of a project's own database -> the fault and a remedy.
+DATABASE_FAULTS = {
+    "is not a database": "mlflow.db is damaged: move it away to start a new one",
+    "is malformed": "mlflow.db is damaged: move it away to start a new one",
+    "out-of-date database schema": "mlflow.db was written by another version of MLflow: copy it, then run "
+    "`mlflow db upgrade sqlite:///mlflow.db`, or move it away",
+    "database is locked": "another program keeps mlflow.db locked: end it",
+    "database or disk is full": "no space left for mlflow.db: free some",
+    "readonly database": "mlflow.db cannot be written: change its owner or mode",
+}
 PARAMETER_LENGTH = 500  # MLflow allows 6000; the artifact configuration.yaml has the full values
 
 Message = dict[str, Any]
@@ -134,7 +144,8 @@ class Recorder:
     def _warn_once(self, error: Exception) -> None:
         if not self.warned:
             reason = " ".join(str(error).split()) or type(error).__name__
-            _note(f"{reason[:300]}; the run continues without it")
+            known = [fault for words, fault in DATABASE_FAULTS.items() if words in reason]
+            _note(f"{[*known, reason[:300]][0]}; the run continues without it")
         self.warned = True
 
     def _execute_pending(self) -> None:

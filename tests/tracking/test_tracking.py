@@ -14,8 +14,9 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 
@@ -159,6 +160,42 @@ def test_artifacts_follow_a_copied_project_and_a_run_that_is_gone_is_made_anew(f
     assert "this folder was" not in errors
     assert "is not in this database; the numbers go into another run" in errors
     assert stages(copied)["new"][1] == "FINISHED"
+
+
+def damage(database: Path) -> None:
+    with open(database, "r+b") as file:
+        file.write(b"x" * 5000)
+
+
+def set_schema(database: Path) -> None:
+    with closing(sqlite3.connect(database)) as connection, connection:
+        connection.execute("update alembic_version set version_num = 'ffffffffffff'")
+
+
+def lock(database: Path) -> sqlite3.Connection:
+    connection = sqlite3.connect(database, isolation_level=None)
+    connection.execute("begin exclusive")
+    return connection
+
+
+@pytest.mark.parametrize(
+    ("spoil", "fault"),
+    [
+        (damage, "mlflow.db is damaged: move it away"),
+        (set_schema, "mlflow.db was written by another version of MLflow: copy it, then run `mlflow db upgrade"),
+        pytest.param(lock, "another program keeps mlflow.db locked: end it", marks=pytest.mark.long),
+    ],
+)
+def test_a_database_that_cannot_be_used_costs_one_warning(four: Path, tmp_path: Path, spoil: Any, fault: str) -> None:
+    shutil.copytree(four, tmp_path / "copy")
+    held = spoil(tmp_path / "copy" / "mlflow.db")
+    process = launch(tmp_path / "copy", "new", "finish")
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0
+    assert errors.count("the run continues without it") == 1
+    assert f"warning: MLflow tracking: {fault}" in errors
+    if held is not None:
+        held.close()
 
 
 class Protected(http.server.BaseHTTPRequestHandler):
