@@ -353,6 +353,8 @@ class Recorder:
     def _end(self) -> None:
         self.client.set_terminated(self.run_id, self.status, self.last_time)
         self.client.set_terminated(self.parent_id, self.status, self.last_time)
+        if self.uri.startswith(SQLITE) and not Path(self.uri.removeprefix(SQLITE)).exists():
+            _note("mlflow.db was removed during this stage, whose numbers are in history.csv only")
         self.ended = True
 
 

@@ -49,9 +49,13 @@ ENDS = {"linear": "finish", "knn": "exception", "pretrain": "sigterm", "tune": "
 
 def launch(folder: Path, stage: str, end: str, run_id: str = "") -> "subprocess.Popen[str]":
     """Start a stage; its standard error closes only when its recorder has ended."""
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("MLFLOW_", "SSL_TRACKING"))}
     command = [sys.executable, "-c", STAGE, stage, end, run_id]
-    return subprocess.Popen(command, cwd=folder, env=environment, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, cwd=folder, env=clean(), stderr=subprocess.PIPE, text=True)
+
+
+def clean() -> dict[str, str]:
+    """Return the environment without settings of tracking."""
+    return {key: value for key, value in os.environ.items() if not key.startswith(("MLFLOW_", "SSL_TRACKING"))}
 
 
 def select(folder: Path, query: str) -> list[tuple]:
@@ -196,6 +200,17 @@ def test_a_database_that_cannot_be_used_costs_one_warning(four: Path, tmp_path: 
     assert f"warning: MLflow tracking: {fault}" in errors
     if held is not None:
         held.close()
+
+
+def test_a_database_that_is_removed_during_a_stage_is_reported(four: Path, tmp_path: Path) -> None:
+    shutil.copytree(four, tmp_path / "copy")
+    start, finish = STAGE.split("    if end ==", 1)
+    # The run has an id as soon as the recorder has opened the database.
+    remove = "    while run.id is None: os.sched_yield()\n    [os.unlink(path) for path in Path().glob('mlflow.db*')]\n"
+    command = [sys.executable, "-c", f"{start}{remove}    if end =={finish}", "new", "finish", ""]
+    result = subprocess.run(command, cwd=tmp_path / "copy", env=clean(), capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0
+    assert result.stderr.count("mlflow.db was removed during this stage") == 1
 
 
 class Protected(http.server.BaseHTTPRequestHandler):
