@@ -1,10 +1,9 @@
 """The training of a detector: the loop of pre-training with the losses, the schedule and the loader of detection."""
 
-import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,14 +14,10 @@ from torchvision.ops._utils import split_normalization_params
 from ssl_core.blocks import distributed
 from ssl_core.config import Training
 from ssl_core.data.detection_loader import Batch, DetectionLoader
-from ssl_core.networks.backbones import find_infinite
 from ssl_core.networks.detectors import seed_sampling
-from ssl_core.training.loop import LOG_STEPS, Trainer
-from ssl_core.training.monitor import Alarm
 from ssl_core.training.optimizers import set_learning_rate
 from ssl_core.training.precision import autocast_type
-
-REMEDY = "lower learning_rate, or increase warmup_iterations, of this evaluation"
+from ssl_core.training.supervised import SupervisedTrainer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,10 +55,12 @@ class Losses(nn.Module):
         return self.detector([image / 255 for image in batch.images], batch.targets)
 
 
-class DetectionTrainer(Trainer):
+class DetectionTrainer(SupervisedTrainer):
     """Trains a detector; `state`, `restore` and `run`, with checkpoints and signals, are those of `Trainer`."""
 
-    def __init__(  # not that of `Trainer`, whose parts belong to a method and its epochs
+    remedy = "lower learning_rate, or increase warmup_iterations, of this evaluation"
+
+    def __init__(
         self,
         detector: nn.Module,
         loader: DetectionLoader,
@@ -73,25 +70,25 @@ class DetectionTrainer(Trainer):
         task: str,
         device: torch.device,
     ) -> None:
-        self.task = task
-        self.method = cast(Any, Losses(detector).to(device))
-        self.loader = cast(Any, loader)
-        self.training, self.device, self.schedule = training, device, schedule
-        norms, others = split_normalization_params(self.method)
+        module = Losses(detector).to(device)
+        self.schedule = schedule
+        norms, others = split_normalization_params(module)
         groups = [
             {"params": norms, "weight_decay": 0.0, "constant": False},
             {"params": others, "weight_decay": training.weight_decay, "constant": False},
         ]
-        self.optimizer = torch.optim.SGD(groups, lr=training.learning_rate, momentum=training.momentum)
+        super().__init__(
+            module,
+            torch.optim.SGD(groups, lr=training.learning_rate, momentum=training.momentum),
+            loader,
+            training,
+            task=task,
+            device=device,
+            total_steps=schedule.iterations,
+            steps_per_epoch=max(1, loader.num_images // loader.batch_size),
+            log_steps=schedule.iterations,
+        )
         self.dtype = autocast_type(training.precision, device)
-        self.total_steps = schedule.iterations
-        self.steps_per_epoch = max(1, loader.num_images // loader.batch_size)
-        self.log_steps = min(LOG_STEPS, self.total_steps)
-        self.step = 0
-        self.history: list[dict[str, float]] = []
-        self.seconds = self.waited = 0.0
-        self._alarm = Alarm()
-        self._sums: dict[str, Tensor] = {}
         self._module = self.method
         if distributed.is_distributed():
             self._module = DistributedDataParallel(self.method, forward_sync_buffers=False)
@@ -126,31 +123,12 @@ class DetectionTrainer(Trainer):
             nn.utils.clip_grad_norm_(self.method.parameters(), self.training.gradient_clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        for name, value in {"total": total, **losses}.items():
-            addend = torch.stack([value.detach().float(), torch.ones((), device=value.device)])
-            name = name.removeprefix("loss_")
-            self._sums[name] = self._sums[name] + addend if name in self._sums else addend
-
-    def _row_is_due(self) -> bool:
-        return self.step % self.log_steps == 0 or self.step == self.total_steps
+        self._add_losses({"total": total, **{name.removeprefix("loss_"): loss for name, loss in losses.items()}})
 
     def _append_row(self) -> dict[str, float]:
-        """Append means over processes and steps to the history; raise `ValueError` if the run has diverged."""
-        means = torch.stack([total / count for total, count in self._sums.values()])
-        values = distributed.average(means).tolist()
-        row: dict[str, float] = {"step": self.step, "epoch": round(self.step / self.steps_per_epoch, 4)}
-        row |= {f"loss/{name}": value for name, value in zip(self._sums, values, strict=True)}
+        row = super()._append_row()
         row["schedule/learning_rate"] = self.optimizer.param_groups[0]["lr"]
-        self._sums = {}
-        if not math.isfinite(row["loss/total"]):
-            raise ValueError(f"training diverged: the loss is {row['loss/total']} at step {self.step}: {REMEDY}")
-        self.history.append(row)
         return row
-
-    def _check_weights(self) -> None:
-        name = find_infinite(self.method.state_dict())
-        if name is not None:
-            raise ValueError(f"training diverged: '{name}' is not finite after step {self.step}: {REMEDY}")
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

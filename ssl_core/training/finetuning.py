@@ -1,20 +1,15 @@
 """The training of several classifiers on the same batches: the loop of pre-training with their steps and schedule."""
 
-import math
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from ssl_core.config import Training
 from ssl_core.data.loader import Loader
-from ssl_core.networks.backbones import find_infinite
-from ssl_core.training.loop import LOG_STEPS, Trainer
-from ssl_core.training.monitor import Alarm
-
-REMEDY = "lower learning_rate and backbone_learning_rate of this evaluation"
+from ssl_core.training.supervised import SupervisedTrainer
 
 
 class Learner(Protocol):
@@ -43,10 +38,12 @@ class Optimizers:
             optimizer.load_state_dict(state[name])
 
 
-class FinetuneTrainer(Trainer):
+class FinetuneTrainer(SupervisedTrainer):
     """Trains networks side by side; `state`, `restore` and `run`, with their checkpoints, are those of `Trainer`."""
 
-    def __init__(  # not that of `Trainer`, whose parts belong to a method
+    remedy = "lower learning_rate and backbone_learning_rate of this evaluation"
+
+    def __init__(
         self,
         networks: Mapping[str, Any],
         loader: Loader,
@@ -56,20 +53,19 @@ class FinetuneTrainer(Trainer):
         device: torch.device,
     ) -> None:
         """`networks` are modules and `Learner`s; `shares` has the share of the learning rate for each step."""
-        self.task = "finetune"
         self.networks: Mapping[str, Learner] = networks
         self.shares = shares
-        self.method = cast(Any, nn.ModuleDict(networks))
-        self.optimizer = cast(Any, Optimizers({name: network.optimizer for name, network in networks.items()}))
-        self.loader, self.training, self.device = loader, training, device
-        self.total_steps = len(shares)
-        self.steps_per_epoch = loader.steps_per_epoch
-        self.log_steps = min(LOG_STEPS, self.steps_per_epoch)
-        self.step = 0
-        self.history: list[dict[str, float]] = []
-        self.seconds = self.waited = 0.0
-        self._alarm = Alarm()
-        self._sums: dict[str, Tensor] = {}
+        super().__init__(
+            nn.ModuleDict(networks),
+            Optimizers({name: network.optimizer for name, network in networks.items()}),
+            loader,
+            training,
+            task="finetune",
+            device=device,
+            total_steps=len(shares),
+            steps_per_epoch=loader.steps_per_epoch,
+            log_steps=loader.steps_per_epoch,
+        )
 
     def _one_step(self) -> None:
         started = time.monotonic()
@@ -77,26 +73,6 @@ class FinetuneTrainer(Trainer):
         self.waited += time.monotonic() - started
         ((images,),) = batch.views.values()
         labels = batch.labels.to(images.device)
-        for name, network in self.networks.items():
-            loss = network.step(images, labels, self.shares[self.step])
-            addend = torch.stack([loss, torch.ones_like(loss)])
-            self._sums[name] = self._sums[name] + addend if name in self._sums else addend
-
-    def _row_is_due(self) -> bool:
-        return self.step % self.log_steps == 0 or self.step == self.total_steps
-
-    def _append_row(self) -> dict[str, float]:
-        """Append the mean losses since the last row; raise `ValueError` if the run has diverged."""
-        row: dict[str, float] = {"step": self.step, "epoch": round(self.step / self.steps_per_epoch, 4)}
-        row |= {f"loss/{name}": (total / count).item() for name, (total, count) in self._sums.items()}
-        row["loss/total"] = sum(value for name, value in row.items() if name.startswith("loss/"))
-        self._sums = {}
-        if not math.isfinite(row["loss/total"]):
-            raise ValueError(f"training diverged: the loss is {row['loss/total']} at step {self.step}: {REMEDY}")
-        self.history.append(row)
-        return row
-
-    def _check_weights(self) -> None:
-        name = find_infinite(self.method.state_dict())
-        if name is not None:
-            raise ValueError(f"training diverged: '{name}' is not finite after step {self.step}: {REMEDY}")
+        share = self.shares[self.step]
+        losses = {name: network.step(images, labels, share) for name, network in self.networks.items()}
+        self._add_losses({**losses, "total": torch.stack([*losses.values()]).sum()})
