@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ssl_core.config import IMAGENET, Backbone, Normalisation, Strict
 from ssl_core.data.batch import BatchSource
+from ssl_core.data.views import Augmentation, View, Views
 from ssl_core.networks.backbones import (
     Network,
     build_backbone,
@@ -94,6 +95,17 @@ class FrozenTeacher(nn.Module):
         if self.size is not None and self.size != view.shape[-1]:
             view = F.interpolate(view, size=(self.size, self.size), mode="bilinear", antialias=True)
         return view * self.scale + self.shift
+
+
+def one_view(
+    image_size: int,
+    area: tuple[float, float],
+    augmentation: Augmentation,
+    *,
+    seen_by: tuple[str, ...] = ("student", "teacher"),
+) -> Views:
+    """Return the group `both` of the single view that all networks see."""
+    return {"both": View(size=image_size, area=area, augmentation=augmentation, seen_by=seen_by)}
 
 
 def load_projector(path: Path, num_features: int) -> tuple[nn.Module, int]:

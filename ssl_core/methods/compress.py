@@ -13,11 +13,11 @@ from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor
 
 from ssl_core.blocks import distributed
-from ssl_core.blocks.frozen_teacher import FrozenTeacher, Teacher
+from ssl_core.blocks.frozen_teacher import FrozenTeacher, Teacher, one_view
 from ssl_core.blocks.momentum import MomentumTeacher
 from ssl_core.blocks.queue import Queue
 from ssl_core.data.batch import Batch, BatchSource
-from ssl_core.data.views import POLICIES, Augmentation, Probability, View, Views
+from ssl_core.data.views import POLICIES, Augmentation, Probability, Views
 from ssl_core.methods.base import Losses, Memory, Method, MethodConfig, Preset, Progress, full_precision
 from ssl_core.networks.backbones import Network
 
@@ -66,9 +66,7 @@ class CompRess(Method):
     @staticmethod
     def views(config: Config, image_size: int) -> Views:
         """Return a single view for all networks."""
-        seen_by = ("student", "keys", "teacher")
-        view = View(size=image_size, area=config.area, augmentation=config.augmentation, seen_by=seen_by)
-        return {"both": view}
+        return one_view(image_size, config.area, config.augmentation, seen_by=("student", "keys", "teacher"))
 
     def prepare(self, loader: BatchSource, device: torch.device) -> None:
         """Fit the teacher's input to the data's normalisation."""

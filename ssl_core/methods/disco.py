@@ -15,7 +15,7 @@ from torch import Tensor
 from ssl_core.blocks import distributed
 from ssl_core.blocks.frozen_teacher import FrozenTeacher, Teacher
 from ssl_core.blocks.losses import info_nce
-from ssl_core.blocks.momentum import MomentumTeacher
+from ssl_core.blocks.momentum import MomentumTeacher, shuffled_embedding
 from ssl_core.blocks.queue import Queue, check_queue_size
 from ssl_core.data.batch import Batch, BatchSource
 from ssl_core.data.views import POLICIES, Augmentation, Probability, View, Views
@@ -99,12 +99,9 @@ class DisCo(Method):
     def _students(self, view: Tensor) -> Tensor:
         return F.normalize(self.projector(self.backbone(view)).float(), dim=1)  # (batch, dim)
 
-    @torch.no_grad()
     def _key(self, view: Tensor, step: int) -> Tensor:
-        if self.config.batchnorm_splits == 1:
-            return F.normalize(self.keys(view).float(), dim=1)
-        shuffled, order = distributed.shuffle(view, seed=self.seed, step=step)
-        return distributed.unshuffle(F.normalize(self.keys(shuffled).float(), dim=1), order)
+        splits = self.config.batchnorm_splits
+        return shuffled_embedding(self.keys, view, splits=splits, seed=self.seed, step=step)  # k: (batch, dim)
 
     @torch.no_grad()
     def after_step(self, progress: Progress, memories: Sequence[Memory]) -> None:

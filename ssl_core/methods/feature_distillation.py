@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from pydantic import NonNegativeFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
-from ssl_core.blocks.frozen_teacher import FrozenTeacher, Teacher
+from ssl_core.blocks.frozen_teacher import FrozenTeacher, Teacher, one_view
 from ssl_core.data.batch import Batch, BatchSource
-from ssl_core.data.views import POLICIES, Augmentation, View, Views
+from ssl_core.data.views import POLICIES, Augmentation, Views
 from ssl_core.methods.base import Losses, Method, MethodConfig, Preset, Progress, full_precision
 from ssl_core.networks.backbones import Network
 from ssl_core.networks.families import features_and_map
@@ -76,9 +76,7 @@ class FeatureDistillation(Method):
     @staticmethod
     def views(config: Config, image_size: int) -> Views:
         """Return a single view for both networks."""
-        seen_by = ("student", "teacher")
-        view = View(size=image_size, area=config.area, augmentation=config.augmentation, seen_by=seen_by)
-        return {"both": view}
+        return one_view(image_size, config.area, config.augmentation)
 
     def prepare(self, loader: BatchSource, device: torch.device) -> None:
         """Fit the teacher's input to the data's normalisation."""

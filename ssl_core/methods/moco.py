@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ssl_core.blocks import distributed
 from ssl_core.blocks.losses import info_nce
-from ssl_core.blocks.momentum import MomentumTeacher
+from ssl_core.blocks.momentum import MomentumTeacher, shuffled_embedding
 from ssl_core.blocks.multicrop import SIX_LOCALS, SSLIGHT, SSLIGHT_TRAINING, MultiCrop, encode, local_views
 from ssl_core.blocks.queue import Queue, check_queue_size
 from ssl_core.data.batch import Batch
@@ -178,12 +178,9 @@ class MoCo(Method):
         embedding = self.projector(encode(self.backbone, views))
         return [*F.normalize(embedding.float(), dim=1).chunk(len(views))]  # q of each view: (batch, dim)
 
-    @torch.no_grad()
     def _key(self, view: Tensor, step: int) -> Tensor:
-        if self.config.batchnorm_splits == 1:
-            return F.normalize(self.teacher(view).float(), dim=1)  # k: (batch, dim)
-        shuffled, order = distributed.shuffle(view, seed=self.seed, step=step)
-        return distributed.unshuffle(F.normalize(self.teacher(shuffled).float(), dim=1), order)
+        splits = self.config.batchnorm_splits
+        return shuffled_embedding(self.teacher, view, splits=splits, seed=self.seed, step=step)  # k: (batch, dim)
 
     @torch.no_grad()
     def after_step(self, progress: Progress, memories: Sequence[Memory]) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ssl_core.blocks import distributed
 from ssl_core.blocks.losses import info_nce
-from ssl_core.blocks.momentum import MomentumTeacher
+from ssl_core.blocks.momentum import MomentumTeacher, shuffled_embedding
 from ssl_core.blocks.queue import Queue, check_queue_size
 from ssl_core.data.batch import Batch
 from ssl_core.data.views import POLICIES, Augmentation, View, Views
@@ -192,12 +192,8 @@ class ReSSL(Method):
         embedding = self.predictor(self.projector(self.backbone(view)))
         return F.normalize(embedding.float(), dim=1)  # z1: (batch, dim)
 
-    @torch.no_grad()
     def _teach(self, view: Tensor, step: int) -> Tensor:
-        if self.splits == 1:
-            return F.normalize(self.teacher(view).float(), dim=1)  # z2: (batch, dim)
-        shuffled, order = distributed.shuffle(view, seed=self.seed, step=step)
-        return distributed.unshuffle(F.normalize(self.teacher(shuffled).float(), dim=1), order)
+        return shuffled_embedding(self.teacher, view, splits=self.splits, seed=self.seed, step=step)  # z2: (batch, dim)
 
     @torch.no_grad()
     def after_step(self, progress: Progress, memories: Sequence[Memory]) -> None:
