@@ -110,9 +110,7 @@ def _graph(plan: Plan) -> tuple[DataNode, ...]:
         seed=plan.seed_of("reader"),
         name="reader",
     )
-    # With fancy upsampling the GPU decoder gives the same colours as the CPU decoder.
-    where = {"device": "mixed", "jpeg_fancy_upsampling": True} if plan.gpu else {"device": "cpu"}
-    image = fn.decoders.image(encoded, output_type=types.RGB, name="decoder", **where)
+    image = _decode(encoded, plan)
     views = []
     for group, view in plan.views.items():
         for index in range(view.count):
@@ -122,15 +120,16 @@ def _graph(plan: Plan) -> tuple[DataNode, ...]:
 
 @pipeline_def(enable_conditionals=True)
 def file_graph(plan: Plan) -> DataNode:
-    """Return the first view, HWC float, of the image files that each run is given as the input `FILES`.
-
-    It decodes as `_graph` does, which is a part of every digest and therefore stays as it is.
-    """
-    encoded = fn.external_source(name=FILES, dtype=types.UINT8, ndim=1)
-    where = {"device": "mixed", "jpeg_fancy_upsampling": True} if plan.gpu else {"device": "cpu"}
-    image = fn.decoders.image(encoded, output_type=types.RGB, **where)
+    """Return the first view, HWC float, of the image files that each run is given as the input `FILES`."""
+    image = _decode(fn.external_source(name=FILES, dtype=types.UINT8, ndim=1), plan)
     group, view = next(iter(plan.views.items()))
     return _view(image, plan, group, view, 0)
+
+
+def _decode(encoded: DataNode, plan: Plan) -> DataNode:
+    # With fancy upsampling the GPU decoder gives the same colours as the CPU decoder.
+    where = {"device": "mixed", "jpeg_fancy_upsampling": True} if plan.gpu else {"device": "cpu"}
+    return fn.decoders.image(encoded, output_type=types.RGB, name="decoder", **where)
 
 
 def _view(image: DataNode, plan: Plan, group: str, view: View, index: int) -> DataNode:
