@@ -9,9 +9,7 @@ import torch
 
 from ssl_core.inference.embedding import Batch
 from ssl_core.inference.network import LoadedNetwork, find_backbone
-from ssl_core.networks.classifiers import Classifier, load_classifier
-
-CLASSIFIER = "classifier.safetensors"
+from ssl_core.networks.classifiers import CLASSIFIER, Classifier, load_classifier
 
 
 class Prediction(NamedTuple):
@@ -30,11 +28,7 @@ def find_classifier(path: Path, network: LoadedNetwork) -> Classifier:
             f"{path} has no {CLASSIFIER}: give the folder of an evaluation with the protocol finetune, such as "
             "results/<experiment>/finetune"
         )
-    classifier = load_classifier(file)
-    if classifier.header.get("input") != "backbone":
-        raise ValueError(
-            f"{file} classifies the output of a projector, which is not kept: fine-tune by a variant without projector"
-        )
+    classifier = load_classifier(file, on_backbone=True)
     if classifier.header.get("backbone_sha256") != network.digest:
         raise ValueError(f"{file} and the backbone beside it are of different runs: fine-tune again")
     return classifier

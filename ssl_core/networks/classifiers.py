@@ -10,6 +10,7 @@ from torch import nn
 
 from ssl_core.networks.backbones import load_strictly, read_tensors, write_tensors
 
+CLASSIFIER = "classifier.safetensors"
 CLASSES = TypeAdapter(tuple[str, ...])
 
 
@@ -26,8 +27,11 @@ def save_classifier(path: Path, layer: nn.Linear, classes: Sequence[str], metada
     write_tensors(path, layer.state_dict(), {"classes": json.dumps(list(classes)), **metadata})
 
 
-def load_classifier(path: Path) -> Classifier:
-    """Read the file of a classifier; raise `ValueError` if it is damaged or another file."""
+def load_classifier(path: Path, *, on_backbone: bool = False) -> Classifier:
+    """Read the file of a classifier; raise `ValueError` if it is damaged or another file.
+
+    With `on_backbone` also if its input is the output of a projector.
+    """
     weights, header = read_tensors(path)
     weight = weights.get("weight")
     try:
@@ -36,6 +40,10 @@ def load_classifier(path: Path) -> Classifier:
         classes = ()
     if not classes or weight is None or weight.ndim != 2:
         raise ValueError(f"{path} is no classifier of this project: its header has no classes, or it has no weight")
+    if on_backbone and header.get("input") != "backbone":
+        raise ValueError(
+            f"{path} classifies the output of a projector, which is not kept: fine-tune by a variant without projector"
+        )
     layer = nn.Linear(weight.shape[1], len(classes))
     load_strictly(layer, weights, path)
     return Classifier(layer, classes, header)

@@ -13,9 +13,8 @@ from ssl_core.drawing.detections import draw_detections
 from ssl_core.evaluations import detection
 from ssl_core.evaluations.base import find_test_split
 from ssl_core.evaluations.parts.features import gather_subjects
-from ssl_core.files import write_json
 from ssl_core.networks.backbones import load_backbone
-from ssl_core.stages.evaluate import describe, summary, track
+from ssl_core.stages.evaluate import describe, publish, summary
 from ssl_core.stages.pretrain import start_process, start_ranks
 from ssl_core.tracking.run import start
 from ssl_core.training.checkpoint import Identity, load_checkpoint, remove_checkpoint, save_checkpoint
@@ -82,13 +81,15 @@ def _work(job: Job) -> None:
         result = describe(job.experiment, job.evaluation, outcome, dataset=config.dataset.name, seed=config.seed)
         digests |= {"spec": provenance.digest(identity.spec), "code": job.code}
         draw_detections(outcome.drawing, manifest.classes or (), job.picture)
-        written = {**result, "digests": digests, "versions": provenance.versions(), "hardware": provenance.hardware()}
-        write_json(job.output, written)
-        track(tracked, outcome, job.evaluation, config.protocol)
-        tracked.dataset(
-            manifest.dataset, digests["data"], num_images=outcome.num_test, source=job.manifest, context=outcome.split
+        publish(
+            tracked,
+            outcome,
+            {**result, "digests": digests},
+            config.protocol,
+            shards=manifest,
+            manifest=job.manifest,
+            output=job.output,
         )
-        tracked.artifact(job.output)
         tracked.artifact(job.picture)
     remove_checkpoint(job.checkpoint)
     print(summary(outcome, config.dataset.name, job.output))

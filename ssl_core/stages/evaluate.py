@@ -76,12 +76,15 @@ def run(
         if outcome.drawing:
             tracked_run = json.dumps({"version": version, "parameters": parameters}, sort_keys=True)
             write_arrays(output.with_suffix("") / DRAWING, {**outcome.drawing, "run": np.array(tracked_run)})
-        write_json(output, {**result, "digests": digests, "versions": versions(), "hardware": hardware()})
-        track(tracked, outcome, evaluation, config.protocol)
-        tracked.dataset(
-            shards.dataset, digests["data"], num_images=outcome.num_test, source=manifest, context=outcome.split
+        publish(
+            tracked,
+            outcome,
+            {**result, "digests": digests},
+            config.protocol,
+            shards=shards,
+            manifest=manifest,
+            output=output,
         )
-        tracked.artifact(output)
     print(summary(outcome, config.dataset.name, output))
 
 
@@ -110,6 +113,32 @@ def describe(experiment: str, evaluation: str, outcome: Outcome, *, dataset: str
         "seed": seed,
         **({"details": outcome.details} if outcome.details else {}),
     }
+
+
+def publish(
+    tracked: Run,
+    outcome: Outcome,
+    result: dict[str, Any],
+    protocol: str,
+    *,
+    shards: Manifest,
+    manifest: Path,
+    output: Path,
+) -> None:
+    """Write `result`, that of `describe` with `digests`, to `output`, and log it with its data set.
+
+    `manifest` is the file of `shards`.
+    """
+    write_json(output, {**result, "versions": versions(), "hardware": hardware()})
+    track(tracked, outcome, result["evaluation"], protocol)
+    tracked.dataset(
+        shards.dataset,
+        result["digests"]["data"],
+        num_images=outcome.num_test,
+        source=manifest,
+        context=outcome.split,
+    )
+    tracked.artifact(output)
 
 
 def track(tracked: Run, outcome: Outcome, evaluation: str, protocol: str) -> None:

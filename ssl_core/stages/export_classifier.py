@@ -21,12 +21,7 @@ def run(experiment: str, evaluation: str, *, backbone: Path, classifier: Path, o
     """
     torch.set_num_threads(threads)
     network, header = load_backbone(backbone)
-    head = load_classifier(classifier)
-    if head.header.get("input") != "backbone":
-        raise ValueError(
-            f"{classifier} classifies the output of a projector, which is not kept: fine-tune by a variant without "
-            "projector"
-        )
+    head = load_classifier(classifier, on_backbone=True)
     model = nn.Sequential(network, head.layer).eval()
     size = View.model_validate_json(header["view"]).size
     facts = {**describe(network, header), "view": header["view"], "classes": json.dumps(head.classes)}

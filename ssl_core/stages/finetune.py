@@ -13,15 +13,14 @@ from ssl_core.evaluations import finetune
 from ssl_core.evaluations.base import Subjects, find_test_split
 from ssl_core.evaluations.parts.features import count_images, gather_subjects, num_classes
 from ssl_core.experiments.processes import report_bus_error
-from ssl_core.files import write_json
 from ssl_core.networks.backbones import load_backbone, save_backbone
-from ssl_core.networks.classifiers import save_classifier
-from ssl_core.stages.evaluate import describe, summary, track
+from ssl_core.networks.classifiers import CLASSIFIER, save_classifier
+from ssl_core.stages.evaluate import describe, publish, summary
 from ssl_core.tracking.run import start
 from ssl_core.training.checkpoint import Identity, load_checkpoint, remove_checkpoint, save_checkpoint
 
 KEPT = ("mean", "std", "seed", "version")  # keys of the pre-training's header in that of the fine-tuned backbone
-BACKBONE, CLASSIFIER = "backbone.safetensors", "classifier.safetensors"
+BACKBONE = "backbone.safetensors"
 
 
 def run(
@@ -80,13 +79,15 @@ def run(
         result = describe(experiment, evaluation, outcome, dataset=config.dataset.name, seed=config.seed)
         digests |= {"spec": provenance.digest(identity.spec), "code": code}
         _keep(models["pretrained"], config, subjects, shards, output.with_suffix(""))
-        versions = {"versions": provenance.versions(), "hardware": provenance.hardware()}
-        write_json(output, {**result, "digests": digests, **versions})
-        track(tracked, outcome, evaluation, config.protocol)
-        tracked.dataset(
-            shards.dataset, digests["data"], num_images=outcome.num_test, source=manifest, context=outcome.split
+        publish(
+            tracked,
+            outcome,
+            {**result, "digests": digests},
+            config.protocol,
+            shards=shards,
+            manifest=manifest,
+            output=output,
         )
-        tracked.artifact(output)
     remove_checkpoint(checkpoint)
     print(summary(outcome, config.dataset.name, output))
 

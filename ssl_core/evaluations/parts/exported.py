@@ -27,11 +27,7 @@ def subjects_of(networks: dict[str, nn.Module], exported: ExportedNetwork) -> Su
 
 def latency(config: TimedConfig, onnx: Path, image_size: int) -> dict[str, float]:
     """Time single images on one thread, in milliseconds: the median and the 10th and 90th percentile."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
-    session = onnxruntime.InferenceSession(onnx, options, providers=["CPUExecutionProvider"])
+    session = ExportedNetwork(onnx).session
     shape = (1, 3, image_size, image_size)
     images = {"images": np.random.default_rng(config.seed).standard_normal(shape, dtype=np.float32)}
     times = []
