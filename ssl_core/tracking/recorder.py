@@ -144,8 +144,8 @@ class Recorder:
     def _warn_once(self, error: Exception) -> None:
         if not self.warned:
             reason = " ".join(str(error).split()) or type(error).__name__
-            known = [fault for words, fault in DATABASE_FAULTS.items() if words in reason]
-            _note(f"{[*known, reason[:300]][0]}; the run continues without it")
+            known = (fault for words, fault in DATABASE_FAULTS.items() if words in reason)
+            _note(f"{next(known, reason[:300])}; the run continues without it")
         self.warned = True
 
     def _execute_pending(self) -> None:

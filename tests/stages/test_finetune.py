@@ -1,4 +1,4 @@
-"""The stage `finetune`: it keeps what it trained, and a continued run gives the same bytes."""
+"""The stage `finetune`: the files of the trained network, and a continued run that gives the same bytes."""
 
 import csv
 import io
