@@ -69,6 +69,7 @@ class Trainer:
     def state(self) -> dict[str, Any]:
         """Return everything that later steps depend on."""
         rank_state = {"loader": self.loader.state(), "rng": torch.get_rng_state()}
+        rank_state["sums"] = {name: value.cpu() for name, value in self._sums.items()}
         if self.device.type == "cuda":
             rank_state["rng_cuda"] = torch.cuda.get_rng_state()
         ranks: list[Any] = [rank_state]
@@ -81,7 +82,6 @@ class Trainer:
             "step": self.step,
             "history": self.history,
             "collapsed_looks": self._alarm.collapsed_looks,
-            "sums": self._sums,
             "seconds": self.seconds,
             "waited": self.waited,
             "ranks": ranks,
@@ -104,7 +104,7 @@ class Trainer:
         self.step, self.history = state["step"], state["history"]
         self.seconds, self.waited = state["seconds"], state["waited"]
         self._alarm.collapsed_looks = state["collapsed_looks"]
-        self._sums = {name: value.to(self.device) for name, value in state["sums"].items()}
+        self._sums = {name: value.to(self.device) for name, value in rank_state["sums"].items()}
 
     def run(self, *, save: Callable[[], None], log: Callable[[dict[str, float]], None]) -> None:
         """Train to the end; call `log` with each row of the history, and `save` every few minutes and before `Stop`."""
