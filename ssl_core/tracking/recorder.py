@@ -45,6 +45,7 @@ DATABASE_FAULTS = {
     "`mlflow db upgrade sqlite:///mlflow.db`, or move it away",
     "database is locked": "another program keeps mlflow.db locked: end it",
     "database or disk is full": "no space left for mlflow.db: free some",
+    "disk I/O error": "the disk of mlflow.db is full or broken: free some space",  # a full one, in WAL mode
     "readonly database": "mlflow.db cannot be written: change its owner or mode",
 }
 PARAMETER_LENGTH = 500  # MLflow allows 6000; the artifact configuration.yaml has the full values

@@ -72,6 +72,16 @@ def test_a_protocol_that_divides_one_split_needs_no_other(schema):
         check(schema, evaluation, splits={**only, "test": "one"})
 
 
+@pytest.mark.parametrize("head", ["fpn", "c4"])
+def test_only_the_short_variant_of_a_detection_tests_on_the_images_that_train(schema, head):
+    boxes: dict[str, SplitLabels] = {"train": "several"}
+    evaluation = {"protocol": "detection", "head": head, "test_split": "train"}
+    check(schema, evaluation, splits=boxes)
+    check(schema, {**evaluation, "variant": "short"}, splits=boxes)
+    with pytest.raises(ValueError, match="'train' trains and tests: set `test_split` to another split"):
+        check(schema, {**evaluation, "variant": f"coco_{head}_1x"}, splits=boxes)
+
+
 def test_an_evaluation_on_another_data_set_is_checked_there(schema):
     with pytest.raises(ValueError, match="data set 'bare' has no test or val split"):
         check(schema, {"protocol": "knn", "dataset": {"name": "bare"}})

@@ -4,6 +4,7 @@ import base64
 import http.server
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -14,7 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -211,6 +212,44 @@ def test_a_database_that_is_removed_during_a_stage_is_reported(four: Path, tmp_p
     result = subprocess.run(command, cwd=tmp_path / "copy", env=clean(), capture_output=True, text=True, timeout=120)
     assert result.returncode == 0
     assert result.stderr.count("mlflow.db was removed during this stage") == 1
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A folder on a file system of 8 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", folder], capture_output=True).returncode:
+        pytest.skip("a file system of its own needs root")
+    yield folder
+    subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def fill(disk: Path) -> Path:
+    """Write a file that leaves no room on `disk`; return it."""
+    file = disk / "filler"
+    with suppress(OSError), open(file, "wb", buffering=0) as stream:
+        while stream.write(b"x" * 4096):
+            pass
+    return file
+
+
+@pytest.mark.parametrize("existing", [True, pytest.param(False, marks=pytest.mark.long)])
+def test_a_full_disk_costs_one_warning_until_there_is_room(four: Path, small_disk: Path, existing: bool) -> None:
+    if existing:
+        shutil.copy(four / "mlflow.db", small_disk)
+    filler = fill(small_disk)
+    process = launch(small_disk, "new", "finish")
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0
+    assert errors.count("the run continues without it") == 1
+    assert re.search("warning: MLflow tracking: (no space left for|the disk of) mlflow.db.*: free some", errors)
+    filler.unlink()
+    process = launch(small_disk, "new", "finish")
+    assert "the run continues without it" not in process.communicate(timeout=120)[1]
+    assert stages(small_disk)["new"][1] == "FINISHED"
+    query = f"select count(*) from metrics where key = 'loss' and run_uuid = '{stages(small_disk)['new'][0]}'"
+    assert select(small_disk, query) == [(5,)]
 
 
 class Protected(http.server.BaseHTTPRequestHandler):
