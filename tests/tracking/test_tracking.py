@@ -48,10 +48,10 @@ with tracking.start(stage, "tiny", digest="d" * 64, parameters={"stage": stage},
 ENDS = {"linear": "finish", "knn": "exception", "pretrain": "sigterm", "tune": "interrupt"}
 
 
-def launch(folder: Path, stage: str, end: str, run_id: str = "") -> "subprocess.Popen[str]":
+def launch(folder: Path, stage: str, end: str, run_id: str = "", **variables: str) -> "subprocess.Popen[str]":
     """Start a stage; its standard error closes only when its recorder has ended."""
     command = [sys.executable, "-c", STAGE, stage, end, run_id]
-    return subprocess.Popen(command, cwd=folder, env=clean(), stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, cwd=folder, env=clean() | variables, stderr=subprocess.PIPE, text=True)
 
 
 def clean() -> dict[str, str]:
@@ -165,6 +165,26 @@ def test_artifacts_follow_a_copied_project_and_a_run_that_is_gone_is_made_anew(f
     assert "this folder was" not in errors
     assert "is not in this database; the numbers go into another run" in errors
     assert stages(copied)["new"][1] == "FINISHED"
+
+
+def test_clones_share_one_database(tmp_path: Path) -> None:
+    """Also after the clone whose `mlruns/` has the artifacts is gone."""
+    address = f"sqlite:///{tmp_path}/mlflow.db"
+    clones = [tmp_path / "first", tmp_path / "second"]
+    for clone in clones:
+        clone.mkdir()
+    processes = [launch(clone, "linear", "finish", MLFLOW_TRACKING_URI=address) for clone in clones]
+    assert [process.communicate(timeout=120)[1] for process in processes] == ["", ""]
+    assert select(tmp_path, "select count(*) from experiments where name = 'ssl-core'") == [(1,)]
+    assert {stage: status for stage, (_, status) in stages(tmp_path).items()} == {
+        "experiment": "FINISHED",
+        "linear": "FINISHED",
+    }
+    (artifacts,) = tmp_path.glob("*/mlruns")
+    shutil.rmtree(artifacts.parent)
+    (left,) = (clone for clone in clones if clone.exists())
+    assert launch(left, "linear", "finish", MLFLOW_TRACKING_URI=address).communicate(timeout=120)[1] == ""
+    assert len(list(artifacts.glob("*/*/artifacts/card.md"))) == 1
 
 
 def damage(database: Path) -> None:
