@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -42,17 +43,41 @@ class Schedule:
         return rate * (self.warmup_factor * (1 - done) + done)
 
 
-class Losses(nn.Module):
-    """A detector whose forward pass returns its losses by name."""
+# Losses that are means over the regions of a batch -> the layer of torchvision's heads that sees these regions.
+_MEANS_OVER_REGIONS = {
+    "loss_classifier": "box_predictor",
+    "loss_box_reg": "box_predictor",
+    "loss_mask": "mask_predictor",
+}
 
-    def __init__(self, detector: nn.Module) -> None:
+
+class Losses(nn.Module):
+    """A detector whose forward pass returns its losses by name.
+
+    With several processes their mean is the loss of one process on the concatenated batch, although the processes
+    have different numbers of regions: only those with an object have a mask.
+    """
+
+    def __init__(self, detector: Any) -> None:
         super().__init__()
         self.detector = detector
+        self._regions: dict[str, int] = {}
+        for name in set(_MEANS_OVER_REGIONS.values()):
+            if (layer := getattr(detector.roi_heads, name)) is not None:
+                layer.register_forward_pre_hook(partial(self._count_regions, name))
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Compute the losses; the seeds of the batch draw the proposals."""
         seed_sampling(self.detector, batch.seeds)
-        return self.detector([image / 255 for image in batch.images], batch.targets)
+        losses = self.detector([image / 255 for image in batch.images], batch.targets)
+        for name, layer in _MEANS_OVER_REGIONS.items():
+            if name in losses:
+                own = losses[name].new_tensor(self._regions[layer])
+                losses[name] = losses[name] * (own / distributed.average(own).clamp(min=1e-6))
+        return losses
+
+    def _count_regions(self, name: str, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        self._regions[name] = len(inputs[0])
 
 
 class DetectionTrainer(SupervisedTrainer):

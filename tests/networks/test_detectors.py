@@ -98,17 +98,18 @@ def test_proposals_of_an_image_depend_on_its_seed_alone():
     assert not torch.equal(negative[0], negative[1])
 
 
-# The losses are means over proposals, and processes average means: each image must have as many of them, 256 anchors
-# and 8 regions. torchvision computes the objectness in float32.
+# The losses of the proposal network are means over anchors, and processes average means: each image must have as many,
+# 256. torchvision computes the objectness in float32.
 SIDE = 128
 
 
-def as_rank(rank: int, path: str) -> None:
+def as_rank(rank: int, path: str, masks: bool) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{path}.rendezvous", rank=rank, world_size=2)
     with float64():
-        model = DistributedDataParallel(Losses(synchronise_batchnorm(detector("resnet18", "c4"), cuda=False)))
-        losses = model.train()(batch(range(2 * rank, 2 * rank + 2), side=SIDE))
+        detect = synchronise_batchnorm(detector("resnet18", "c4", masks=masks), cuda=False)
+        model = DistributedDataParallel(Losses(detect))
+        losses = model.train()(batch(range(2 * rank, 2 * rank + 2), side=SIDE, masks=masks))
         torch.stack(list(losses.values())).sum().backward()
     means = torch.stack(list(losses.values())).detach() / 2
     dist.all_reduce(means)
@@ -118,12 +119,13 @@ def as_rank(rank: int, path: str) -> None:
     dist.destroy_process_group()
 
 
-def test_two_processes_have_the_losses_and_gradients_of_one(tmp_path: Path):
-    start_in_processes(as_rank, str(tmp_path / "ranks"))
+@pytest.mark.parametrize("masks", [False, True])
+def test_two_processes_have_the_losses_and_gradients_of_one(tmp_path: Path, masks: bool):
+    start_in_processes(as_rank, str(tmp_path / "ranks"), masks)
     means, gradients = torch.load(tmp_path / "ranks")
     with float64():
-        model = Losses(detector("resnet18", "c4")).train()
-        losses = model(batch(range(4), side=SIDE))
+        model = Losses(detector("resnet18", "c4", masks=masks)).train()
+        losses = model(batch(range(4), side=SIDE, masks=masks))
         torch.stack(list(losses.values())).sum().backward()
     torch.testing.assert_close(means, torch.stack(list(losses.values())).detach(), rtol=1e-6, atol=1e-7)
     for key, weight in model.named_parameters():
