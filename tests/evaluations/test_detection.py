@@ -124,6 +124,15 @@ def test_images_that_train_are_tested_without_the_others_of_their_split(manifest
 
 
 @pytest.mark.long
+def test_two_processes_give_the_same_weights_again(manifest, backbone, tmp_path):
+    first, second = (run(tmp_path / name, manifest, backbone, gpus=2, masks=True) for name in ("first", "second"))
+    assert first["hyperparameters"]["gpus"] == 2
+    assert first["details"] == second["details"]
+    assert first["metrics"] == second["metrics"]
+    assert not list((tmp_path / "first/checkpoints").iterdir())
+
+
+@pytest.mark.long
 def test_a_killed_run_continues_to_the_same_weights(manifest, backbone, tmp_path):
     expected = run(tmp_path / "whole", manifest, backbone, iterations=4)
     options = arguments(tmp_path / "killed", manifest, backbone, iterations=4, checkpoint_minutes=1e-6)

@@ -23,8 +23,9 @@ def average_precision(pairs: Iterable[tuple[Detections, Detections]], *, masks: 
     nor wrong. Raises `ValueError` if no image has an object.
     """
     kinds = ("bbox", "segm") if masks else ("bbox",)
-    thresholds: dict[str, Any] = {"iou_thresholds": OVERLAPS, "rec_thresholds": RECALLS}
-    metric = MeanAveragePrecision(iou_type=kinds, backend="pycocotools", **thresholds)
+    options: dict[str, Any] = {"iou_thresholds": OVERLAPS, "rec_thresholds": RECALLS}
+    options["sync_on_compute"] = False  # rank 0 measures alone
+    metric = MeanAveragePrecision(iou_type=kinds, backend="pycocotools", **options)
     metric.warn_on_many_detections = False  # COCO too takes the best 100
     for detections, target in pairs:
         metric.update([_plain(detections, masks)], [_truth(target, masks)])
