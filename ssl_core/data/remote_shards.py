@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 
 import yaml
 from fsspec import AbstractFileSystem, url_to_fs
-from fsspec.callbacks import Callback
+from fsspec.callbacks import DEFAULT_CALLBACK, Callback
 from tqdm import tqdm
 
 from ssl_core.data.card import load_card
@@ -233,7 +233,8 @@ def _download(shards: Sequence[Shard], folder: Path, place: Place, manifest: Pat
         for name, sha256 in ((_index(shard), shard.index_sha256), (shard.file, shard.sha256)):
             with atomic(folder / name) as temporary:
                 with place.explained(name, "read"):
-                    place.system.get_file(f"{place.root}/{name}", str(temporary), callback=_Received(bar, stop))
+                    received = DEFAULT_CALLBACK if name.endswith(".idx") else _Received(bar, stop)
+                    place.system.get_file(f"{place.root}/{name}", str(temporary), callback=received)
                 found = file_digest(temporary)
                 if sha256 not in (None, found):
                     raise ValueError(

@@ -16,7 +16,7 @@ import pytest
 
 from ssl_core.provenance import file_digest
 
-from ..waiting import wait_until
+from tests.waiting import wait_until
 
 LOCK = Path(__file__).with_name("moto.lock")
 REQUEST = re.compile(r'"(?:\x1b\[\d+m)*([A-Z]+) (\S+) HTTP')  # a line of the server's log
@@ -53,7 +53,8 @@ class Server:
 
     def call(self, method: str, path: str, content: bytes = b"") -> str:
         """Send a request without credentials."""
-        request = urllib.request.Request(f"{self.endpoint}{path}", content, method=method)
+        headers = {"Content-Type": "application/octet-stream"}
+        request = urllib.request.Request(f"{self.endpoint}{path}", content, headers, method=method)
         with urllib.request.urlopen(request, timeout=10) as answer:
             return answer.read().decode()
 
@@ -69,7 +70,7 @@ class Server:
 
     def add_user(self, name: str, *actions: str) -> dict[str, str]:
         """Add a user with the right to these actions; return the variables with its key."""
-        policy = '{"Statement": [{"Effect": "Allow", "Action": [%s], "Resource": "*"}]}'
+        policy = '{"Version": "2012-10-17", "Statement": [{"Effect": "Allow", "Action": [%s], "Resource": "*"}]}'
         policy %= ", ".join(f'"{action}"' for action in actions)
         self._iam(Action="CreateUser", UserName=name)
         self._iam(Action="PutUserPolicy", UserName=name, PolicyName="p", PolicyDocument=policy)
