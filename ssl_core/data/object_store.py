@@ -31,5 +31,5 @@ def object_store(protocol: str) -> ObjectStore:
     """Return the file system of a protocol; obstore reads credentials and endpoint from the environment."""
     # A server of one's own may have no certificate.
     allow_http = os.environ.get("AWS_ENDPOINT_URL", "").startswith("http://")
-    client = {**CLIENT, "allow_http": allow_http}
-    return ObjectStore(protocol, client_options=client, retry_config=RETRIES, skip_instance_cache=True)
+    options: Any = {"client_options": {**CLIENT, "allow_http": allow_http}, "retry_config": RETRIES}
+    return ObjectStore(protocol, **options, skip_instance_cache=True)

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
-from fsspec import AbstractFileSystem, url_to_fs
+from fsspec import url_to_fs
 from fsspec.callbacks import DEFAULT_CALLBACK, Callback
 from tqdm import tqdm
 
@@ -50,7 +50,7 @@ class Place(NamedTuple):
     """The folder of a data set in a file system of fsspec."""
 
     address: str
-    system: AbstractFileSystem
+    system: Any  # of fsspec
     root: str
 
     def read(self, name: str) -> bytes | None:
@@ -148,17 +148,16 @@ def _upload_shards(shards: Sequence[Shard], output: Path, place: Place) -> None:
     def line(shard: Shard) -> str:
         return json.dumps([place.address, shard.file, shard.sha256])
 
-    def send(shard: Shard, _: threading.Event) -> Shard:
+    def send(shard: Shard, _: threading.Event) -> None:
         for name in (shard.file, _index(shard)):
             with place.explained(name, "written"):
                 place.system.put_file(str(output / name), f"{place.root}/{name}")
-        return shard
+        file.write(line(shard) + "\n")
+        bar.update(shard.bytes)
 
     remaining = [shard for shard in shards if line(shard) not in finished or sizes.get(shard.file) != shard.bytes]
-    with _bytes_bar(remaining, f"uploading to {place.address}") as bar, open(record, "a") as file:
-        for shard in _in_parallel(send, remaining):
-            file.write(line(shard) + "\n")
-            bar.update(shard.bytes)
+    with _bytes_bar(remaining, f"uploading to {place.address}") as bar, open(record, "a", buffering=1) as file:
+        _in_parallel(send, remaining)
 
 
 def _card_content(card: Path) -> bytes:
@@ -243,8 +242,7 @@ def _download(shards: Sequence[Shard], folder: Path, place: Place, manifest: Pat
                     )
 
     with _bytes_bar(shards, f"copying {place.address}") as bar:
-        for _ in _in_parallel(fetch, shards):
-            pass
+        _in_parallel(fetch, shards)
 
 
 class _Received(Callback):
@@ -347,7 +345,7 @@ def _place(dataset: str) -> Place:
         if protocol in CLOUD and importlib.util.find_spec("obstore"):
             from ssl_core.data.object_store import object_store
 
-            system: Any = object_store(protocol)
+            system = object_store(protocol)
         else:
             system, path = url_to_fs(root, **({"auto_mkdir": True} if protocol == "file" else {}))
     except ImportError as error:  # fsspec's message names the package
@@ -358,13 +356,13 @@ def _place(dataset: str) -> Place:
     return Place(f"{root}/{dataset}", system, f"{path.rstrip('/')}/{dataset}")
 
 
-def _in_parallel(transfer: Callable[[Shard, threading.Event], Any], shards: Sequence[Shard]) -> Iterator[Any]:
-    """Yield the results of a transfer of each shard as they end; the first error or Ctrl-C ends the other transfers."""
+def _in_parallel(transfer: Callable[[Shard, threading.Event], None], shards: Sequence[Shard]) -> None:
+    """Transfer the shards, several at a time; the first error or Ctrl-C ends the other transfers."""
     stop = threading.Event()
     with ThreadPoolExecutor(PARALLEL) as pool:
         try:
             for future in as_completed([pool.submit(transfer, shard, stop) for shard in shards]):
-                yield future.result()
+                future.result()
         finally:
             stop.set()
             pool.shutdown(wait=False, cancel_futures=True)

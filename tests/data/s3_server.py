@@ -15,7 +15,6 @@ from pathlib import Path
 import pytest
 
 from ssl_core.provenance import file_digest
-
 from tests.waiting import wait_until
 
 LOCK = Path(__file__).with_name("moto.lock")
