@@ -32,4 +32,4 @@ def object_store(protocol: str) -> ObjectStore:
     # A server of one's own may have no certificate.
     allow_http = os.environ.get("AWS_ENDPOINT_URL", "").startswith("http://")
     options: Any = {"client_options": {**CLIENT, "allow_http": allow_http}, "retry_config": RETRIES}
-    return ObjectStore(protocol, **options, skip_instance_cache=True)
+    return ObjectStore(protocol, **options | {"skip_instance_cache": True})

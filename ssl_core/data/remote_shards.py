@@ -142,8 +142,11 @@ def upload(card: Path, output: Path) -> None:
 def _upload_shards(shards: Sequence[Shard], output: Path, place: Place) -> None:
     record = output / UPLOADED
     finished = set(record.read_text().splitlines()) if record.exists() else set()
-    with place.explained("", "listed"):
-        sizes = {Path(name).name: info["size"] for name, info in place.system.find(place.root, detail=True).items()}
+    sizes: dict[str, int] = {}
+    if finished:  # of an address that may have been emptied since
+        with place.explained("", "listed"):
+            objects = place.system.find(place.root, detail=True)
+        sizes = {Path(name).name: described["size"] for name, described in objects.items()}
 
     def line(shard: Shard) -> str:
         return json.dumps([place.address, shard.file, shard.sha256])
