@@ -158,19 +158,18 @@ def test_an_interrupted_upload_continues(
     s3: Server, local: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = shutil.copytree(local, tmp_path / "demo")
-    put_file = ObjectStore._put_file
+    put_file = ObjectStore.put_file
 
-    async def fail(self: ObjectStore, lpath: str, rpath: str, **options: object) -> None:
+    def fail(self: ObjectStore, lpath: str, rpath: str) -> None:
         if "train-000002" in rpath:
             raise ConnectionError("reset by peer")
-        await put_file(self, lpath, rpath)
+        put_file(self, lpath, rpath)
 
     with monkeypatch.context() as patch:
         patch.setattr(remote_shards, "PARALLEL", 1)
-        patch.setattr(ObjectStore, "_put_file", fail)
+        patch.setattr(ObjectStore, "put_file", fail)
         with pytest.raises(ValueError, match=r"train-000002.tar cannot be written \(ConnectionError: reset by peer\)"):
             remote_shards.upload(DEMO, folder)
-    object_store.cache_clear()
     first = [request for request in s3.requests() if request.startswith("PUT")]
     remote_shards.upload(DEMO, folder)
     second = [request for request in s3.requests() if request.startswith("PUT")]
