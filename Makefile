@@ -110,11 +110,13 @@ ui: $(INSTALLED)
 	  --backend-store-uri $${MLFLOW_TRACKING_URI:-sqlite:///mlflow.db} $(ARGS)
 
 lock: $(INSTALLED)
-	uv pip compile pyproject.toml --extra dev --universal --generate-hashes --no-emit-index-url --no-header \
+	uv pip compile pyproject.toml --extra dev --extra s3 --universal --generate-hashes --no-emit-index-url --no-header \
 	  --no-annotate --output-file requirements.lock
 	python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["slurm"], sep="\n")' \
 	  | uv pip compile - --no-deps --universal --generate-hashes --no-emit-index-url --no-header --no-annotate \
 	  --python-version 3.11 --output-file requirements-slurm.lock
+	printf '%s\n' 'moto[s3]' flask flask-cors | uv pip compile - --universal --generate-hashes --no-emit-index-url \
+	  --no-header --no-annotate --python-version 3.11 --output-file tests/data/moto.lock
 
 clean:
 	rm -rf .venv .pytest_cache .ruff_cache ssl_core.egg-info build

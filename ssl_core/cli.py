@@ -11,7 +11,7 @@ import os
 import shlex
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from importlib import metadata
 from pathlib import Path
@@ -294,7 +294,39 @@ def _stage(options: argparse.Namespace) -> None:
     arguments = dict(vars(options))
     for name in ("command", "name", "log"):
         del arguments[name]
-    stage.run(**arguments)
+    if os.environ.get("SSL_SHARDS"):
+        _run_with_remote_shards(stage.run, options.name, arguments)
+    else:
+        stage.run(**arguments)
+
+
+def _run_with_remote_shards(run: Callable[..., None], stage: str, arguments: dict[str, Any]) -> None:
+    """Call a stage while the shards that it reads are on local disk; the stage `shard` is followed by the upload."""
+    from ssl_core.data import remote_shards
+
+    if stage == "shard":
+        card, output = arguments["card"], arguments["output"]
+        if not remote_shards.fetch_manifest(card, output):
+            run(**arguments)
+            remote_shards.upload(card, output)
+    elif "manifest" in arguments:
+        with remote_shards.local_shards(arguments["manifest"], _splits(stage, arguments)) as manifest:
+            run(**{**arguments, "manifest": manifest})
+    else:
+        run(**arguments)
+
+
+def _splits(stage: str, arguments: dict[str, Any]) -> list[str]:
+    """Return the names of the splits that a stage may read; a data set need not have them all."""
+    from ssl_core.experiments.needs import TEST_SPLITS
+
+    if stage == "adopt":
+        return []
+    section = {"dataset": arguments["dataset"]} if stage == "quantise" else arguments["spec"]
+    training = section["dataset"].get("split", "train")
+    if stage in ("pretrain", "sample-views", "quantise"):
+        return [training]
+    return [training, *TEST_SPLITS, *filter(None, (section.get("test_split"), section.get("val_split")))]
 
 
 def _check_gpus() -> None:

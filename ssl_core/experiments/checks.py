@@ -16,6 +16,7 @@ from ssl_core.experiments.sweeps import Config
 
 LONGEST_NAME = 200  # of 255 bytes that a file name has; temporary files and checkpoints append to it
 LARGEST_SEED = 2**32 - 1  # torch, NumPy and DALI take it
+ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://.*[^/].*")
 FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 # Names of other files and folders under results/.
 RESERVED = {
@@ -37,6 +38,8 @@ def check(config: Config, schema: Mapping[str, Any], cards: Iterable[str]) -> No
     `schema` is the JSON schema of config.yaml, and `cards` are the names of the data sets that have a card.
     """
     _check_values(config, "")
+    if isinstance(config, Mapping) and isinstance(config.get("shards"), str):
+        check_address(config["shards"], "shards")
     _check_renamed(config)
     check_structure(config, schema, ())
     _check_seeds(config, "")
@@ -58,6 +61,19 @@ def check(config: Config, schema: Mapping[str, Any], cards: Iterable[str]) -> No
         _check_backbone(experiment, f"experiments.{name}", schema)
     _check_datasets(config, list(cards))
     _check_reported(config)
+
+
+def check_address(address: str, place: str) -> None:
+    """Refuse an address of shards that is none or that contains a password, which logs would show."""
+    if "@" in address or "?" in address:
+        raise ValueError(
+            f"{place}: the address contains '@' or '?', so perhaps a password: write s3://bucket/prefix, and export "
+            "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+        )
+    if not ADDRESS.fullmatch(address):
+        raise ValueError(
+            f"{place}: expected an address such as s3://bucket/prefix, found {address!r}; local shards need no key"
+        )
 
 
 def _check_renamed(config: Config) -> None:

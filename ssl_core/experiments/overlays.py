@@ -1,6 +1,7 @@
 """config.yaml and the files that `--configfile` lays over it: reading, merging, the origin of a value. Torch-free."""
 
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +23,11 @@ class Configuration(NamedTuple):
 
     files: dict[Path, dict[str, Any]]
     settings: dict[str, Any]
+
+    @property
+    def address(self) -> str | None:
+        """The address of all shards; None if they are local."""
+        return self.settings.get("shards") or os.environ.get("SSL_SHARDS")
 
     def experiment(self, name: str) -> dict[str, Any]:
         """Return an experiment's settings, also of one that a sweep or `seeds` makes; `ValueError` if there is none."""

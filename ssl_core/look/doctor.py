@@ -163,6 +163,7 @@ def _shared_memory() -> Iterator[Finding]:
 
 
 def _project() -> Iterator[Finding]:
+    from ssl_core.data.remote_shards import find_local
     from ssl_core.data.shards import Manifest, verify
     from ssl_core.experiments.overlays import CONFIG, load_configuration
 
@@ -178,10 +179,12 @@ def _project() -> Iterator[Finding]:
     for path in manifests:
         try:
             manifest = Manifest.load(path)
-            for split in manifest.splits:
+            is_remote = layers.address is not None and find_local(path, manifest.splits) != path
+            for split in () if is_remote else manifest.splits:
                 verify(manifest, split)
+            shards = f"shards at {layers.address}" if is_remote else "all shards of the right size"
             images = ", ".join(f"{name} {split.images}" for name, split in manifest.splits.items())
-            yield Finding("ok", "data set", f"{manifest.dataset}: {images} images, all shards of the right size")
+            yield Finding("ok", "data set", f"{manifest.dataset}: {images} images, {shards}")
         except ValueError as error:
             yield Finding("warning", "data set", str(error))
 

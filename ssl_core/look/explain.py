@@ -51,7 +51,7 @@ def explain(name: str, overlays: Sequence[Path], *, timed: bool | None, threads:
     if "weights" in spec:
         _adopted(name, spec, layers, timed=timed is True)
         return
-    subject = find_subject(spec)
+    subject = find_subject(spec, layers.address)
     resolved, views = subject.resolved, subject.views
     forward_batch_size(resolved.training)
     learning_rate(0, training=resolved.training, steps_per_epoch=1)
@@ -78,7 +78,7 @@ def explain(name: str, overlays: Sequence[Path], *, timed: bool | None, threads:
     _comment("Steps", _steps(resolved, images, steps))
     walked = forecast.walk(method, views, resolved.training)
     _comment("Cost", _cost(method, subject, walked, num_images, steps))
-    if timed or (timed is None and subject.manifest is not None):
+    if timed or (timed is None and subject.shards is not None):
         _comment("Time", _time(method, subject, walked, steps, threads))
     else:
         _comment("Time", ["not measured (--time measures ten steps)"])
@@ -87,7 +87,7 @@ def explain(name: str, overlays: Sequence[Path], *, timed: bool | None, threads:
         layers,
         resolved.backbone,
         subject.card.image_size,
-        timed=timed or (timed is None and subject.manifest is not None),
+        timed=timed or (timed is None and subject.shards is not None),
     )
 
 
@@ -306,8 +306,8 @@ def _cost(
         images = steps * training.epochs * training.batch_size
         lines.append(f"the whole run: {_si(walked.step * images, 'FLOP')} for {_si(images)} images")
     decoded = None
-    if subject.manifest is not None:
-        decoded = forecast.decoded_pixels(subject.manifest, subject.resolved.dataset.split)
+    if subject.shards is not None:
+        decoded = forecast.decoded_pixels(subject.shards, subject.resolved.dataset.split)
         lines.append(
             f"stored images: {_si(decoded.mean(), 'pixels')} on average, {_si(decoded.max(), 'pixels')} at most; "
             f"`max_side` in {subject.card.name}'s card reduces them"
@@ -331,7 +331,7 @@ def _time(method: base.Method, subject: Subject, walked: forecast.Walk, steps: i
     load = os.getloadavg()[0]  # of the last minute, from other processes
     training = subject.resolved.training
     timing = forecast.time_steps(
-        method, subject.resolved, subject.views, subject.manifest, walked=walked, threads=threads
+        method, subject.resolved, subject.views, subject.shards, walked=walked, threads=threads
     )
     speed = timing.batch_size / timing.seconds
     rate = walked.step * speed
@@ -339,7 +339,7 @@ def _time(method: base.Method, subject: Subject, walked: forecast.Walk, steps: i
     lines = [
         f"{timing.steps} steps of {timing.batch_size} images took {timing.seconds:.3g} s each: {speed:.3g} images/s, "
         f"{_si(rate, 'FLOP')}/s in {timing.dtype}, {100 * timing.waited:.0f} % waiting for "
-        + ("data" if subject.manifest is not None else "random images, since there are no shards"),
+        + ("data" if subject.shards is not None else "random images, since there are no shards"),
         f"measured with {threads} thread{'s' * (threads > 1)} of {hardware()}{busy}",
     ]
     if timing.batch_size < forward_batch_size(training):

@@ -13,11 +13,15 @@ def draw(name: str, overlays: Sequence[Path], picture: Path, *, threads: int) ->
 
     Raises `ValueError` with the command to run if the data set is not sharded.
     """
-    subject = find_subject(load_configuration(overlays).experiment(name))
-    resolved, manifest, views = subject.resolved, subject.manifest, subject.views
-    if manifest is None:
+    layers = load_configuration(overlays)
+    subject = find_subject(layers.experiment(name), layers.address)
+    resolved, manifest, views = subject.resolved, subject.shards, subject.views
+    if subject.manifest is None:
         dataset = subject.card.name
         raise ValueError(f"the data set '{dataset}' is not sharded yet: run `{shard_command(dataset)}` first")
+    if manifest is None:
+        command = f"snakemake --cores all results/{name}/views.png"
+        raise ValueError(f"the shards of '{subject.card.name}' are at {layers.address}: `{command}` copies them")
     if picture.suffix.lower() != ".png":
         raise ValueError(f"{picture}: the picture is a PNG: give a name that ends in .png")
     draw_first_views(manifest, resolved.dataset, views, picture, seed=resolved.training.seed, threads=threads)

@@ -63,6 +63,7 @@ def generate() -> dict[str, Any]:
         reported=_sections(_part(Reported, definitions)),
         export=_part(Export, definitions),
         quantise=_part(Quantise, definitions),
+        shards={"type": "string"},  # the address of all shards
     )
     return {"$schema": DIALECT} | whole | {"required": ["experiments"], "$defs": dict(sorted(definitions.items()))}
 

@@ -159,6 +159,9 @@ TRAINED = ": 'weights' names a network that is trained already"
         ("reported/small", {"source": "x", "knn": 1}, ".knn: unknown key"),
         ("reported/small", {"source": "x", "results": {"knn": 101}}, ".results.knn: 101 is no percentage"),
         ("reported/small", {"source": "x", "results": {"knn": "a"}}, ".results.knn: expected a number"),
+        ("shards", "s3:/bucket", ": expected an address such as s3://bucket/prefix, found 's3:/bucket'"),
+        ("shards", "s3://", ": expected an address"),
+        ("shards", 3, ": expected a text, found 3"),
     ],
 )
 def test_a_fault_is_reported_in_one_line(schema: dict[str, Any], path: str, value: Any, message: str) -> None:
@@ -256,3 +259,12 @@ def test_a_name_that_is_too_long_for_a_file_is_refused(schema: dict[str, Any]) -
     section = VALID["experiments"]["small"]
     assert "the name has 201 letters" in fault(schema, f"experiments/{long}", section)
     assert "the name has 201 letters" in fault(schema, f"evaluations/{long}", {"protocol": "knn"})
+
+
+@pytest.mark.parametrize(
+    "address", ["s3://key:hidden@bucket", "s3://key:hid/den@bucket", "s3:key:hidden@b", "s3://b?hidden"]
+)
+def test_a_password_in_the_address_of_shards_is_refused_and_not_shown(address: str, schema: dict[str, Any]) -> None:
+    message = fault(schema, "shards", address)
+    assert message.startswith("shards: the address contains '@' or '?'")
+    assert "hid" not in message

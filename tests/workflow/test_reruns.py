@@ -51,6 +51,11 @@ def test_a_second_run_and_changes_without_effect_on_results_run_nothing(done: Pr
     assert done.pending() == set()
 
 
+def test_shards_at_another_address_run_nothing(done: Project) -> None:
+    done.change("shards", "s3://bucket/prefix")
+    assert done.pending() == set()
+
+
 def test_a_reported_number_changes_the_table_alone(done: Project) -> None:
     done.change("reported/first", {"source": "Table 2", "results": {"linear": 90.8}})
     assert done.pending() == TABLE

@@ -215,6 +215,10 @@ WRITTEN = sweeps.written_experiments(CONFIG)  # without those of sweeps, which r
 EVALUATIONS = CONFIG.get("evaluations") or {}
 SWEEPS = CONFIG.get("sweeps") or {}
 
+# Not a parameter of rules: shards that lie elsewhere are the same data.
+if "shards" in CONFIG:
+    os.environ["SSL_SHARDS"] = CONFIG["shards"]
+
 
 # The last lines of a failed run: at exit, since Snakemake prints more after this hook.
 onerror:
