@@ -95,6 +95,7 @@ CUT_OFF = """() => {
 }"""
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("width", [1280, 390])
 def test_nothing_is_cut_off(width: int, site: Path, html: dict[str, str], browser: Browser) -> None:
     page = browser.new_page(viewport={"width": width, "height": 900})
