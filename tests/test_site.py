@@ -1,4 +1,4 @@
-"""The site: it builds without a warning, loads nothing from elsewhere, is complete, and works from files in a real browser."""
+"""The site builds without a warning, loads nothing from elsewhere, is complete, and works from files in a browser."""
 
 import json
 import os
@@ -88,7 +88,8 @@ def test_the_search_finds_a_key_on_a_page_opened_as_a_file(site: Path, browser: 
 
 CUT_OFF = """() => {
   const width = document.documentElement.clientWidth;
-  const scrolls = (element) => element && (/auto|scroll/.test(getComputedStyle(element).overflowX) || scrolls(element.parentElement));
+  const frame = (element) => /auto|scroll/.test(getComputedStyle(element).overflowX);
+  const scrolls = (element) => element && (frame(element) || scrolls(element.parentElement));
   const parts = [...document.querySelectorAll("article table, article pre, article img, article math")];
   const cut = parts.filter((part) => part.getBoundingClientRect().right > width + 1 && !scrolls(part));
   return document.documentElement.scrollWidth > width + 1 || cut.length > 0;

@@ -1,6 +1,6 @@
 """Adds the page keys.md to the site: every key of the configuration with its type, default, source and comment.
 
-The keys and types are those of the generated schema; defaults, presets and comments are those of the typed configuration.
+Keys and types come from the generated schema; defaults, presets and comments from the typed configuration.
 """
 
 import inspect
@@ -25,9 +25,9 @@ from ssl_core.look.schema_generation import named_configs
 
 INTRODUCTION = """# Configuration keys
 
-Every key of `config.yaml`, generated from the code. A key that is not set has the default. For a method the default is that of its
-first preset, and a protocol's that of its default variant; other presets and variants are listed where they differ. `ssl-core explain EXPERIMENT` prints
-the resolved value and the source of every key of one experiment.
+Every key of `config.yaml`, from the code. A key that is not set has the default: a method's is that of its first
+preset, a protocol's that of its default variant. Other presets and variants are listed where they differ.
+`ssl-core explain EXPERIMENT` prints the resolved value and the source of every key of one experiment.
 """
 SHARED = {  # definition of the schema -> the models that it was generated from
     "experiment": (settings.Experiment, settings.Adopted),
@@ -101,7 +101,8 @@ def _method(name: str, model: type[BaseModel], schema: Mapping[str, Any]) -> str
     rows = list(_rows(f"method.{name}", model, schema, values))
     training = {preset: dict(presets[preset].training) for preset in presets}
     used = {key for preset in training.values() for key in preset}
-    definition = {"properties": {key: {"$ref": "#/$defs/Training"} for key in settings.Training.model_fields if key in used}}
+    order = [key for key in settings.Training.model_fields if key in used]
+    definition = {"properties": {key: {"$ref": "#/$defs/Training"} for key in order}}
     for key, *cells in _rows(f"method.{name}.training", settings.Training, definition, training):
         rows.append((key.replace("`", "`training.", 1), *cells))
     title = f"## Method {name} {{#method.{name}}}\n"

@@ -30,7 +30,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 
 
 def _formula(source: str, *_: Any, **__: Any) -> str:
-    return convert(source, display="block")
+    return f'<div class="formula">{convert(source, display="block")}</div>'
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:

@@ -9,9 +9,10 @@ class FrameWorker extends EventTarget {
     addEventListener("message", (event) => {
       if (event.source === this.inside) this.dispatchEvent(new MessageEvent("message", { data: event.data }));
     });
-    this.loaded = new Promise((resolve) => { this.inside.onload = resolve; });
+    this.inside.document.open(); // removes listeners, so the one below comes later
     const answer = '<script>postMessage = (data) => parent.postMessage(data, "*")</script>';
     this.inside.document.write(`${answer}<script src="${url}"></script>`);
+    this.loaded = new Promise((resolve) => { this.inside.onload = resolve; });
     this.inside.document.close();
   }
 

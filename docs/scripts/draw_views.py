@@ -1,4 +1,4 @@
-"""Draw the views on the pages of the methods, from the YAML of each page: python docs/scripts/draw_views.py [METHOD ...]
+"""Draw the views on the pages of the methods, from the YAML of each page: draw_views.py [METHOD ...]
 
 Needs the demonstration's shards: snakemake --cores all shards/demo/manifest.json
 """

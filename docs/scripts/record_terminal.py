@@ -61,7 +61,7 @@ def draw(command: str, lines: list[tuple[float, str]]) -> str:
     """Return the SVG."""
     width, height = COLUMNS * CHARACTER + 2 * MARGIN, (len(lines) + 1) * ROW + 2 * MARGIN
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:.0f}" height="{height}" viewBox="0 0 {width:.0f} {height}">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height}" width="{width:.0f}">',
         f"<title>{html.escape(command)}</title>",
         STYLE,
         f'<rect width="{width:.0f}" height="{height}" rx="8" fill="#161b22"/>',
