@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 
 def project(root: Path) -> dict:
@@ -145,3 +146,17 @@ def test_an_installed_wheel_ends_with_a_result_in_each_of_two_folders(installed:
         )
     assert bytes_of_backbones[0] == bytes_of_backbones[1]
     assert {path.name for path in tmp_path.iterdir()} == {"first", "second"}
+
+
+def test_github_files_use_what_the_makefile_and_the_lock_have(root: Path) -> None:
+    targets = set(re.findall(r"^([\w-]+):", (root / "Makefile").read_text(), flags=re.MULTILINE))
+    workflow = (root / ".github" / "workflows" / "ci.yml").read_text()
+    assert set(re.findall(r"make ([\w-]+)", workflow)) <= targets
+    ruled_in = project(root)["project"]["requires-python"]
+    versions = yaml.safe_load(workflow)["jobs"]["test"]["strategy"]["matrix"]["python"]
+    assert all(SpecifierSet(ruled_in).contains(version) for version in versions)
+    hooks = yaml.safe_load((root / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
+    lock = (root / "requirements.lock").read_text()
+    for hook in hooks:
+        tool = hook["entry"].split()[0].removeprefix(".venv/bin/")
+        assert f"\n{tool}==" in lock, tool

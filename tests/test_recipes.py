@@ -283,7 +283,7 @@ def test_each_preset_has_a_source_that_the_pages_print(method):
         assert f'id="{anchor}"' in anchors or re.search(rf"^### {anchor}$", anchors, re.M | re.I), anchor
         assert f"| `{name}` | {linked(preset.source, '../')} |" in page
     first = next(iter(presets))
-    assert f"`{first}`: {linked(presets[first].source, 'docs/')} |" in (ROOT / "README.md").read_text()
+    assert f"`{first}`: {linked(presets[first].source, '')} |" in (ROOT / "docs" / "methods.md").read_text()
 
 
 @pytest.mark.parametrize(

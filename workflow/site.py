@@ -1,9 +1,11 @@
-"""Adds the pages outside docs/ to the site, and links between them and the pages inside."""
+"""Adds the pages outside docs/ to the site, with links between them and the pages inside, and renders formulas."""
 
 import posixpath
 import re
 from pathlib import Path
+from typing import Any
 
+from latex2mathml.converter import convert
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
@@ -16,7 +18,19 @@ OUTSIDE = {  # file in the repository -> page of the site
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
 }
-LINK = re.compile(r"(?<=\]\()([^)#\s:]+\.(?:md|svg))(?=[)#])")
+LINK = re.compile(r"(?<=\]\()([^)#\s:]+\.(?:md|svg|png))(?=[)#])")
+
+
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """Render blocks of LaTeX, which GitHub renders too, as MathML, which browsers show without a script."""
+    config.mdx_configs["pymdownx.superfences"] = {
+        "custom_fences": [{"name": "math", "class": "math", "format": _formula}]
+    }
+    return config
+
+
+def _formula(source: str, *_: Any, **__: Any) -> str:
+    return f'<div class="formula">{convert(source, display="block")}</div>'
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -37,5 +51,4 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         target = OUTSIDE.get(file, file.removeprefix("docs/"))
         return posixpath.relpath(target, posixpath.dirname(here) or ".")
 
-    # A diagram would need a script of another site, so it is shown as text.
-    return LINK.sub(link, markdown).replace("```mermaid", "```text")
+    return LINK.sub(link, markdown)

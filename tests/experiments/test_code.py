@@ -1,4 +1,4 @@
-"""The table of edits of README.md: each is made on a copy of the package, and exactly the named stages run again."""
+"""The table of edits of docs/reruns.md: each is made on a copy of the package; exactly the named stages run again."""
 
 import ast
 import re
