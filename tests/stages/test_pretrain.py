@@ -16,7 +16,7 @@ from ssl_core.files import read_json
 from ssl_core.methods.base import method_class, resolve
 from ssl_core.networks.backbones import build_backbone, load_backbone
 from ssl_core.provenance import file_digest
-from ssl_core.stages import pretrain
+from ssl_core.stages import pretrain, ranks
 
 SPEC = {
     "dataset": {"name": "demo", "subset": {"images": 96}},
@@ -138,14 +138,14 @@ def test_the_model_holds_teacher_and_queue_too(finished):
 def test_processes_that_do_not_meet_on_the_loopback_address_give_one_line(demo, tmp_path, monkeypatch):
     def launch(config, _work):
         assert (config.rdzv_endpoint, config.local_addr) == ("127.0.0.1:0", "127.0.0.1")
-        assert config.rdzv_configs["join_timeout"] == pretrain.START_SECONDS
+        assert config.rdzv_configs["join_timeout"] == ranks.START_SECONDS
 
         def start(*_):
             raise RendezvousTimeoutError
 
         return start
 
-    monkeypatch.setattr(pretrain, "elastic_launch", launch)
+    monkeypatch.setattr(ranks, "elastic_launch", launch)
     with pytest.raises(ValueError, match=r"2 processes of training.gpus did not meet on 127\.0\.0\.1"):
         run(demo, tmp_path, spec(training={"gpus": 2}))
 
