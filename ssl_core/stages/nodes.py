@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,7 @@ class Link:
 
     def send(self, **message: Any) -> None:
         """Send a message; a lost node is noticed when its answer is read."""
-        with suppress(OSError):
+        with suppress(OSError, ValueError):  # it is broken or closed
             self._lines.write(json.dumps(message).encode() + b"\n")
             self._lines.flush()
 
@@ -62,6 +62,14 @@ class Link:
         except (OSError, ValueError):
             return {}
         return message if isinstance(message, dict) else {}
+
+    def close(self) -> None:
+        """Close the connection, also while another thread waits for a message."""
+        with suppress(OSError):
+            self.connection.shutdown(socket.SHUT_RDWR)
+        with suppress(OSError):
+            self._lines.close()
+        self.connection.close()
 
 
 class Team:
@@ -119,15 +127,19 @@ def lead(nodes: int, job: Message, identity: dict[str, str]) -> Iterator[Team]:
 
     `identity` has the versions of code and data, which must be the same on all nodes.
     """
-    with _listen(nodes) as server, _start_others(nodes, server.getsockname()[1], job["threads"]) as others:
-        links = _welcome(server, nodes, others)
+    with (
+        _listen(nodes) as server,
+        _start_others(nodes, server.getsockname()[1], job["threads"]) as others,
+        ExitStack() as connections,
+    ):
+        links = _welcome(server, nodes, others, connections)
         for rank, link in enumerate(links, start=1):
             link.send(rank=rank, nodes=nodes, job=job, identity=identity)
         for link in links:
             link.connection.settimeout(START_SECONDS)
             answer = link.receive()
             if not answer.get("ready"):
-                raise ValueError(f"node {link.name}: {answer.get('error', 'it ended before the training started')}")
+                raise ValueError(f"node {link.name}: {answer.get('outcome', 'it ended before the training started')}")
         store = TCPStore(LOOPBACK, 0, is_master=True, multi_tenant=True, wait_for_workers=False)
         for link in links:
             link.send(port=store.port)
@@ -140,11 +152,12 @@ def join() -> Iterator[tuple[Link, Message]]:
     """Connect to the first node; yield the connection and the first message. An error is sent to the first node."""
     host, port = _endpoint()
     link, message = _connect(host, port)
-    try:
-        yield link, message
-    except ValueError as error:
-        link.send(error=str(error))
-        raise
+    with closing(link):
+        try:
+            yield link, message
+        except ValueError as error:
+            link.send(outcome=str(error))
+            raise
 
 
 def start(link: Link, message: Message) -> Team:
@@ -188,15 +201,19 @@ def _listen(nodes: int) -> socket.socket:
     try:
         server = socket.create_server(("", port))
     except OSError as error:
-        raise ValueError(f"{RENDEZVOUS}: port {port} cannot be used ({error.strerror}): choose another one") from None
+        raise ValueError(
+            f"{RENDEZVOUS}: port {port} is not free ({os.strerror(error.errno or 0)}): choose another"
+        ) from None
     print(
         f"waiting for {nodes - 1} more node(s): run `{RENDEZVOUS}={host}:{port} ssl-core join` there", file=sys.stderr
     )
     return server
 
 
-def _welcome(server: socket.socket, nodes: int, others: "subprocess.Popen[str] | None") -> list[Link]:
-    """Return the connections of the other nodes in the order in which they came."""
+def _welcome(
+    server: socket.socket, nodes: int, others: "subprocess.Popen[str] | None", connections: ExitStack
+) -> list[Link]:
+    """Return the connections of the other nodes in the order in which they came; `connections` closes them."""
     server.settimeout(1)
     links: list[Link] = []
     end = time.monotonic() + START_SECONDS
@@ -209,7 +226,7 @@ def _welcome(server: socket.socket, nodes: int, others: "subprocess.Popen[str] |
                 f"on the others, with {RENDEZVOUS} set to an address and port of this node that no firewall blocks"
             )
         with suppress(TimeoutError):
-            link = Link(server.accept()[0])
+            link = connections.enter_context(closing(Link(server.accept()[0])))
             if "joining" in link.receive():
                 links.append(link)
     return links
@@ -231,6 +248,7 @@ def _connect(host: str, port: int) -> tuple[Link, Message]:
         message = link.receive()
         if "job" in message:
             return link, message
+        link.close()
         time.sleep(1)
     raise ValueError(
         f"no training waited for this node at {host}:{port} within {START_SECONDS} s: start one with training.nodes "

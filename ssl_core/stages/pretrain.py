@@ -112,10 +112,9 @@ def join(threads: int) -> None:
             )
         training = resolve(job.spec).training
         check_gpus(training.gpus)
-        team = nodes.start(link, message)
-    print(f"{job.experiment}: training as node {team.rank + 1} of {team.size}", file=sys.stderr)
-    with team.outcome_is_sent():
-        start_ranks(_work, job, job.experiment, training.gpus, team)
+        with nodes.start(link, message).outcome_is_sent() as team:
+            print(f"{job.experiment}: training as node {team.rank + 1} of {team.size}", file=sys.stderr)
+            start_ranks(_work, job, job.experiment, training.gpus, team)
 
 
 def _versions(job: Job) -> dict[str, str]:

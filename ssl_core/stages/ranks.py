@@ -1,9 +1,11 @@
 """Start the processes (ranks) of a training with torch's elastic launcher, and explain their end in one line."""
 
+import logging
 import os
 import re
 import signal
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -20,6 +22,8 @@ from ssl_core.training.loop import Stop
 SIGNALLED = {128 + signal.SIGINT, 128 + signal.SIGTERM}  # exit codes of ranks that saved and stopped
 # Messages of gloo, NCCL and the store for the end of another process.
 CONNECTION = re.compile("Connection (closed|reset)|Broken pipe|gloo/|NCCL|DistStoreError|DistNetworkError")
+CONSEQUENCE = re.compile(f"{CONNECTION.pattern}|exit code ({'|'.join(map(str, SIGNALLED))})$")
+LAUNCHER = "torch.distributed.elastic.multiprocessing.api"
 
 
 def start_ranks(work: Callable[[Any], None], job: Any, run_id: str, processes: int, team: Team | None = None) -> None:
@@ -42,11 +46,13 @@ def start_ranks(work: Callable[[Any], None], job: Any, run_id: str, processes: i
     if team is not None:
         launch.rdzv_backend, launch.rdzv_endpoint = "static", team.endpoint
         launch.rdzv_configs = {"rank": team.rank, "timeout": START_SECONDS}
+    logging.getLogger(LAUNCHER).addFilter(_is_cause)
     try:
         elastic_launch(launch, _work_as_rank)(work, job, os.getpid())
     except SignalException as error:
         if team is not None:
-            team.raise_failure(seconds=0)
+            with suppress(Stop):  # the others stop because this node does
+                team.raise_failure(seconds=0)
         raise Stop(128 + error.sigval) from None
     except DistError:
         if team is not None:
@@ -74,6 +80,11 @@ def check_gpus(processes: int) -> None:
     """Raise `ValueError` if this machine has GPUs, but fewer than processes."""
     if torch.cuda.is_available() and torch.cuda.device_count() < processes:
         raise ValueError(f"training.gpus is {processes}, this machine has {torch.cuda.device_count()}: ask for fewer")
+
+
+def _is_cause(entry: logging.LogRecord) -> bool:
+    """Return whether the launcher prints this traceback: not that of a rank that ended because another one did."""
+    return not (entry.exc_info and CONSEQUENCE.search(str(entry.exc_info[1])))
 
 
 @record  # writes the message of an error for the launcher
