@@ -28,7 +28,7 @@ RENDEZVOUS = "SSL_RENDEZVOUS"
 LOOPBACK = "127.0.0.1"
 START_SECONDS = 300  # until all nodes must have met
 ANSWER_SECONDS = 10  # until a node must have answered to a first message
-GRACE_SECONDS = 10  # after the end of another node: most processes notice it by themselves
+GRACE_SECONDS = 5  # after the end of another node: most processes notice it by themselves
 LOST_SECONDS = 20  # until the kernel reports that a node is off or its cable is out
 DONE, STOPPED = "done", "stopped"  # outcomes; any other one is an error message
 LONGEST_MESSAGE = 2**24
@@ -97,7 +97,7 @@ class Team:
         if not self._ending.wait(GRACE_SECONDS):
             os.kill(os.getpid(), signal.SIGTERM)
 
-    def raise_failure(self, seconds: float = GRACE_SECONDS / 2) -> None:
+    def raise_failure(self, seconds: float = GRACE_SECONDS) -> None:
         """Raise the error of another node (`Stop` if it was stopped) if it comes within `seconds`."""
         with suppress(queue.Empty):
             outcome = self._outcomes.get(timeout=seconds)

@@ -2,14 +2,15 @@
 
 import os
 import socket
-import threading
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 
 from ssl_core.stages import nodes, pretrain
+from tests.slurm.cluster import is_open
+from tests.waiting import wait_until
 
 JOB = {"threads": 1}
 
@@ -46,18 +47,11 @@ def refuse(message: nodes.Message) -> None:
     raise ValueError("code differs")
 
 
-def in_background(function: Callable[..., None], *arguments: Any) -> list[str]:
-    """Call the function in a thread; return a list that will have its error."""
-    errors: list[str] = []
-
-    def call() -> None:
-        try:
-            function(*arguments)
-        except ValueError as error:
-            errors.append(str(error))
-
-    threading.Thread(target=call, daemon=True).start()
-    return errors
+@pytest.fixture
+def background() -> Iterator[ThreadPoolExecutor]:
+    """Threads for the other nodes."""
+    with ThreadPoolExecutor() as threads:
+        yield threads
 
 
 def test_nodes_without_a_place_to_meet(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,34 +95,31 @@ def test_a_first_node_that_never_comes(rendezvous: str, impatient: None) -> None
         join()
 
 
-def test_a_third_node_of_two_is_not_needed(rendezvous: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nodes, "START_SECONDS", 3)
-    errors = [in_background(join), in_background(join)]
+def test_a_third_node_of_two_is_not_needed(
+    rendezvous: str, background: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nodes, "START_SECONDS", 2)
+    others = [background.submit(join) for _ in range(2)]
     lead()
-    time.sleep(4)
-    (message,) = [error for each in errors for error in each]
-    assert "if it runs, it has all its nodes" in message
+    messages = [str(other.exception()) for other in others if other.exception()]
+    assert len(messages) == 1
+    assert "if it runs, it has all its nodes" in messages[0]
 
 
-def test_the_first_node_has_the_reason_of_another(rendezvous: str) -> None:
-    errors = in_background(join, refuse)
+def test_the_first_node_has_the_reason_of_another(rendezvous: str, background: ThreadPoolExecutor) -> None:
+    other = background.submit(join, refuse)
     with pytest.raises(ValueError, match=r"node 127\.0\.0\.1: code differs"):
         lead()
-    assert errors == ["code differs"]
+    assert str(other.exception()) == "code differs"
 
 
-def test_other_programs_at_the_port_are_no_nodes(rendezvous: str, impatient: None) -> None:
-    errors = in_background(lead)
-    deadline = time.monotonic() + 5
-    while time.monotonic() < deadline:
-        try:
-            with socket.create_connection(("127.0.0.1", int(rendezvous.split(":")[1]))) as caller:
-                caller.sendall(b"GET / HTTP/1.1\r\n\r\n")
-            break
-        except ConnectionRefusedError:
-            time.sleep(0.01)
-    time.sleep(2.5)
-    assert "1 of 2 nodes" in errors[0]
+def test_another_program_at_the_port_is_no_node(
+    rendezvous: str, impatient: None, background: ThreadPoolExecutor
+) -> None:
+    first = background.submit(lead)
+    wait_until(lambda: is_open(rendezvous.split(":")[1]), seconds=5)  # a connection without a word
+    with pytest.raises(ValueError, match="1 of 2 nodes"):
+        first.result()
 
 
 @pytest.mark.parametrize(
