@@ -183,7 +183,7 @@ def _endpoint() -> tuple[str, int]:
 def _listen(nodes: int) -> socket.socket:
     """Return the listening socket of the first node. It takes connections on all addresses of this machine."""
     if RENDEZVOUS not in os.environ:
-        if "SLURM_JOB_ID" in os.environ:
+        if "SLURMD_NODENAME" in os.environ:  # in a job, on its first node
             return socket.create_server(("", 0))
         raise ValueError(
             f"training.nodes is {nodes}: run it under SLURM (workflow/profiles/slurm), or set {RENDEZVOUS}=host:port "

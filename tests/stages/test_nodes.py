@@ -55,7 +55,7 @@ def background() -> Iterator[ThreadPoolExecutor]:
 
 
 def test_nodes_without_a_place_to_meet(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in (nodes.RENDEZVOUS, "SLURM_JOB_ID"):
+    for name in (nodes.RENDEZVOUS, "SLURMD_NODENAME"):
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(
         ValueError, match=r"training\.nodes is 2: run it under SLURM .* or set SSL_RENDEZVOUS=host:port"
