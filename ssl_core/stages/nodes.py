@@ -94,7 +94,8 @@ class Team:
         if outcome == DONE:
             return
         self._outcomes.put(outcome if outcome == STOPPED else f"node {link.name}: {outcome}")
-        if not self._ending.wait(GRACE_SECONDS):
+        grace = START_SECONDS if outcome == STOPPED else GRACE_SECONDS  # this node may still save its checkpoint
+        if not self._ending.wait(grace):
             os.kill(os.getpid(), signal.SIGTERM)
 
     def raise_failure(self, seconds: float = GRACE_SECONDS) -> None:

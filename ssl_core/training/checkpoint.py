@@ -17,9 +17,7 @@ from ssl_core.experiments.overlays import leaves
 from ssl_core.files import atomic
 from ssl_core.mistakes import excerpt
 
-PROCESSES = (
-    "training.gpus"  # `Trainer.restore` compares the number of processes: another one is a mistake, no other run
-)
+PROCESSES = "training.gpus"  # compared by `Trainer.restore`: another number is a mistake, not another run
 
 
 @dataclass(frozen=True, kw_only=True)
