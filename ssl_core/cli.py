@@ -130,6 +130,7 @@ def _add_stages(commands: Any) -> None:
     shard = add("shard", "write a data set as shards", output="FOLDER")
     shard.add_argument("card", type=_card, help=CARD)
     pretrain = add("pretrain", "train a backbone", "experiment", manifest="JSON", output="FOLDER", checkpoint="FILE")
+    join = add("join", "train as a further node of a training that another node leads (SSL_RENDEZVOUS=host:port)")
     views = add("sample-views", "draw the views of an experiment", "experiment", manifest="JSON", output="PNG")
     adopt = add("adopt", "make a backbone of weights trained elsewhere", "experiment", manifest="JSON", output="FILE")
     measured = ("experiment", "evaluation")
@@ -172,7 +173,7 @@ def _add_stages(commands: Any) -> None:
         stage.add_argument("--spec", type=_json, required=True, help="settings of the stage's section, as JSON")
     for stage in (pretrain, adopt, evaluate, detect, finetune, cost, quantised):
         stage.add_argument("--code", required=True, help="digest of the code that the stage runs")
-    for stage in (shard, pretrain, evaluate, detect, finetune, export, classifier):
+    for stage in (shard, pretrain, join, evaluate, detect, finetune, export, classifier):
         stage.add_argument("--threads", type=_positive, default=1)
 
 

@@ -75,11 +75,17 @@ class Training(Strict):
     gradient_clip: PositiveFloat | None = None
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     compile: bool = False
-    gpus: PositiveInt = 1  # number of processes; without a GPU they share the CPU (gloo)
+    gpus: PositiveInt = 1  # processes per node; without a GPU they share the CPU (gloo)
+    nodes: PositiveInt = 1  # machines that train together, each with `gpus` processes (docs/tutorials/slurm.md)
     sync_batchnorm: bool = True  # no effect in a single process
     checkpoint_minutes: PositiveFloat = 2.0
     monitor_epochs: PositiveInt = 5  # epochs between two online kNN measurements
     stop_on_collapse: bool = True  # false: a collapsed embedding causes a warning and training goes on
+
+    @property
+    def processes(self) -> int:
+        """Return the number of processes on all nodes."""
+        return self.gpus * self.nodes
 
 
 class Experiment(Strict):

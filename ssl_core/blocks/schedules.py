@@ -19,11 +19,12 @@ def forward_batch_size(training: Training) -> int:
 
     Raises ValueError if the global batch is not a multiple of processes x accumulation parts.
     """
-    parts = training.gpus * training.accumulation
+    parts = training.processes * training.accumulation
     if training.batch_size % parts:
+        processes = "gpus" if training.nodes == 1 else "gpus x nodes"
         raise ValueError(
-            f"training.batch_size {training.batch_size} is the global batch and must be a multiple of gpus x "
-            f"accumulation ({training.gpus} x {training.accumulation}): choose "
+            f"training.batch_size {training.batch_size} is the global batch and must be a multiple of "
+            f"{processes} x accumulation ({training.processes} x {training.accumulation}): choose "
             f"{max(1, training.batch_size // parts) * parts}"
         )
     return training.batch_size // parts

@@ -213,7 +213,7 @@ def _check_evaluation_names(names: Iterable[str]) -> None:
 
 def _check_batch_size(training: Config, place: str) -> None:
     """Refuse one image per forward pass, which BatchNorm cannot normalise."""
-    parts = training.get("gpus", 1) * training.get("accumulation", 1)
+    parts = training.get("gpus", 1) * training.get("nodes", 1) * training.get("accumulation", 1)
     if "batch_size" in training and training["batch_size"] // parts < 2:
         raise ValueError(
             f"{place}.batch_size: {training['batch_size']} is less than two images per forward pass (gpus x "

@@ -274,7 +274,9 @@ def _num_images(subject: Subject) -> int | None:
 def _steps(resolved: Experiment, images: int | None, steps: int | None) -> list[str]:
     training = resolved.training
     each = forward_batch_size(training)
-    processes = "1 process" if training.gpus == 1 else f"{training.gpus} processes"
+    processes = "1 process" if training.processes == 1 else f"{training.processes} processes"
+    if training.nodes > 1:
+        processes += f" on {training.nodes} nodes"
     accumulated = f" x {training.accumulation} accumulated parts" if training.accumulation > 1 else ""
     lines = [f"effective batch: {training.batch_size} images = {processes}{accumulated} x {each} at once"]
     if training.gpus > 1 and device().type == "cpu":
@@ -348,9 +350,10 @@ def _time(method: base.Method, subject: Subject, walked: forecast.Walk, steps: i
         lines.append("(without training.compile)")
     if steps is None:
         return lines
-    gpus = training.gpus if device().type == "cuda" else 1
+    gpus = training.processes if device().type == "cuda" else training.nodes
     seconds = steps * training.epochs * training.batch_size / speed / gpus
-    ideal = f", if {training.gpus} GPUs are {training.gpus} times as fast" if training.gpus > 1 else ""
+    number = training.processes
+    ideal = f", if {number} GPUs are {number} times as fast" if number > 1 else ""
     return [f"about {_duration(seconds)} for {steps * training.epochs} steps{ideal}, without evaluations", *lines]
 
 

@@ -118,7 +118,7 @@ def time_steps(
     if place.type == "cpu":
         affordable = TIMED_FLOP * threads / (walked.step * (STEPS + WARM_UP))
         batch_size = max(min(batch_size, 8), min(batch_size, int(affordable)))
-    alone = {"batch_size": batch_size, "gpus": 1, "accumulation": 1, "compile": False}
+    alone = {"batch_size": batch_size, "gpus": 1, "nodes": 1, "accumulation": 1, "compile": False}
     with _loader(resolved, views, manifest, batch_size, place, threads) as loader:
         trainer = Trainer(method, loader, training.model_copy(update=alone), device=place)
         with contextlib.redirect_stderr(io.StringIO()):  # without its progress line

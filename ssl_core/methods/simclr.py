@@ -78,7 +78,7 @@ class SimCLR(Method):
         super().__init__(config, backbone, num_images=num_images, batch_size=batch_size, seed=seed)
         groups, processes = config.negative_groups, distributed.world_size()
         if groups > 1 and groups % processes:
-            raise ValueError(f"method.negative_groups {groups} must be 1 or a multiple of training.gpus ({processes})")
+            raise ValueError(f"method.negative_groups {groups} must be 1 or a multiple of the processes, {processes}")
         if batch_size // groups < 2:
             raise ValueError(
                 f"training.batch_size {batch_size} leaves the {groups} method.negative_groups without negatives: "

@@ -15,7 +15,8 @@ from ssl_core.evaluations.base import find_test_split
 from ssl_core.evaluations.parts.features import gather_subjects
 from ssl_core.networks.backbones import load_backbone
 from ssl_core.stages.evaluate import describe, publish, summary
-from ssl_core.stages.pretrain import start_process, start_ranks
+from ssl_core.stages.pretrain import start_process
+from ssl_core.stages.ranks import start_ranks
 from ssl_core.tracking.run import start
 from ssl_core.training.checkpoint import Identity, load_checkpoint, remove_checkpoint, save_checkpoint
 

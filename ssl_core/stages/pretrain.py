@@ -6,19 +6,13 @@ import io
 import json
 import os
 import resource
-import signal
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.elastic.multiprocessing.api import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
-from torch.distributed.elastic.rendezvous import RendezvousError
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from ssl_core import provenance
 from ssl_core.blocks import distributed
@@ -29,20 +23,21 @@ from ssl_core.data.shards import Manifest, verify
 from ssl_core.data.views import POLICIES, View, Views
 from ssl_core.drawing.views import draw_first_views
 from ssl_core.experiments import sweeps
-from ssl_core.experiments.processes import end_with_parent, report_bus_error
+from ssl_core.experiments.code import pretraining_code
+from ssl_core.experiments.processes import report_bus_error
 from ssl_core.files import write_json, write_text
 from ssl_core.methods.base import build, resolve, views_of
 from ssl_core.networks.backbones import save_backbone, write_tensors
 from ssl_core.networks.batchnorm import synchronise_batchnorm
+from ssl_core.stages import nodes
+from ssl_core.stages.ranks import check_gpus, start_ranks
 from ssl_core.tracking import run as tracking
 from ssl_core.training.checkpoint import Identity, load_checkpoint, remove_checkpoint, save_checkpoint
-from ssl_core.training.loop import Stop, Trainer
+from ssl_core.training.loop import Trainer
 from ssl_core.training.memory import capacity, estimate, measure_activations, shortage
 from ssl_core.training.monitor import online_knn
 
 HEADLINES = ("loss/total", "embedding/rankme", "online/knn")  # beside the evaluations' numbers
-LOOPBACK = "127.0.0.1"  # where the ranks meet: the name of a host may not resolve
-START_SECONDS = 300  # until all ranks must have met
 PROBE_IMAGES = 5000  # of the online kNN at most
 MEASURED_IMAGES = 8  # of the pass whose memory is measured
 OUTPUTS = ("model.safetensors", "history.csv", "pretrain.json", "backbone.safetensors")
@@ -88,48 +83,49 @@ def run(
     if forward_batch_size(resolved.training) < 2:
         raise ValueError(
             "training.batch_size gives one image per forward pass, which BatchNorm cannot normalise: use at least two "
-            "images per process (gpus) and part (accumulation)"
+            "images per process (gpus x nodes) and part (accumulation)"
         )
     learning_rate(0, training=resolved.training, steps_per_epoch=1)
     data = Manifest.load(manifest)
     verify(data, resolved.dataset.split)
     _check_memory(resolved, data, threads)
-    start_ranks(_work, job, experiment, resolved.training.gpus)
+    training = resolved.training
+    if training.nodes == 1:
+        start_ranks(_work, job, experiment, training.gpus)
+        return
+    message = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(job).items()}
+    with nodes.lead(training.nodes, message, _versions(job)) as team:
+        start_ranks(_work, job, experiment, training.gpus, team)
 
 
-def start_ranks(work: Callable[[Any], None], job: Any, run_id: str, processes: int) -> None:
-    """Call `work(job)` in this process or, for several processes, in each of them; `run_id` names the run."""
-    if processes == 1:
-        return work(job)
-    if torch.cuda.is_available() and torch.cuda.device_count() < processes:
-        raise ValueError(f"training.gpus is {processes}, this machine has {torch.cuda.device_count()}: ask for fewer")
-    launch = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=processes,
-        run_id=run_id,
-        rdzv_backend="c10d",
-        rdzv_endpoint=f"{LOOPBACK}:0",
-        local_addr=LOOPBACK,
-        rdzv_configs={"join_timeout": START_SECONDS},
-        max_restarts=0,
-    )
-    try:
-        elastic_launch(launch, _work_as_rank)(work, job, os.getpid())
-    except SignalException as error:
-        raise Stop(128 + error.sigval) from None
-    except RendezvousError as error:
-        raise ValueError(
-            f"the {processes} processes of training.gpus did not meet on {LOOPBACK} ({type(error).__name__}): "
-            "enable the loopback interface (`ip link set lo up`) and run again"
-        ) from error
-    except ChildFailedError as error:
-        killed = [failure for failure in error.failures.values() if failure.exitcode == -signal.SIGKILL]
-        failure = next(iter([*killed, *error.failures.values()]))  # the others fail because one was killed
-        reason = dict(failure.message)["message"] if isinstance(failure.message, dict) else str(failure.message)
-        if killed:
-            reason = "it was killed, most likely for want of memory; lower batch_size or run again to go on"
-        raise ValueError(f"process {failure.local_rank} of {processes} failed: {reason}") from None
+def join(threads: int) -> None:
+    """Train as one of several nodes the experiment that the first node sends; that node writes all files."""
+    with nodes.join() as (link, message):
+        received = message["job"]
+        paths = {name: Path(received[name]) for name in ("manifest", "output", "checkpoint")}
+        job = Job(**{**received, **paths, "threads": threads})
+        versions = _versions(job)
+        differences = [name for name, version in message["identity"].items() if versions.get(name) != version]
+        if differences:
+            raise ValueError(
+                f"{', '.join(differences)} differ from those of the first node: use the same versions and shards"
+            )
+        training = resolve(job.spec).training
+        check_gpus(training.gpus)
+        with nodes.start(link, message).outcome_is_sent() as team:
+            print(f"{job.experiment}: training as node {team.rank + 1} of {team.size}", file=sys.stderr)
+            start_ranks(_work, job, job.experiment, training.gpus, team)
+
+
+def _versions(job: Job) -> dict[str, str]:
+    """Return digests and versions that must be the same on all nodes."""
+    if not job.manifest.is_file():
+        raise ValueError(f"{job.manifest} does not exist: run it in the project's folder, with its shards")
+    return {
+        "code": pretraining_code(job.spec),
+        "shards": provenance.file_digest(job.manifest),
+        **provenance.versions(),
+    }
 
 
 def _check_memory(resolved: Experiment, manifest: Manifest, threads: int) -> None:
@@ -149,12 +145,6 @@ def _check_memory(resolved: Experiment, manifest: Manifest, threads: int) -> Non
         raise ValueError(message)
 
 
-@record  # writes the message of an error for the launcher
-def _work_as_rank(work: Callable[[Any], None], job: Any, launcher: int) -> None:
-    end_with_parent(launcher)  # the launcher holds the lock of the experiment
-    work(job)
-
-
 def _work(job: Job) -> None:
     """Train in this process: the only one, or one rank of several."""
     resolved = resolve(job.spec)
@@ -162,7 +152,7 @@ def _work(job: Job) -> None:
     device = start_process(training, job.threads)
     manifest = Manifest.load(job.manifest)
     report_bus_error(lambda: verify(manifest, resolved.dataset.split))
-    identity = Identity(spec=provenance.canonical(job.spec), code=job.code, data=_data_digest(job))
+    identity = Identity(spec=_identifying_spec(job.spec), code=job.code, data=_data_digest(job))
     views = views_of(resolved, manifest.image_size, avoid=manifest.avoid)
     with _loader(job, resolved, manifest, views, device) as loader:
         method = build(resolved, manifest.image_size, views, num_images=loader.num_images)
@@ -171,6 +161,7 @@ def _work(job: Job) -> None:
         torch.manual_seed(training.seed + distributed.rank())
         trainer = Trainer(method, loader, training, device=device)
         state = load_checkpoint(job.checkpoint, identity)
+        _check_same_start(job.checkpoint, state)
         if state is not None:
             trainer.restore(state)
         else:
@@ -179,6 +170,26 @@ def _work(job: Job) -> None:
             _lead(job, resolved, manifest, views, trainer, identity, state["tracking_run"] if state else None)
         else:
             trainer.run(save=lambda: _discard(trainer.state()), log=lambda row: None)
+
+
+def _identifying_spec(spec: dict[str, Any]) -> str:
+    """Return the settings that numbers depend on: of GPUs and nodes only the number of processes."""
+    training = dict(spec.get("training") or {})
+    processes = training.get("gpus", 1) * training.pop("nodes", 1)
+    if processes > 1:
+        training["gpus"] = processes
+    return provenance.canonical({**spec, "training": training} if training else spec)
+
+
+def _check_same_start(checkpoint: Path, state: dict[str, Any] | None) -> None:
+    """Raise `ValueError` unless all processes continue at the same step; nodes may have different folders."""
+    step = state["step"] if state else 0
+    steps = distributed.gather(torch.tensor([step])).tolist()
+    if len(set(steps)) > 1:
+        raise ValueError(
+            f"the processes would continue {checkpoint} at different steps ({', '.join(map(str, steps))}): put the "
+            "project's folder on a file system that all nodes share, or copy the first node's checkpoint to the others"
+        )
 
 
 def _data_digest(job: Job) -> str:
@@ -257,15 +268,14 @@ def _version(identity: Identity) -> str:
 
 def start_process(training: Training, threads: int) -> torch.device:
     """Set threads, determinism and the process group of a rank; return its device."""
-    processes = training.gpus
-    torch.set_num_threads(max(1, threads // processes))
+    torch.set_num_threads(max(1, threads // training.gpus))
     set_determinism(compiled=training.compile)
     torch.set_float32_matmul_precision("high")
     cuda = torch.cuda.is_available()
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if cuda:
         torch.cuda.set_device(local_rank)
-    if processes > 1:
+    if training.processes > 1:
         # gloo would resolve the host's name to choose a network interface
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")

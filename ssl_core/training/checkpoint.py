@@ -17,6 +17,8 @@ from ssl_core.experiments.overlays import leaves
 from ssl_core.files import atomic
 from ssl_core.mistakes import excerpt
 
+PROCESSES = "training.gpus"  # compared by `Trainer.restore`: another number is a mistake, not another run
+
 
 @dataclass(frozen=True, kw_only=True)
 class Identity:
@@ -31,7 +33,7 @@ class Identity:
         names = [name for name in ("code", "data") if getattr(self, name) != getattr(other, name)]
         settings, saved = _flat(self.spec), _flat(other.spec)
         for key in sorted(settings.keys() | saved.keys()):
-            if settings.get(key) != saved.get(key):
+            if settings.get(key) != saved.get(key) and key != PROCESSES:
                 names.append(f"{key} (was {saved.get(key, 'not set')}, is {settings.get(key, 'not set')})")
         return names
 

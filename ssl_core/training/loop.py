@@ -91,8 +91,8 @@ class Trainer:
         """Continue from `state()`; the number of processes must be the same."""
         if len(state["ranks"]) != distributed.world_size():
             raise ValueError(
-                f"the checkpoint was written by {len(state['ranks'])} processes, training.gpus is "
-                f"{distributed.world_size()}: set it to {len(state['ranks'])}, or remove the checkpoint"
+                f"the checkpoint was written by {len(state['ranks'])} processes, training.gpus x "
+                f"training.nodes is {distributed.world_size()}: make it {len(state['ranks'])} or remove the checkpoint"
             )
         rank_state = state["ranks"][distributed.rank()]
         self.method.load_state_dict(state["method"])

@@ -63,7 +63,7 @@ def estimate(
         "gradients and optimizer": trained * (1 + OPTIMIZER_STATES[training.optimizer]),
         "activations": activations * batch,
         "views": 4.0 * pixels * batch * 3,  # one in use, two prefetched
-        "shuffle buffer": BUFFERED * min(num_images / training.gpus, SHUFFLE_BUFFER) + INDEXED * num_images,
+        "shuffle buffer": BUFFERED * min(num_images / training.processes, SHUFFLE_BUFFER) + INDEXED * num_images,
         "libraries": LIBRARIES,
     }
 

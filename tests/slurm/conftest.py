@@ -82,6 +82,13 @@ class Project:
             shutil.rmtree(folder / name)
         return Project(folder)
 
+    def change_training(self, **settings: int) -> None:
+        """Change settings of the training."""
+        path = self.folder / "config.yaml"
+        content = yaml.safe_load(path.read_text())
+        content["experiments"]["tiny"]["training"] |= settings
+        path.write_text(yaml.safe_dump(content))
+
     def damage_shards(self) -> None:
         """Make a mistake that only the stage notices."""
         for tar in (self.folder / "shards" / "demo").rglob("*.tar"):

@@ -79,6 +79,22 @@ def test_the_plain_command_continues_after_scancel(cluster: Cluster, local: Proj
     assert project.weights() == local.weights()
 
 
+def test_a_training_on_two_nodes_gives_the_bytes_of_two_processes(
+    cluster: Cluster, project: Project, local: Project, tmp_path: Path
+) -> None:
+    one_node = local.untrained(tmp_path / "one")
+    one_node.change_training(gpus=2)
+    alone = one_node.start("--cores", "1", TRAINED)
+    project.change_training(nodes=2)
+    workflow = project.submit(TRAINED, "--set-resources", "pretrain:gres=none", "pretrain:tasks=2")
+    status, output = project.finish(workflow)
+    assert status == 0, output
+    assert submissions(output) == 1
+    status, output = one_node.finish(alone)
+    assert status == 0, output
+    assert project.weights() == one_node.weights()
+
+
 def test_a_preempted_training_continues(cluster: Cluster, local: Project, project: Project) -> None:
     workflow = project.submit(TRAINED)
     writer = project.pause_training()

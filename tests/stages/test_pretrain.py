@@ -1,6 +1,9 @@
 import csv
 import os
 import signal
+import socket
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -16,7 +19,7 @@ from ssl_core.files import read_json
 from ssl_core.methods.base import method_class, resolve
 from ssl_core.networks.backbones import build_backbone, load_backbone
 from ssl_core.provenance import file_digest
-from ssl_core.stages import pretrain
+from ssl_core.stages import nodes, pretrain, ranks
 
 SPEC = {
     "dataset": {"name": "demo", "subset": {"images": 96}},
@@ -138,21 +141,38 @@ def test_the_model_holds_teacher_and_queue_too(finished):
 def test_processes_that_do_not_meet_on_the_loopback_address_give_one_line(demo, tmp_path, monkeypatch):
     def launch(config, _work):
         assert (config.rdzv_endpoint, config.local_addr) == ("127.0.0.1:0", "127.0.0.1")
-        assert config.rdzv_configs["join_timeout"] == pretrain.START_SECONDS
+        assert config.rdzv_configs["join_timeout"] == ranks.START_SECONDS
 
         def start(*_):
             raise RendezvousTimeoutError
 
         return start
 
-    monkeypatch.setattr(pretrain, "elastic_launch", launch)
+    monkeypatch.setattr(ranks, "elastic_launch", launch)
     with pytest.raises(ValueError, match=r"2 processes of training.gpus did not meet on 127\.0\.0\.1"):
         run(demo, tmp_path, spec(training={"gpus": 2}))
 
 
-def test_two_processes_train_from_the_same_recipe(demo, tmp_path):
-    results = run(demo, tmp_path, spec(training={"gpus": 2, "epochs": 2}))
-    assert read_json(results / "pretrain.json")["steps"] == 6
+@pytest.fixture(scope="module")
+def two_processes(demo, tmp_path_factory):
+    return run(demo, tmp_path_factory.mktemp("two"), spec(training={"gpus": 2, "epochs": 2}))
+
+
+def test_two_processes_train_from_the_same_recipe(two_processes):
+    assert read_json(two_processes / "pretrain.json")["steps"] == 6
+
+
+def test_two_nodes_give_the_bytes_of_two_processes_on_one(two_processes, demo, tmp_path, monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        monkeypatch.setenv(nodes.RENDEZVOUS, f"127.0.0.1:{server.getsockname()[1]}")
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")  # and undo what a node sets
+    ssl_core = Path(sys.executable).with_name("ssl-core")
+    with subprocess.Popen([ssl_core, "join"], cwd=tmp_path, stderr=subprocess.PIPE, text=True) as other:
+        results = run(demo, tmp_path, spec(training={"nodes": 2, "epochs": 2}))
+        _, output = other.communicate(timeout=60)
+    assert other.returncode == 0, output
+    for name in ("backbone.safetensors", "model.safetensors", "history.csv"):
+        assert (results / name).read_bytes() == (two_processes / name).read_bytes(), name
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,14 @@ def test_a_checkpoint_of_another_run_is_set_aside_with_the_reason(tmp_path, caps
     assert words in (output.out + output.err).replace(" training starts", "")
 
 
+def test_another_number_of_processes_is_left_to_the_trainer(tmp_path):
+    def identity(training):
+        return Identity(spec=f'{{"training":{training}}}', code="c", data="d")
+
+    save_checkpoint(tmp_path / "run.pt", {"step": 3}, identity('{"gpus":2}'))
+    assert load_checkpoint(tmp_path / "run.pt", identity('{"gpus":4}')) == {"step": 3}
+
+
 def test_a_damaged_checkpoint_is_set_aside(tmp_path, capsys):
     path = tmp_path / "run.pt"
     save_checkpoint(path, {"step": 3}, MINE)

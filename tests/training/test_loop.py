@@ -143,5 +143,5 @@ def test_another_number_of_processes_is_refused(trainer):
     one = trainer()
     state = one.state()
     state["ranks"] = state["ranks"] * 2
-    with pytest.raises(ValueError, match=r"written by 2 processes, training\.gpus is 1"):
+    with pytest.raises(ValueError, match=r"written by 2 processes, training\.gpus x training\.nodes is 1: make it 2"):
         one.restore(state)

@@ -99,10 +99,11 @@ def test_one_job_at_a_time_uses_the_gpu(fresh: Project) -> None:
 
 
 def test_jobs_request_a_gpu_on_a_host_without_one(fresh: Project) -> None:
-    fresh.change("experiments/first/training", {"gpus": 4})
+    fresh.change("experiments/first/training", {"gpus": 4, "nodes": 2})
     run = fresh.snakemake("-n", "results/first/knn.json", "results/second/knn.json", "--resources", "gpu=8")
     requests = re.findall(r"^    resources: .*gpu=(\d)", run.stdout + run.stderr, re.MULTILINE)
     assert sorted(requests) == ["1", "1", "1", "4"]
+    assert (run.stdout + run.stderr).count("nodes=2") == 1
 
 
 @pytest.mark.parametrize(("message", "calls"), [("error: no", 1), ("", 3)])

@@ -193,7 +193,25 @@ def pictures_of(experiments):
 
 def pretraining_gpus(wildcards):
     """Return the number of GPUs of a pre-training. Like all resources it is the same on every host that plans a job."""
+    if pretraining_gres(wildcards):
+        return None
     return pretrain_spec(wildcards).get("training", {}).get("gpus", 1)
+
+
+def pretraining_gres(wildcards):
+    """Return the GPUs of each node in SLURM's words for a pre-training on several nodes of a cluster, else nothing.
+
+    SLURM's plugin takes `gpu` for the GPUs of all nodes and asks for as many in its step, which has one node.
+    """
+    if pretraining_nodes(wildcards) is None or not (workflow.non_local_exec or workflow.remote_exec):
+        return None
+    return f"gpu:{pretrain_spec(wildcards)['training'].get('gpus', 1)}"
+
+
+def pretraining_nodes(wildcards):
+    """Return the number of nodes of a pre-training on several nodes, else nothing."""
+    nodes = pretrain_spec(wildcards).get("training", {}).get("nodes", 1)
+    return nodes if nodes > 1 else None
 
 
 def one_of(names):

@@ -15,6 +15,8 @@ rule pretrain:
     threads: 16
     resources:
         gpu=pretraining_gpus,
+        gres=pretraining_gres,
+        nodes=pretraining_nodes,
         runtime=23 * 60,
         mem_mb=64000,
     params:

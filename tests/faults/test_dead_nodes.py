@@ -1,0 +1,122 @@
+"""One of two nodes is killed, cut off or stopped: the other ends with one line, and the same commands continue."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+from tests.waiting import wait_until
+
+from .conftest import COMMANDS, SPEC, Undisturbed, Warm, contents
+from .test_dead_ranks import MINUTE, whole
+
+__all__ = ["whole"]  # a fixture: the files of two processes on one node
+pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]
+TRAINING = [*COMMANDS["pretrain"], "--spec", json.dumps({**SPEC, "training": {**SPEC["training"], "nodes": 2}})]
+LOST = "lost: it was killed, switched off or cut off; run the same command again to continue"
+Nodes = tuple["subprocess.Popen[str]", "subprocess.Popen[str]"]
+
+
+def start(folder: Path, address: str, *, namespaces: Sequence[str] = ("", "")) -> Nodes:
+    """Start the first node and the other one, each in a network namespace if it is named."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    commands = (["pretrain", *TRAINING], ["join"])
+    started = []
+    for namespace, arguments in zip(namespaces, commands, strict=True):
+        inside = ["ip", "netns", "exec", namespace] if namespace else []
+        started.append(
+            subprocess.Popen(
+                [*inside, str(Path(sys.executable).with_name("ssl-core")), *arguments],
+                cwd=folder,
+                env={**os.environ, "SSL_RENDEZVOUS": f"{address}:{port}", "SSL_TRACKING": "off"},
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    return started[0], started[1]
+
+
+def finish(nodes: Nodes) -> list[tuple[int, str]]:
+    """Return status and output of both nodes."""
+    outputs = [node.communicate(timeout=300)[1] for node in nodes]
+    return [(node.returncode, output) for node, output in zip(nodes, outputs, strict=True)]
+
+
+def assert_continues(folder: Path, address: str, whole: dict[str, bytes], **where: Sequence[str]) -> None:
+    (first, output), (other, _) = finish(start(folder, address, **where))
+    assert (first, other) == (0, 0), output
+    assert "continuing at step" in output
+    assert contents(folder) == whole
+
+
+@pytest.fixture
+def project(undisturbed: Undisturbed, tmp_path: Path) -> Path:
+    return shutil.copytree(undisturbed.before["pretrain"], tmp_path / "project")
+
+
+@pytest.fixture
+def namespaces() -> Iterator[Sequence[str]]:
+    """Two network namespaces, 10.77.0.1 and 10.77.0.2, with a cable between them."""
+    names = [f"ssl{os.getpid()}n{number}" for number in (1, 2)]
+    if os.geteuid() != 0 or shutil.which("ip") is None or subprocess.call(["ip", "netns", "add", names[0]]):
+        pytest.skip("network namespaces need root and `ip`")
+    subprocess.run(["ip", "netns", "add", names[1]], check=True)
+    cable = ["ip", "link", "add", "cable", "netns", names[0], "type", "veth", "peer", "cable", "netns", names[1]]
+    subprocess.run(cable, check=True)
+    for number, name in enumerate(names, start=1):
+        subprocess.run(["ip", "-n", name, "address", "add", f"10.77.0.{number}/24", "dev", "cable"], check=True)
+        for device in ("lo", "cable"):
+            subprocess.run(["ip", "-n", name, "link", "set", device, "up"], check=True)
+    yield names
+    for name in names:
+        subprocess.run(["ip", "netns", "delete", name], check=True)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_node_ends_the_other_within_a_minute(
+    victim: int, project: Path, warm: Warm, whole: dict[str, bytes]
+) -> None:
+    nodes = start(project, "127.0.0.1")
+    wait_until((project / "checkpoints" / "tiny.pt").exists)
+    nodes[victim].kill()
+    killed = time.monotonic()
+    status, output = finish(nodes)[1 - victim]
+    assert time.monotonic() - killed < MINUTE
+    assert status == 2
+    assert [line for line in output.splitlines() if line.startswith("error: ")] == [f"error: node 127.0.0.1: {LOST}"]
+    assert_continues(project, "127.0.0.1", whole)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_both_nodes_save_on_a_signal_to_one(victim: int, project: Path, whole: dict[str, bytes]) -> None:
+    nodes = start(project, "127.0.0.1")
+    wait_until((project / "checkpoints" / "tiny.pt").exists)
+    nodes[victim].send_signal(signal.SIGTERM)
+    ended = finish(nodes)
+    assert [status for status, _ in ended] == [128 + signal.SIGTERM] * 2, ended
+    assert "Traceback" not in ended[0][1] + ended[1][1]
+    assert_continues(project, "127.0.0.1", whole)
+
+
+def test_a_cut_cable_ends_both_nodes_within_a_minute(
+    project: Path, namespaces: Sequence[str], whole: dict[str, bytes]
+) -> None:
+    nodes = start(project, "10.77.0.1", namespaces=namespaces)
+    wait_until((project / "checkpoints" / "tiny.pt").exists)
+    subprocess.run(["ip", "-n", namespaces[1], "link", "set", "cable", "down"], check=True)
+    cut = time.monotonic()
+    for status, output in finish(nodes):
+        assert status == 2
+        assert LOST in output
+    assert time.monotonic() - cut < MINUTE
+    subprocess.run(["ip", "-n", namespaces[1], "link", "set", "cable", "up"], check=True)
+    assert_continues(project, "10.77.0.1", whole, namespaces=namespaces)
