@@ -218,6 +218,10 @@ def _add_looks(commands: Any) -> None:
     doctor = commands.add_parser("doctor", help="test the capabilities of this machine, one line each")
     doctor.set_defaults(command=_doctor)
 
+    ui = commands.add_parser("ui", help="show the runs in MLflow; prints the address of the leaderboard")
+    ui.add_argument("--port", type=_positive, default=5000, help="default: 5000")
+    ui.set_defaults(command=_ui)
+
     merge = commands.add_parser("merge-tracking", help="write the runs that jobs of a cluster recorded into MLflow")
     merge.set_defaults(command=_merge_tracking)
 
@@ -385,6 +389,12 @@ def _doctor(options: argparse.Namespace) -> None:
 
     if not examine():
         raise SystemExit(1)
+
+
+def _ui(options: argparse.Namespace) -> None:
+    from ssl_core.tracking import ui
+
+    ui.serve(options.port)
 
 
 def _merge_tracking(options: argparse.Namespace) -> None:

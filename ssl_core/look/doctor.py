@@ -21,7 +21,7 @@ PYTHONS = ((3, 11), (3, 13))  # the oldest and the newest tested version
 SPACE = 5e9  # free bytes of disk that a run on small data may need
 SHARED = 1e9  # free bytes of /dev/shm for several processes
 MEMORY = 4e9  # free bytes of memory
-PORT = 5000  # of `make ui`
+PORT = 5000  # of `ssl-core ui`
 DECODE = """
 import io, numpy as np
 from PIL import Image
@@ -232,9 +232,9 @@ def _port() -> Iterator[Finding]:
         caller.settimeout(1)
         taken = caller.connect_ex(("127.0.0.1", PORT)) == 0
     if taken:
-        yield Finding("warning", f"port {PORT}", "in use, perhaps by `make ui` itself: run make ui PORT=5001")
+        yield Finding("warning", f"port {PORT}", "in use, perhaps by `ssl-core ui` itself: run ssl-core ui --port 5001")
     else:
-        yield Finding("ok", f"port {PORT}", "free for `make ui`")
+        yield Finding("ok", f"port {PORT}", "free for `ssl-core ui`")
 
 
 def _programs() -> Iterator[Finding]:
