@@ -167,6 +167,8 @@ def _add_stages(commands: Any) -> None:
     table.add_argument("results", type=Path, nargs="*", metavar="JSON")
     table.add_argument("--grid", type=_json, help="the values that each experiment of a sweep sets, as JSON")
     table.add_argument("--seeds", type=_json, help="the experiments that differ only in their seed, as JSON")
+    table.add_argument("--settings", type=Path, nargs="*", default=[], metavar="JSON", help="files pretrain.json")
+    table.add_argument("--pictures", type=Path, nargs="*", default=[], metavar="PNG", help="shown beside the results")
     table.add_argument("--reported", type=_json, help="published numbers to show beside the results, as JSON")
     for stage in (pretrain, views, adopt, evaluate, detect, finetune, export, quantise, cost, quantised):
         stage.add_argument("--spec", type=_json, required=True, help="settings of the stage's section, as JSON")

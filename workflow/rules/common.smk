@@ -183,6 +183,11 @@ def results_of(experiments):
     return [f"results/{experiment}/{evaluation}.json" for experiment in experiments for evaluation in EVALUATIONS]
 
 
+def settings_of(experiments):
+    """Return the files with all settings of those of these experiments that are trained here."""
+    return [f"results/{experiment}/pretrain.json" for experiment in experiments if experiment not in ADOPTED]
+
+
 def pictures_of(experiments):
     """Return the pictures of these experiments: views and curves of what was trained here, and drawn evaluations."""
     trained = [experiment for experiment in experiments if experiment not in ADOPTED]
