@@ -14,6 +14,7 @@ from typing import Literal, NamedTuple
 
 from ssl_core.mistakes import excerpt
 from ssl_core.provenance import hardware, installed_version, num_cores
+from ssl_core.terminal import Colour, coloured
 from ssl_core.tracking import run as tracking
 from ssl_core.tracking.recorder import without_passwords
 
@@ -38,6 +39,9 @@ assert np.array(pipe.run()[0].at(1)).shape == (4, 4, 3)
 """
 
 
+COLOURS: dict[str, Colour] = {"ok": "green", "warning": "yellow", "fails": "red"}
+
+
 class Finding(NamedTuple):
     """One line of the report."""
 
@@ -60,11 +64,15 @@ def examine() -> bool:
     for check in checks:
         try:
             for finding in check():
-                print(f"{finding.state:<8} {finding.subject:<15} {finding.message}", flush=True)
+                colour = COLOURS[finding.state]
+                print(
+                    f"{coloured(f'{finding.state:<8}', colour, sys.stdout)} {finding.subject:<15} {finding.message}",
+                    flush=True,
+                )
                 fine &= finding.state != "fails"
         except Exception as error:  # any error: the other checks still run
             reason = excerpt(error) or type(error).__name__
-            print(f"{'fails':<8} {check.__name__.strip('_'):<15} {reason}")
+            print(f"{coloured('fails   ', 'red', sys.stdout)} {check.__name__.strip('_'):<15} {reason}")
             fine = False
     print("everything required works" if fine else "repair what fails; `make install` renews the environment")
     return fine

@@ -25,9 +25,7 @@ def run(
     measured ones. `settings` are files pretrain.json, `pictures` are files below <folder of output>/<experiment>. Raises `ValueError` for a file that is not an evaluation and for two results in one cell.
     """
     read = [(path, read_result(path)) for path in results]
-    rows = collect(
-        read, grid=grid or {}, seeds=seeds or {}, reported=reported or {}, settings=read_settings(settings)
-    )
+    rows = collect(read, grid=grid or {}, seeds=seeds or {}, reported=reported or {}, settings=read_settings(settings))
     by_experiment: dict[str, list[Path]] = {}
     for path in pictures:
         by_experiment.setdefault(path.relative_to(output.parent).parts[0], []).append(path)

@@ -41,4 +41,6 @@ def _experiment_id(uri: str) -> str:
 def _check_port(port: int) -> None:
     with socket.socket() as client:
         if client.connect_ex((HOST, port)) == 0:
-            raise ValueError(f"port {port} is in use, perhaps by another `ssl-core ui`: choose one with --port {port + 1}")
+            raise ValueError(
+                f"port {port} is in use, perhaps by another `ssl-core ui`: choose one with --port {port + 1}"
+            )

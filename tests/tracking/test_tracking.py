@@ -22,7 +22,15 @@ import pytest
 
 from ssl_core.tracking import run as tracking
 from ssl_core.tracking import ui
-from ssl_core.tracking.recorder import LEADERBOARD, flatten, leaderboard, lock_file, locked, metric_columns, without_passwords
+from ssl_core.tracking.recorder import (
+    LEADERBOARD,
+    flatten,
+    leaderboard,
+    lock_file,
+    locked,
+    metric_columns,
+    without_passwords,
+)
 
 STAGE = """
 import os, signal, sys
@@ -136,7 +144,9 @@ def test_the_address_of_the_leaderboard_is_valid_before_the_first_run(
     (number,) = select(tmp_path, "select experiment_id from experiments where name = 'ssl-core'")[0]
     view = "workflowType=machine_learning&viewStateShareKey=leaderboard"
     assert capsys.readouterr().out == f"The leaderboard: http://127.0.0.1:{port}/#/experiments/{number}/runs?{view}\n"
-    assert {"mlflow.experimentKind", LEADERBOARD} == {key for (key,) in select(tmp_path, "select key from experiment_tags")}
+    assert {"mlflow.experimentKind", LEADERBOARD} == {
+        key for (key,) in select(tmp_path, "select key from experiment_tags")
+    }
 
 
 def test_an_artifact_of_the_experiment_is_on_the_parent(four: Path) -> None:

@@ -221,10 +221,15 @@ EVALUATIONS = CONFIG.get("evaluations") or {}
 SWEEPS = CONFIG.get("sweeps") or {}
 
 
-# The last lines of a failed run: at exit, since Snakemake prints more after this hook.
+# The last lines of a run: at exit, since Snakemake prints more after these hooks.
+onsuccess:
+    logs = [log] if isinstance(log, str) else log
+    atexit.register(failures.print_end, list(map(Path, logs)), failed=False)
+
+
 onerror:
     logs = [log] if isinstance(log, str) else log
-    atexit.register(print, failures.summary(map(Path, logs)), file=sys.stderr)
+    atexit.register(failures.print_end, list(map(Path, logs)), failed=True)
 
 
 wildcard_constraints:
