@@ -64,11 +64,8 @@ def examine() -> bool:
     for check in checks:
         try:
             for finding in check():
-                colour = COLOURS[finding.state]
-                print(
-                    f"{coloured(f'{finding.state:<8}', colour, sys.stdout)} {finding.subject:<15} {finding.message}",
-                    flush=True,
-                )
+                state = coloured(f"{finding.state:<8}", COLOURS[finding.state], sys.stdout)
+                print(f"{state} {finding.subject:<15} {finding.message}", flush=True)
                 fine &= finding.state != "fails"
         except Exception as error:  # any error: the other checks still run
             reason = excerpt(error) or type(error).__name__

@@ -22,7 +22,8 @@ def run(
     """Write `output` (.csv) and the same table as .html; the keys of a sweep's `grid` become columns.
 
     `seeds` groups experiments that differ in their seed alone; `reported` has published numbers to show beside the
-    measured ones. `settings` are files pretrain.json, `pictures` are files below <folder of output>/<experiment>. Raises `ValueError` for a file that is not an evaluation and for two results in one cell.
+    measured ones. `settings` are files pretrain.json, `pictures` are files below <folder of output>/<experiment>.
+    Raises `ValueError` for a file that is not an evaluation and for two results in one cell.
     """
     read = [(path, read_result(path)) for path in results]
     rows = collect(read, grid=grid or {}, seeds=seeds or {}, reported=reported or {}, settings=read_settings(settings))
