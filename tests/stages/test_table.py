@@ -1,6 +1,8 @@
 """The table has the numbers of the evaluations, each under its own protocol."""
 
+import base64
 import csv
+import io
 import json
 import re
 from itertools import combinations
@@ -11,6 +13,7 @@ import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text
+from PIL import Image
 
 from ssl_core.report.cost_picture import draw_costs
 from ssl_core.report.page import deviation_text
@@ -236,6 +239,28 @@ def test_a_cost_has_neither_bar_nor_gain(tmp_path: Path) -> None:
     first, second = read(text)
     assert (first["cost/v1 images_per_second"], first["cost/v1 ms"], second["cost/v1 ms"]) == ("12345.6", "0.081", "")
     assert "cost/v1 untrained images_per_second" not in first
+
+
+def test_settings_are_columns_and_pictures_are_beside_the_first_row_of_an_experiment(tmp_path: Path) -> None:
+    resolved = {"method": {"name": "byol"}, "backbone": {"name": "resnet18"}, "training": {"epochs": 30}}
+    settings, picture = tmp_path / "a" / "pretrain.json", tmp_path / "a" / "views.png"
+    settings.parent.mkdir()
+    settings.write_text(json.dumps({"experiment": "a", "resolved": resolved}))
+    Image.new("RGB", (2000, 100)).save(picture)
+    results = (
+        result("a", "knn", 83.0),
+        result("a", "linear", 84.0),
+        result("a", "logistic", 84.0),
+        result("b", "knn", 1.0),
+    )
+    text, page = tabulate(tmp_path, *results, settings=[settings], pictures=[picture])
+    first, second = read(text)
+    assert (first["method"], first["backbone"], first["epochs"]) == ("byol", "resnet18", "30")
+    assert (second["method"], second["epochs"]) == ("", "")
+    assert cells(page)[:5] == ["a", "byol", "resnet18", "30", "knn/v1"]
+    assert cells(page, 1)[:5] == ["b", "–", "–", "–", "knn/v1"]
+    (webp,) = re.findall(r'title="a: views" src="data:image/webp;base64,([^"]+)"', page)
+    assert Image.open(io.BytesIO(base64.b64decode(webp))).size == (1000, 50)
 
 
 def test_each_data_set_has_a_table_and_many_evaluations_are_below_each_other(tmp_path: Path) -> None:
