@@ -7,6 +7,7 @@ import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -107,8 +108,9 @@ def test_without_a_command_it_prints_its_help(capsys: pytest.CaptureFixture[str]
 
 
 def parsers() -> dict[str, argparse.ArgumentParser]:
-    (commands,) = cli._parser()._subparsers._group_actions  # pyright: ignore[reportOptionalMemberAccess]
-    return dict(commands.choices)  # pyright: ignore[reportArgumentType, reportCallIssue]
+    parser: Any = cli._parser()
+    (commands,) = parser._subparsers._group_actions
+    return commands.choices
 
 
 @pytest.mark.parametrize("name", parsers())
