@@ -15,7 +15,6 @@ LOCKS := requirements.lock $(if $(shell command -v sbatch),requirements-slurm.lo
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV CONDA_PREFIX
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
-export MLFLOW_DISABLE_TELEMETRY := true
 
 .PHONY: all install test test-avx2 test-long test-slurm bench prove check format schema docs ui lock clean
 .DELETE_ON_ERROR:
@@ -102,12 +101,8 @@ schema: $(INSTALLED)
 docs: $(INSTALLED)
 	NO_MKDOCS_2_WARNING=1 mkdocs build --quiet $(ARGS)
 
-# One worker and no job executor: a sixth of the processes and memory of the default.
 ui: $(INSTALLED)
-	@python -c 'import socket, sys; s = socket.socket(); s.connect_ex(("127.0.0.1", $(PORT))) or sys.exit("error: port $(PORT) is in use, perhaps by another make ui: say make ui PORT=5001")'
-	@echo "The leaderboard: http://127.0.0.1:$(PORT)/#/experiments/1/runs?workflowType=machine_learning&viewStateShareKey=leaderboard"
-	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false mlflow ui --host 127.0.0.1 --port $(PORT) --workers 1 \
-	  --backend-store-uri $${MLFLOW_TRACKING_URI:-sqlite:///mlflow.db} $(ARGS)
+	ssl-core ui --port $(PORT)
 
 lock: $(INSTALLED)
 	uv pip compile pyproject.toml --extra dev --extra s3 --universal --generate-hashes --no-emit-index-url --no-header \

@@ -8,6 +8,7 @@ import argparse
 import importlib
 import json
 import os
+import re
 import shlex
 import sys
 import traceback
@@ -17,12 +18,44 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
-from ssl_core import late_compiler, mistakes
+from ssl_core import late_compiler, mistakes, terminal
 from ssl_core.experiments import processes
 from ssl_core.files import use_utf8
 from ssl_core.provenance import num_cores
 
 LAYOUTS = ("moco", "swav", "dino", "byol", "simsiam")  # of `convert`
+MAKE = "snakemake --cores all results/"  # Snakemake calls the stages with all their arguments
+EXAMPLES = {
+    "shard": "ssl-core shard demo --output shards/demo",
+    "pretrain": f"{MAKE}ressl_r18/backbone.safetensors",
+    "sample-views": f"{MAKE}ressl_r18/views.png",
+    "adopt": f"{MAKE}mine/backbone.safetensors (an experiment with `weights`)",
+    "evaluate": f"{MAKE}ressl_r18/knn.json",
+    "detect": f"{MAKE}ressl_r18/detection.json",
+    "finetune": f"{MAKE}ressl_r18/finetune.json",
+    "export": f"{MAKE}ressl_r18/export/README.md",
+    "quantise": f"{MAKE}ressl_r18/export/backbone.int8.onnx",
+    "export-classifier": f"{MAKE}ressl_r18/finetune/classifier.onnx",
+    "cost": f"{MAKE}ressl_r18/cost.json",
+    "quantised": f"{MAKE}ressl_r18/quantised.json",
+    "curves": "ssl-core curves ressl_r18 --history results/ressl_r18/history.csv --output curves.png",
+    "draw": "ssl-core draw ressl_r18 pictures --data results/ressl_r18/pictures/pictures.npz --output drawn",
+    "table": "ssl-core table results/ressl_r18/knn.json --output table.csv",
+    "init": "ssl-core init my_project",
+    "recipes": "snakemake --cores all -n --configfile $(ssl-core recipes ressl_cifar10)",
+    "compare": "ssl-core compare --configfile mine.yaml",
+    "convert": "ssl-core convert moco_v2_800ep.pth.tar --layout moco -o moco.safetensors",
+    "explain": "ssl-core explain ressl_r18 --no-time",
+    "views": "ssl-core views ressl_r18 --output views.png",
+    "doctor": "ssl-core doctor",
+    "ui": "ssl-core ui --port 5001",
+    "merge-tracking": "ssl-core merge-tracking",
+    "completion": 'eval "$(ssl-core completion)"',
+    "schema": "ssl-core schema > config.schema.json",
+    "embed": "ssl-core embed photos --network results/ressl_r18 -o features.parquet",
+    "neighbours": "ssl-core neighbours photos/1.jpg --network results/ressl_r18 --in photos -k 5",
+    "predict": "ssl-core predict photos --network results/ressl_r18/finetune -o predictions.csv",
+}
 CARD = "a data set's name, whose card is in datasets/ or in the package, or the file of a card"
 
 
@@ -88,12 +121,16 @@ def _report(error: Exception, path: Path | None, log: "_Log | None") -> int:
     explanation = mistakes.explain(error)
     if explanation is None:
         traceback.print_exc()
-        print(f"error: {type(error).__name__}, a fault of the program{place}", file=sys.stderr)
+        print(f"{_error()} {type(error).__name__}, a fault of the program{place}", file=sys.stderr)
         return 1
     if log is not None:
         log.write(traceback.format_exc())
-    print(f"error: {explanation}{place}", file=sys.stderr)
+    print(f"{_error()} {explanation}{place}", file=sys.stderr)
     return 2
+
+
+def _error() -> str:
+    return terminal.coloured("error:", "red", sys.stderr)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -109,7 +146,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_stages(commands)
     _add_looks(commands)
     _add_uses(commands)
-    for command in commands.choices.values():
+    for name, command in commands.choices.items():
+        command.epilog = f"example: {EXAMPLES[name]}"
         command.add_argument("--log", type=Path, help="also write the terminal's output to this file")
     return parser
 
@@ -119,7 +157,7 @@ def _add_stages(commands: Any) -> None:
 
     def add(name: str, description: str, *names: str, **paths: str) -> argparse.ArgumentParser:
         """Add a stage with the positional arguments `names` and with required options for `paths`."""
-        stage = commands.add_parser(name, help=description)
+        stage = commands.add_parser(name, help=description, description=description)
         stage.set_defaults(command=_stage)
         for positional in names:
             stage.add_argument(positional)
@@ -168,6 +206,8 @@ def _add_stages(commands: Any) -> None:
     table.add_argument("results", type=Path, nargs="*", metavar="JSON")
     table.add_argument("--grid", type=_json, help="the values that each experiment of a sweep sets, as JSON")
     table.add_argument("--seeds", type=_json, help="the experiments that differ only in their seed, as JSON")
+    table.add_argument("--settings", type=Path, nargs="*", default=[], metavar="JSON", help="files pretrain.json")
+    table.add_argument("--pictures", type=Path, nargs="*", default=[], metavar="PNG", help="shown beside the results")
     table.add_argument("--reported", type=_json, help="published numbers to show beside the results, as JSON")
     for stage in (pretrain, views, adopt, evaluate, detect, finetune, export, quantise, cost, quantised):
         stage.add_argument("--spec", type=_json, required=True, help="settings of the stage's section, as JSON")
@@ -219,8 +259,15 @@ def _add_looks(commands: Any) -> None:
     doctor = commands.add_parser("doctor", help="test the capabilities of this machine, one line each")
     doctor.set_defaults(command=_doctor)
 
+    ui = commands.add_parser("ui", help="show the runs in MLflow; prints the address of the leaderboard")
+    ui.add_argument("--port", type=_positive, default=5000, help="default: 5000")
+    ui.set_defaults(command=_ui)
+
     merge = commands.add_parser("merge-tracking", help="write the runs that jobs of a cluster recorded into MLflow")
     merge.set_defaults(command=_merge_tracking)
+
+    completion = commands.add_parser("completion", help="print a script that completes commands in bash and zsh")
+    completion.set_defaults(command=lambda options: print(terminal.completion(commands.choices)))
 
     schema = commands.add_parser("schema", help="print the schema of config.yaml")
     schema.set_defaults(command=_schema)
@@ -229,8 +276,8 @@ def _add_looks(commands: Any) -> None:
 def _add_uses(commands: Any) -> None:
     """Add the commands that use a trained network."""
 
-    def add(name: str, description: str, example: str, subject: str, subject_help: str) -> argparse.ArgumentParser:
-        command = commands.add_parser(name, help=description, description=description, epilog=f"example: {example}")
+    def add(name: str, description: str, subject: str, subject_help: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=description, description=description)
         command.set_defaults(command=_use)
         command.add_argument(subject, type=Path, help=subject_help)
         network = "a folder such as results/<experiment>, or a backbone.safetensors"
@@ -241,18 +288,15 @@ def _add_uses(commands: Any) -> None:
         return command
 
     images = "a folder; all images below it, sorted by name"
-    example = "ssl-core embed photos --network results/ressl_r18 -o features.parquet"
-    embed = add("embed", "write the features of images", example, "folder", images)
+    embed = add("embed", "write the features of images", "folder", images)
     output = "a new file that ends in .parquet or .npz, with the names and the features"
     embed.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help=output)
-    example = "ssl-core neighbours photos/1.jpg --network results/ressl_r18 --in photos -k 5"
-    neighbours = add("neighbours", "print the images most similar to one image", example, "image", "an image file")
+    neighbours = add("neighbours", "print the images most similar to one image", "image", "an image file")
     among = f"{images}, or a file by embed"
     neighbours.add_argument("--in", dest="among", type=Path, required=True, metavar="FOLDER or FILE", help=among)
     neighbours.add_argument("-k", type=_positive, default=10, help="number of images (default: 10)")
 
-    example = "ssl-core predict photos --network results/ressl_r18/finetune -o predictions.csv"
-    predict = add("predict", "print the class of images by a fine-tuned network", example, "folder", images)
+    predict = add("predict", "print the class of images by a fine-tuned network", "folder", images)
     output = "a new CSV file (default: print it)"
     predict.add_argument("-o", "--output", type=Path, metavar="FILE", help=output)
     for command in (embed, predict):
@@ -420,6 +464,12 @@ def _doctor(options: argparse.Namespace) -> None:
         raise SystemExit(1)
 
 
+def _ui(options: argparse.Namespace) -> None:
+    from ssl_core.tracking import ui
+
+    ui.serve(options.port)
+
+
 def _merge_tracking(options: argparse.Namespace) -> None:
     from ssl_core.tracking import run
 
@@ -502,5 +552,5 @@ class _Copied:
 
 
 def _visible(line: str) -> str:
-    """Return the part of a line that its carriage returns leave visible."""
-    return line.rstrip("\r").rsplit("\r", 1)[-1]
+    """Return the part of a line that its carriage returns leave visible, without colours."""
+    return re.sub(r"\x1b\[\d+m", "", line.rstrip("\r").rsplit("\r", 1)[-1])

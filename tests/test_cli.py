@@ -1,9 +1,13 @@
 """The console script: exit codes, one-line errors, the log."""
 
+import argparse
 import json
+import shlex
+import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -101,6 +105,47 @@ def test_explain_names_the_nearest_experiment(
 def test_without_a_command_it_prints_its_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([]) == 0
     assert "usage: ssl-core" in capsys.readouterr().out
+
+
+def parsers() -> dict[str, argparse.ArgumentParser]:
+    parser: Any = cli._parser()
+    (commands,) = parser._subparsers._group_actions
+    return commands.choices
+
+
+@pytest.mark.parametrize("name", parsers())
+def test_the_help_of_each_command_has_an_example_that_can_be_parsed(name: str) -> None:
+    _, _, example = str(parsers()[name].epilog).partition("example: ")
+    if example.startswith("ssl-core "):
+        words = shlex.split(example.partition(" > ")[0])[1:]
+        assert cli._parser().parse_args(words).name == name
+    else:
+        assert example.startswith(("snakemake --cores all ", 'eval "$(ssl-core '))
+
+
+def test_completion_offers_commands_and_options_in_bash(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["completion"]) == 0
+    functions = capsys.readouterr().out
+    for position, word, expected in (("1", "emb", "embed"), ("2", "--skip", "--skip-unreadable"), ("2", "pho", "")):
+        words = f"COMP_WORDS=(ssl-core embed {word}); COMP_CWORD={position}; _ssl_core ssl-core '{word}'"
+        script = f'{functions}\n{words}; echo "${{COMPREPLY[*]}}"'
+        run = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
+        assert (run.stdout.splitlines()[-1], run.stderr) == (expected, "")
+
+
+def test_an_error_is_red_on_a_terminal_only_and_never_in_the_log(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(pretrain, "run", raising(ValueError("no")))
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    cli.main([*PRETRAIN, "--log", str(tmp_path / "x.log")])
+    assert "\x1b[31merror:\x1b[0m no" in capsys.readouterr().err
+    assert "\x1b" not in (tmp_path / "x.log").read_text()
+    monkeypatch.setenv("NO_COLOR", "1")
+    cli.main(PRETRAIN)
+    assert "\x1b" not in capsys.readouterr().err
 
 
 def test_it_prints_its_version(capsys: pytest.CaptureFixture[str]) -> None:

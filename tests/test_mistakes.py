@@ -6,7 +6,6 @@ import os
 import shutil
 import socket
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -259,17 +258,22 @@ def test_a_python_without_venv(root: Path, tmp_path: Path, documented: str) -> N
     assert "cannot make environments: apt install python3-venv" in documented
 
 
-@pytest.mark.skipif(shutil.which("make") is None, reason="no make")
-def test_a_port_in_use(root: Path, documented: str) -> None:
+def test_a_port_in_use(documented: str, capsys: pytest.CaptureFixture[str]) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-        command = ["make", "--old-file", ".venv/.installed", "ui", f"PORT={port}"]
-        result = subprocess.run(command, cwd=root, capture_output=True, text=True, env={**os.environ, "PATH": path})
-    assert f"port {port} is in use" in result.stderr
-    assert "is in use, perhaps by another make ui: say make ui PORT=5001" in documented
+        assert cli.main(["ui", f"--port={port}"]) == 2
+    message = "error: port {} is in use, perhaps by another `ssl-core ui`: choose one with --port {}"
+    assert capsys.readouterr().err == f"{message.format(port, port + 1)}\n"
+    assert message.format(5000, 5001) in documented
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make")
+def test_make_ui_passes_the_port(root: Path) -> None:
+    command = ["make", "--dry-run", "--old-file", ".venv/.installed", "ui", "PORT=5001"]
+    result = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    assert result.stdout.splitlines()[-1] == "ssl-core ui --port 5001"
 
 
 def test_progress_in_a_log_is_a_line(monkeypatch: pytest.MonkeyPatch) -> None:

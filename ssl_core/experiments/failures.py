@@ -1,10 +1,19 @@
-"""The last lines of a failed workflow: its failed jobs, the reason of each and the file of its log. Torch-free."""
+"""The last lines of a workflow: finished jobs, failed jobs with reason and log, and where to look next. Torch-free."""
 
 import re
-from collections.abc import Iterable, Iterator
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+from ssl_core.terminal import coloured
+
 FAILED = re.compile(r"^Error in rule (\w+):$")
+STARTED = re.compile(r"^(local)?rule \w+:$")
+FINISHED = re.compile(r"^Finished jobid: (\d+) ")
+STARTED_DETAIL = re.compile(r"^    (output|jobid): ([^,]+)")
+MAX_FILES = 12  # listed
+AGAIN = "The same command runs the failed jobs again and keeps what is finished."
+NEXT = "Look next: {}`ssl-core ui` shows the runs, `snakemake --report report.html` makes one page of all results."
 DETAIL = re.compile(r"^    (output|log|message): (?!None$)(.+)$")
 # Messages of Snakemake's SLURM plugin for a job that SLURM has not accepted.
 NOT_SUBMITTED = re.compile(r"^(SLURM sbatch failed\. The error message was|Job submission failed with exception:) '?")
@@ -12,6 +21,40 @@ AT_THE_END = "Exiting because a job execution failed."  # then Snakemake repeats
 KILLED = "it ended without an error message, most likely killed: for want of memory, by a scheduler or by hand"
 
 Job = tuple[str, str]  # rule and outputs
+
+
+def print_end(logs: Sequence[Path], *, failed: bool) -> None:
+    """Print the files that the jobs of a workflow made, its failed jobs, and where to look next."""
+    files = made(logs)
+    if files:
+        print(coloured(f"Finished jobs ({len(files)}):", "green", sys.stderr), file=sys.stderr)
+        print(*(f"  {name}" for name in files[:MAX_FILES]), sep="\n", file=sys.stderr)
+    if len(files) > MAX_FILES:
+        print(f"  and {len(files) - MAX_FILES} more", file=sys.stderr)
+    if failed:
+        headline, _, lines = summary(logs).partition("\n")
+        print(f"{AGAIN}\n{coloured(headline, 'red', sys.stderr)}\n{lines}", file=sys.stderr)
+    elif files:
+        table = "results/table.html in a browser, " if "results/table.csv" in files else ""
+        print(NEXT.format(table), file=sys.stderr)
+
+
+def made(logs: Iterable[Path]) -> list[str]:
+    """Return the first output of each job that Snakemake's `logs` record as finished."""
+    files = []
+    for log in logs:
+        outputs: dict[str, str] = {}
+        details: dict[str, str] = {}
+        for line in log.read_text(encoding="utf-8", errors="replace").splitlines():
+            detail, finished = STARTED_DETAIL.match(line), FINISHED.match(line)
+            if STARTED.match(line):
+                details = {}
+            elif detail is not None:
+                details.setdefault(detail[1], detail[2])
+                outputs[details.get("jobid", "")] = details.get("output", "")
+            elif finished is not None and outputs.get(finished[1]):
+                files.append(outputs[finished[1]])
+    return files
 
 
 def summary(logs: Iterable[Path]) -> str:

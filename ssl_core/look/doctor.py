@@ -14,6 +14,7 @@ from typing import Literal, NamedTuple
 
 from ssl_core.mistakes import excerpt
 from ssl_core.provenance import hardware, installed_version, num_cores
+from ssl_core.terminal import Colour, coloured
 from ssl_core.tracking import run as tracking
 from ssl_core.tracking.recorder import without_passwords
 
@@ -21,7 +22,7 @@ PYTHONS = ((3, 11), (3, 13))  # the oldest and the newest tested version
 SPACE = 5e9  # free bytes of disk that a run on small data may need
 SHARED = 1e9  # free bytes of /dev/shm for several processes
 MEMORY = 4e9  # free bytes of memory
-PORT = 5000  # of `make ui`
+PORT = 5000  # of `ssl-core ui`
 DECODE = """
 import io, numpy as np
 from PIL import Image
@@ -36,6 +37,9 @@ pipe = graph()
 pipe.build()
 assert np.array(pipe.run()[0].at(1)).shape == (4, 4, 3)
 """
+
+
+COLOURS: dict[str, Colour] = {"ok": "green", "warning": "yellow", "fails": "red"}
 
 
 class Finding(NamedTuple):
@@ -60,11 +64,12 @@ def examine() -> bool:
     for check in checks:
         try:
             for finding in check():
-                print(f"{finding.state:<8} {finding.subject:<15} {finding.message}", flush=True)
+                state = coloured(f"{finding.state:<8}", COLOURS[finding.state], sys.stdout)
+                print(f"{state} {finding.subject:<15} {finding.message}", flush=True)
                 fine &= finding.state != "fails"
         except Exception as error:  # any error: the other checks still run
             reason = excerpt(error) or type(error).__name__
-            print(f"{'fails':<8} {check.__name__.strip('_'):<15} {reason}")
+            print(f"{coloured('fails   ', 'red', sys.stdout)} {check.__name__.strip('_'):<15} {reason}")
             fine = False
     print("everything required works" if fine else "repair what fails; `make install` renews the environment")
     return fine
@@ -235,9 +240,9 @@ def _port() -> Iterator[Finding]:
         caller.settimeout(1)
         taken = caller.connect_ex(("127.0.0.1", PORT)) == 0
     if taken:
-        yield Finding("warning", f"port {PORT}", "in use, perhaps by `make ui` itself: run make ui PORT=5001")
+        yield Finding("warning", f"port {PORT}", "in use, perhaps by `ssl-core ui` itself: run ssl-core ui --port 5001")
     else:
-        yield Finding("ok", f"port {PORT}", "free for `make ui`")
+        yield Finding("ok", f"port {PORT}", "free for `ssl-core ui`")
 
 
 def _programs() -> Iterator[Finding]:

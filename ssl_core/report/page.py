@@ -1,13 +1,15 @@
 """The table of results as one HTML page that loads nothing. The markup is in `page.html`."""
 
 import base64
+import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from PIL import Image
 
 from ssl_core.report.results import (
     BASELINES,
@@ -25,7 +27,10 @@ from ssl_core.report.results import (
 )
 
 TEMPLATE = "page.html"
-MAX_WIDE = 4  # a data set with more evaluations has one line per evaluation instead of one group of columns
+# A data set with more evaluations (without seeds, with seeds), which 1280 pixels cannot show side by side, has one line
+# per evaluation instead of one group of columns.
+MAX_WIDE = (2, 1)
+PICTURE_SIDE = 1000  # pixels, of an embedded picture
 MISSING = "–"
 NOTES = ("source", "epochs", "hours", "hardware", "note")  # of reported numbers
 
@@ -58,24 +63,32 @@ class Line:
     """A line of a table."""
 
     experiment: str
-    dataset: str
-    values: list[str]  # of a sweep
-    words: list[str]  # evaluation and metric, if they have columns
+    words: list[str]  # settings, values of a sweep; evaluation and metric, if they have columns
     cells: list[Cell]
+    pictures: list[tuple[str, str]] = field(default_factory=list)  # title, WebP (base64)
 
 
 @dataclass(frozen=True)
 class Table:
     """The results of one data set."""
 
+    dataset: str
     headings: list[tuple[str, str]]  # of columns: text, CSS classes; a click sorts by the column
     lines: list[Line]
     groups: list[tuple[str, str, int]] = field(default_factory=list)  # evaluation, metrics, number of columns
     lead: int = 0  # columns before the first group
 
+    @property
+    def has_pictures(self) -> bool:
+        """Whether any line has pictures."""
+        return any(line.pictures for line in self.lines)
 
-def as_html(rows: Sequence[Row], *, title: str) -> str:
-    """Return the page: one table per data set, an explanation, and the origin of each number."""
+
+def as_html(rows: Sequence[Row], *, title: str, pictures: Mapping[str, Sequence[Path]] | None = None) -> str:
+    """Return the page: one table per data set, an explanation, and the origin of each number.
+
+    `pictures` has the picture files of each experiment, or of each of its seeds.
+    """
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -87,8 +100,10 @@ def as_html(rows: Sequence[Row], *, title: str) -> str:
     datasets = []
     for name in sorted({row.dataset for row in rows}):
         of_dataset = [row for row in rows if row.dataset == name]
-        is_wide = len(groups_of(of_dataset)) <= MAX_WIDE
+        has_seeds = any(row.seeds for row in of_dataset)
+        is_wide = len(groups_of(of_dataset)) <= MAX_WIDE[has_seeds]
         table = _wide_table(of_dataset) if is_wide else _long_table(of_dataset)
+        _add_pictures(table.lines, of_dataset, pictures or {})
         datasets.append((table, _pictures(of_dataset)))
     reported = [row for row in rows if row.reported]
     return environment.get_template(TEMPLATE).render(
@@ -107,7 +122,7 @@ def _wide_table(rows: Sequence[Row]) -> Table:
     """Return one line per experiment, with one group of columns per evaluation."""
     parameters, groups = parameters_of(rows), groups_of(rows)
     columns = {group: _columns(rows, group) for group in groups}
-    headings = [(name, "") for name in ("experiment", "dataset", *parameters)]
+    headings = [(name, "") for name in ("experiment", *parameters)]
     group_headings = []
     for group, names in columns.items():
         metrics = " / ".join(map(_words, headlines(rows, group))) if baselines(rows, group) else ""
@@ -119,7 +134,7 @@ def _wide_table(rows: Sequence[Row]) -> Table:
         for group, names in columns.items():
             cells += _cells(row, group, names)
         lines.append(_line(row, parameters, [], cells))
-    return Table(headings, lines, group_headings, 2 + len(parameters))
+    return Table(rows[0].dataset, headings, lines, group_headings, 1 + len(parameters))
 
 
 def _long_table(rows: Sequence[Row]) -> Table:
@@ -129,7 +144,7 @@ def _long_table(rows: Sequence[Row]) -> Table:
     for group in groups:
         names.update(_columns(rows, group))
     columns = ["pre-trained", *(name for name in ("gain", *BASELINES, "reported") if name in names)]
-    headings = [(name, "") for name in ("experiment", "dataset", *parameters, "evaluation", "measure")]
+    headings = [(name, "") for name in ("experiment", *parameters, "evaluation", "measure")]
     lines = []
     for group in groups:
         for row in rows:
@@ -139,12 +154,30 @@ def _long_table(rows: Sequence[Row]) -> Table:
             is_percentage = bool(baselines([row], group))
             shown = columns if is_percentage else [metric, *columns[1:]]  # other numbers have no bar
             lines.append(_line(row, parameters, [group, _words(metric)], _cells(row, group, shown)))
-    return Table(headings + _number_headings(columns), lines)
+    return Table(rows[0].dataset, headings + _number_headings(columns), lines)
 
 
 def _line(row: Row, parameters: Sequence[str], words: list[str], cells: list[Cell]) -> Line:
-    values = [str(row.values.get(name, "")) for name in parameters]
-    return Line(row.experiment, row.dataset, values, words, cells)
+    values = [str(row.parameters.get(name, MISSING)) for name in parameters]
+    return Line(row.experiment, [*values, *words], cells)
+
+
+def _add_pictures(lines: Sequence[Line], rows: Sequence[Row], pictures: Mapping[str, Sequence[Path]]) -> None:
+    """Embed the pictures of each experiment, those of its first seed, in its first line."""
+    first_lines = {line.experiment: line for line in reversed(lines)}
+    for row in rows:
+        runs = list(row.seeds) or [row.experiment]
+        for path in pictures.get(runs[0], ()):
+            first_lines[row.experiment].pictures.append((f"{runs[0]}: {path.stem}", _embedded(path)))
+
+
+def _embedded(path: Path) -> str:
+    with Image.open(path) as image:
+        small = image.convert("RGB")
+    small.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
+    buffer = io.BytesIO()
+    small.save(buffer, "WEBP", quality=75)
+    return base64.b64encode(buffer.getvalue()).decode()
 
 
 def _columns(rows: Sequence[Row], group: str) -> list[str]:

@@ -17,6 +17,7 @@ REQUIRED = ("experiment", "evaluation", "protocol", "dataset", "metrics")
 Result = Mapping[str, Any]  # the content of one JSON
 Grid = Mapping[str, Mapping[str, Any]]  # experiment -> the sweep's values, `{"method.temperature": 0.1}`
 Seeds = Mapping[str, Mapping[str, int]]  # experiment with seeds -> its runs -> their seed
+Settings = Mapping[str, Mapping[str, Any]]  # experiment -> its method, backbone and epochs
 Reported = Mapping[str, Mapping[str, Any]]  # experiment -> source, results, and optional notes
 
 
@@ -45,7 +46,13 @@ class Row:
     values: Mapping[str, Any] = field(default_factory=dict)
     seeds: Mapping[str, int] = field(default_factory=dict)  # of its runs; empty for a single run
     reported: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
     results: dict[str, list[Result]] = field(default_factory=dict)
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """The settings, and the values of a sweep."""
+        return {**self.settings, **self.values}
 
     def summary(self, group: str, source: str, metric: str) -> Summary | None:
         """Summarise a metric over the runs, of a baseline or (the empty source) of the pre-trained backbone."""
@@ -75,7 +82,7 @@ class Row:
         """Return one row per seed that has results."""
         rows = []
         for name, seed in self.seeds.items():
-            row = Row(name, self.dataset, self.values, {name: seed}, reported.get(name, {}))
+            row = Row(name, self.dataset, self.values, {name: seed}, reported.get(name, {}), self.settings)
             for group, results in self.results.items():
                 of_run = [result for result in results if result["experiment"] == name]
                 if of_run:
@@ -96,7 +103,28 @@ def read_result(path: Path) -> Result:
     return result
 
 
-def collect(results: Sequence[tuple[Path, Result]], *, grid: Grid, seeds: Seeds, reported: Reported) -> list[Row]:
+def read_settings(paths: Iterable[Path]) -> dict[str, dict[str, Any]]:
+    """Read method, backbone and epochs of each experiment from its pretrain.json."""
+    settings = {}
+    for path in paths:
+        report = read_json(path)
+        resolved = report["resolved"]
+        settings[report["experiment"]] = {
+            "method": resolved["method"]["name"],
+            "backbone": resolved["backbone"]["name"],
+            "epochs": resolved["training"]["epochs"],
+        }
+    return settings
+
+
+def collect(
+    results: Sequence[tuple[Path, Result]],
+    *,
+    grid: Grid,
+    seeds: Seeds,
+    reported: Reported,
+    settings: Settings | None = None,
+) -> list[Row]:
     """Sort evaluations into rows, ordered by the grid's values, then by name.
 
     Raises `ValueError` for two results of one experiment, data set and group of columns.
@@ -109,6 +137,7 @@ def collect(results: Sequence[tuple[Path, Result]], *, grid: Grid, seeds: Seeds,
         run: str = result["experiment"]
         name, dataset = experiment_of.get(run, run), dataset_of(result)
         new = Row(name, dataset, grid.get(name, {}), seeds.get(name, {}), reported.get(name, {}))
+        new.settings = (settings or {}).get(run, {})
         row = rows.setdefault((name, dataset), new)
         group = group_of(result)
         in_group = row.results.setdefault(group, [])
@@ -209,8 +238,11 @@ def latencies(rows: Sequence[Row]) -> dict[str, list[Priced]]:
 
 
 def parameters_of(rows: Sequence[Row]) -> list[str]:
-    """Return the names of the values that a sweep varies."""
-    return list(dict.fromkeys(name for row in rows for name in row.values))
+    """Return the names of the settings and of the values that a sweep varies."""
+    names: dict[str, None] = {}
+    for row in rows:
+        names.update(dict.fromkeys(row.parameters))
+    return list(names)
 
 
 def dataset_of(result: Result) -> str:

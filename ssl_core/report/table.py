@@ -45,7 +45,7 @@ def as_csv(rows: Sequence[Row], reported: Reported) -> str:
     writer.writeheader()
     for row in all_rows:
         seeds = " ".join(map(str, row.seeds.values()))
-        line = {**row.values, "experiment": row.experiment, "dataset": row.dataset, "seeds": seeds}
+        line = {**row.parameters, "experiment": row.experiment, "dataset": row.dataset, "seeds": seeds}
         line |= {column.title: _number(row, column) for column in columns}
         writer.writerow({**line, "source": row.reported.get("source", "")})
     return buffer.getvalue()

@@ -30,7 +30,11 @@ BATCH_SECONDS = 2.0  # between two writes of metrics
 RETRY_SECONDS = 30.0  # before the next request to a server that failed
 SYSTEM_SECONDS = 15.0  # between two readings of CPU and memory
 PENDING_MESSAGES = 100_000  # kept for an unreachable server, about 50 MB
-LEADERBOARD = "mlflow.sharedViewState.leaderboard"  # MLflow's page reads a view from this tag of the experiment
+# MLflow's page reads its kind and a view of the runs (...&viewStateShareKey=leaderboard) from tags of the experiment.
+KIND = ("mlflow.experimentKind", "custom_model_development")
+LEADERBOARD = "mlflow.sharedViewState.leaderboard"
+PARAMETERS = {"method": ("method", "name"), "backbone": ("backbone", "name"), "epochs": ("training", "epochs")}
+COST = "cost/"  # the prefix of metrics that are the leaderboard's last columns
 SQLITE = "sqlite:///"
 ARTIFACT_PATHS = (  # the columns of MLflow's database that contain absolute paths
     ("experiments", "artifact_location"),
@@ -185,25 +189,15 @@ class Recorder:
         from mlflow.tracking import MlflowClient
 
         logging.disable(logging.CRITICAL)
-        with _locked(self.uri):
+        with locked(self.uri):
             if self.uri == own_database():
                 follow_folder(Path("mlflow.db").absolute())
             self.client = MlflowClient(self.uri)
-            self.experiment_id = self._get_experiment_id()
+            self.experiment_id = open_experiment(self.client)
             self._open_parent(message)
             self._open_child(message)
         with suppress(BrokenPipeError):  # the stage has ended
             os.write(sys.stdout.fileno(), f"{self.run_id}\n".encode())
-
-    def _get_experiment_id(self) -> str:
-        name = os.environ.get("MLFLOW_EXPERIMENT_NAME", EXPERIMENT)
-        experiment = self.client.get_experiment_by_name(name)
-        if experiment is None:
-            return self.client.create_experiment(name)
-        if experiment.lifecycle_stage == "deleted":
-            self.client.restore_experiment(experiment.experiment_id)
-            _note(f"the experiment '{name}' was deleted in MLflow; it is restored for this run")
-        return experiment.experiment_id
 
     def _open_parent(self, message: Message) -> None:
         parent = self._find(f"tags.version = '{message['version']}' and tags.stage = 'experiment'")
@@ -212,8 +206,9 @@ class Recorder:
         self.parent_id = parent.info.run_id
         self.model_id = parent.data.tags.get("model")
         self.client.update_run(self.parent_id, status="RUNNING")
-        if message["stage"] == "pretrain" and not parent.data.params:  # the columns of the leaderboard
+        if message["stage"] == "pretrain" and not parent.data.params:
             self._log_parameters(self.parent_id, message["parameters"])
+            self._log_parameters(self.parent_id, _parameter_columns(message["parameters"]))
 
     def _open_child(self, message: Message) -> None:
         from mlflow.entities import LoggedModelInput
@@ -289,19 +284,20 @@ class Recorder:
     def _headline(self, message: Message) -> None:
         from mlflow.entities import Metric
 
-        values = message["values"].items()
-        metrics = [Metric(key, value, message["time"], 0, model_id=self.model_id) for key, value in values]
+        metrics = []
+        for key, value in message["values"].items():
+            metrics.append(Metric(key, float(f"{value:.4g}"), message["time"], 0, model_id=self.model_id))
         self.client.log_batch(self.parent_id, metrics=metrics)
-        with _locked(self.uri):
-            self._widen_leaderboard(message["columns"])
+        if self.stage != "pretrain":  # losses of different methods cannot be compared
+            with locked(self.uri):
+                self._widen_leaderboard(message["columns"])
 
     def _widen_leaderboard(self, new: list[str]) -> None:
-        """Add columns to the shared view of the runs page (...&viewStateShareKey=leaderboard), empty at first."""
-        tags = self.client.get_experiment(self.experiment_id).tags
-        old = json.loads(tags.get(LEADERBOARD, "{}")).get("selectedColumns", [])
-        columns = list(dict.fromkeys([*old, *(f"metrics.`{key}`" for key in new)]))
-        if columns != old:
-            self.client.set_experiment_tag(self.experiment_id, LEADERBOARD, json.dumps({"selectedColumns": columns}))
+        """Add metrics to the columns of the leaderboard."""
+        old = self.client.get_experiment(self.experiment_id).tags.get(LEADERBOARD)
+        view = leaderboard([*metric_columns(old), *new])
+        if view != old:
+            self.client.set_experiment_tag(self.experiment_id, LEADERBOARD, view)
 
     def _dataset(self, message: Message) -> None:
         from mlflow.entities import Dataset, DatasetInput, InputTag
@@ -368,6 +364,48 @@ def _refused(error: Exception) -> bool:
     return isinstance(error, FileNotFoundError | TypeError | ValueError)
 
 
+def open_experiment(client: Any) -> str:
+    """Return the id of the MLflow experiment, which is created or restored, and which has a leaderboard afterwards."""
+    name = os.environ.get("MLFLOW_EXPERIMENT_NAME", EXPERIMENT)
+    experiment = client.get_experiment_by_name(name)
+    tags = dict([KIND, (LEADERBOARD, leaderboard([]))])
+    if experiment is None:
+        return client.create_experiment(name, tags=tags)
+    if experiment.lifecycle_stage == "deleted":
+        client.restore_experiment(experiment.experiment_id)
+        _note(f"the experiment '{name}' was deleted in MLflow; it is restored for this run")
+    for key in tags.keys() - experiment.tags.keys():
+        client.set_experiment_tag(experiment.experiment_id, key, tags[key])
+    return experiment.experiment_id
+
+
+def leaderboard(metrics: list[str]) -> str:
+    """Return the view of MLflow's page: accuracies, parameters, then costs; only experiments, the best first.
+
+    Without `metrics` it has all runs: MLflow's page calls an empty list "filtered" if there is a filter.
+    """
+    unique = list(dict.fromkeys(metrics))
+    accuracies = [f"metrics.`{name}`" for name in unique if not name.startswith(COST)]
+    costs = [f"metrics.`{name}`" for name in unique if name.startswith(COST)]
+    columns = [*accuracies, *(f"params.`{name}`" for name in PARAMETERS), *costs]
+    view: dict[str, Any] = {"selectedColumns": columns, "columnOrder": columns}
+    if accuracies:
+        view |= {"searchFilter": "tags.stage = 'experiment'", "orderByKey": accuracies[0], "orderByAsc": False}
+    return json.dumps(view)
+
+
+def _parameter_columns(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the parameters that are columns of the leaderboard, under short names."""
+    values = {name: settings.get(section, {}).get(key) for name, (section, key) in PARAMETERS.items()}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def metric_columns(view: str | None) -> list[str]:
+    """Return the metrics among the columns of a view."""
+    columns = json.loads(view or "{}").get("selectedColumns", [])
+    return [column[len("metrics.`") : -1] for column in columns if column.startswith("metrics.`")]
+
+
 def own_database() -> str:
     """Return the address of the project's own database, in the working directory."""
     return f"sqlite:///{Path('mlflow.db').absolute()}"
@@ -406,7 +444,7 @@ def _artifact_folders(connection: Any) -> set[Path]:
 
 
 @contextmanager
-def _locked(uri: str) -> Iterator[None]:
+def locked(uri: str) -> Iterator[None]:
     """Hold a lock on the tracking store: two processes must not create the same database at once."""
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC  # a link could lead to a file of somebody
     descriptor = os.open(lock_file(uri), flags, 0o600)

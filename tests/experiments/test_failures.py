@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from ssl_core.experiments.failures import summary
+from ssl_core.experiments.failures import made, print_end, summary
 
 JOB = """\
 [Fri Nov 27 19:43:12 2026]
@@ -69,3 +69,30 @@ def test_a_retried_job_counts_only_if_its_last_attempt_failed(tmp_path: Path) ->
 def test_a_log_without_failed_jobs_gives_no_summary(tmp_path: Path) -> None:
     (tmp_path / "snakemake.log").write_text("Building DAG of jobs...\n", encoding="utf-8")
     assert summary([tmp_path / "snakemake.log"]) == ""
+
+
+STARTED = """\
+[Fri Nov 27 19:43:12 2026]
+localrule {rule}:
+    input: a
+    output: {output}, results/x/other
+    jobid: {number}
+"""
+
+
+def test_the_end_of_a_run_lists_the_finished_jobs_and_where_to_look_next(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    knn = STARTED.format(rule="evaluate", output="results/x/knn.json", number=3)
+    table = STARTED.format(rule="table", output="results/table.csv", number=4)
+    log = tmp_path / "snakemake.log"
+    log.write_text(f"{knn}{table}Finished jobid: 3 (Rule: evaluate)\n", encoding="utf-8")
+    assert made([log]) == ["results/x/knn.json"]
+    log.write_text(f"{log.read_text()}Finished jobid: 4 (Rule: table)\n", encoding="utf-8")
+    print_end([log], failed=False)
+    *lines, last = capsys.readouterr().err.splitlines()
+    assert lines == ["Finished jobs (2):", "  results/x/knn.json", "  results/table.csv"]
+    assert last.startswith("Look next: results/table.html in a browser, `ssl-core ui` shows the runs")
+    log.write_text("Nothing to be done\n")
+    print_end([log], failed=False)
+    assert capsys.readouterr().err == ""

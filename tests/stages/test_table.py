@@ -1,6 +1,8 @@
 """The table has the numbers of the evaluations, each under its own protocol."""
 
+import base64
 import csv
+import io
 import json
 import re
 from itertools import combinations
@@ -11,6 +13,7 @@ import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text
+from PIL import Image
 
 from ssl_core.report.cost_picture import draw_costs
 from ssl_core.report.page import deviation_text
@@ -173,7 +176,7 @@ def test_the_page_shows_seeds_as_one_row_and_their_gain_in_pairs(tmp_path: Path)
     top1, untrained = np.array(list(RUNS.values())).T
     expected = f"{np.mean(top1):.1f} ± {np.std(top1, ddof=1):.1f} (3)"
     gain = f"{np.mean(top1 - untrained):+.1f} ± {np.std(top1 - untrained, ddof=1):.1f}"
-    assert cells(page) == ["a", "demo", expected, gain, f"{np.mean(untrained):.1f}", "70.0"]
+    assert cells(page) == ["a", expected, gain, f"{np.mean(untrained):.1f}", "70.0"]
     for name, (own, _) in RUNS.items():  # in the small print
         assert f"<td>{name}</td><td>knn/v1</td><td>{own}</td>" in page
 
@@ -187,12 +190,12 @@ def test_an_experiment_without_seeds_keeps_its_plain_numbers_beside_others(tmp_p
     text, page = tabulate(tmp_path, *runs(), result("b", "knn", 90.0), seeds=SEEDS)
     last = read(text)[-1]
     assert (last["experiment"], last["seeds"], last["knn/v1 top1"], last["knn/v1 top1 sd"]) == ("b", "", "90.0", "")
-    assert cells(page, 1)[:4] == ["b", "demo", "90.0", "+29.6"]
+    assert cells(page, 1)[:3] == ["b", "90.0", "+29.6"]
 
 
 def test_one_seed_has_no_deviation(tmp_path: Path) -> None:
     text, page = tabulate(tmp_path, runs()[0], seeds={"a": {"a-seed0": 0}})
-    assert (cells(page)[2], read(text)[0]["knn/v1 top1 sd"]) == ("80.0", "")
+    assert (cells(page)[1], read(text)[0]["knn/v1 top1 sd"]) == ("80.0", "")
 
 
 def test_a_sweep_of_an_experiment_with_seeds_has_one_row_per_point(tmp_path: Path) -> None:
@@ -221,14 +224,14 @@ def test_costs_with_different_headlines_have_separate_columns(tmp_path: Path) ->
     trained = result("a", "cost", 0.0, baselines={}, **COST)
     adopted = result("b", "cost", 0.0, baselines={}, headline="ms", metrics={"ms": 0.25})
     _, page = tabulate(tmp_path, trained, adopted)
-    assert re.findall(r'<button type="button">([^<]*)', page) == ["experiment", "dataset", "images per second", "ms"]
-    assert [cells(page, row)[2:] for row in (0, 1)] == [["12,346", "0.081"], ["–", "0.2"]]
+    assert re.findall(r'<button type="button">([^<]*)', page) == ["experiment", "images per second", "ms"]
+    assert [cells(page, row)[1:] for row in (0, 1)] == [["12,346", "0.081"], ["–", "0.2"]]
 
 
 def test_a_cost_has_neither_bar_nor_gain(tmp_path: Path) -> None:
     cost = result("a", "cost", 0.0, baselines={}, **COST)
     text, page = tabulate(tmp_path, cost, result("a", "knn", 83.0), result("b", "knn", 84.0))
-    assert cells(page) == ["a", "demo", "83.0", "+22.6", "60.4", "85.3", "12,346"]
+    assert cells(page) == ["a", "83.0", "+22.6", "60.4", "85.3", "12,346"]
     assert cells(page, 1)[-1] == "–"
     assert '<th colspan="1" class="group">cost/v1</th>' in page
     assert ">images per second</button>" in page
@@ -238,18 +241,40 @@ def test_a_cost_has_neither_bar_nor_gain(tmp_path: Path) -> None:
     assert "cost/v1 untrained images_per_second" not in first
 
 
+def test_settings_are_columns_and_pictures_are_beside_the_first_row_of_an_experiment(tmp_path: Path) -> None:
+    resolved = {"method": {"name": "byol"}, "backbone": {"name": "resnet18"}, "training": {"epochs": 30}}
+    settings, picture = tmp_path / "a" / "pretrain.json", tmp_path / "a" / "views.png"
+    settings.parent.mkdir()
+    settings.write_text(json.dumps({"experiment": "a", "resolved": resolved}))
+    Image.new("RGB", (2000, 100)).save(picture)
+    results = (
+        result("a", "knn", 83.0),
+        result("a", "linear", 84.0),
+        result("a", "logistic", 84.0),
+        result("b", "knn", 1.0),
+    )
+    text, page = tabulate(tmp_path, *results, settings=[settings], pictures=[picture])
+    first, second = read(text)
+    assert (first["method"], first["backbone"], first["epochs"]) == ("byol", "resnet18", "30")
+    assert (second["method"], second["epochs"]) == ("", "")
+    assert cells(page)[:5] == ["a", "byol", "resnet18", "30", "knn/v1"]
+    assert cells(page, 1)[:5] == ["b", "–", "–", "–", "knn/v1"]
+    (webp,) = re.findall(r'title="a: views" src="data:image/webp;base64,([^"]+)"', page)
+    assert Image.open(io.BytesIO(base64.b64decode(webp))).size == (1000, 50)
+
+
 def test_each_data_set_has_a_table_and_many_evaluations_are_below_each_other(tmp_path: Path) -> None:
     names = ["linear", "knn", "low_shot", "logistic"]
     many = [result(name, evaluation, 80.0) for name in "ab" for evaluation in names]
     elsewhere = result("a", "moved", 50.0, protocol="knn/v1", dataset="cifar10")
     cost = result("a", "cost", 0.0, baselines={}, **COST)
     _, page = tabulate(tmp_path, *many, elsewhere, cost)
-    assert cells(page) == ["a", "cifar10", "50.0", "−10.4", "60.4", "85.3"]
+    assert cells(page) == ["a", "50.0", "−10.4", "60.4", "85.3"]
     page = page.split("</table>", 1)[1]
     rows = [cells(page, number) for number in range(9)]
-    assert rows[0] == ["a", "demo", "knn/v1", "top 1", "80.0", "+19.6", "60.4", "85.3"]
-    assert [row[0] + row[2] for row in rows[:4]] == ["aknn/v1", "bknn/v1", "alinear/v1", "blinear/v1"]
-    assert rows[8] == ["a", "demo", "cost/v1", "images per second", "12,346", "–", "–", "–"]
+    assert rows[0] == ["a", "knn/v1", "top 1", "80.0", "+19.6", "60.4", "85.3"]
+    assert [row[0] + row[1] for row in rows[:4]] == ["aknn/v1", "bknn/v1", "alinear/v1", "blinear/v1"]
+    assert rows[8] == ["a", "cost/v1", "images per second", "12,346", "–", "–", "–"]
 
 
 def test_accuracy_over_the_time_of_pretraining_is_drawn_where_two_experiments_were_timed(tmp_path: Path) -> None:
@@ -288,7 +313,7 @@ def test_8_bit_networks_are_beside_float32_in_the_table_and_in_a_picture_over_th
     int8 = {"top1": 83.0, "latency_ms": 1.25}
     small = result("a", "quantised", 0.0, metrics=int8, baselines={"float32": float32})
     text, page = tabulate(tmp_path, small, result("a", "knn", 84.0))
-    assert cells(page) == ["a", "demo", "84.0", "+23.6", "60.4", "85.3", "83.0", "84.0"]
+    assert cells(page) == ["a", "84.0", "+23.6", "60.4", "85.3", "83.0", "84.0"]
     assert read(text)[0]["quantised/v1 float32 top1"] == "84.0"
     assert page.count("<img ") == 1
     rows = collect([(Path(), small)], grid={}, seeds={}, reported={})

@@ -22,18 +22,28 @@ from typing import Any, ClassVar
 import pytest
 
 from ssl_core.tracking import run as tracking
-from ssl_core.tracking.recorder import _locked, flatten, lock_file, without_passwords
+from ssl_core.tracking import ui
+from ssl_core.tracking.recorder import (
+    LEADERBOARD,
+    flatten,
+    leaderboard,
+    lock_file,
+    locked,
+    metric_columns,
+    without_passwords,
+)
 
 STAGE = """
 import os, signal, sys
 from pathlib import Path
 from ssl_core.tracking import run as tracking
+from ssl_core.tracking import ui
 stage, end, run_id = sys.argv[1:]
 with tracking.start(stage, "tiny", digest="d" * 64, parameters={"stage": stage}, run_id=run_id or None) as run:
     for step in range(1, 6):
         run.metrics({"loss": 10.0 - step}, step=step)
     if stage == "linear":
-        run.headline({"linear/top1": 89.9, "linear/top5": 99.0}, columns=["linear/top1"])
+        run.headline({"linear/top1": 89.9012, "linear/top5": 99.0}, columns=["linear/top1"])
         open("card.md", "w").close()
         run.artifact(Path("card.md"), on_parent=True)
     if end == "exception":
@@ -106,8 +116,38 @@ def test_headline_numbers_are_on_the_parent_and_in_the_leaderboard(four: Path) -
     query = "select key, value from metrics where run_uuid = '{}'"
     metrics = select(four, query.format(stages(four)["experiment"][0]))
     assert set(metrics) == {("linear/top1", 89.9), ("linear/top5", 99.0)}
-    (view,) = select(four, "select value from experiment_tags where key = 'mlflow.sharedViewState.leaderboard'")[0]
-    assert json.loads(view)["selectedColumns"] == ["metrics.`linear/top1`"]
+    tags = dict(select(four, "select key, value from experiment_tags"))
+    assert tags["mlflow.experimentKind"] == "custom_model_development"
+    assert metric_columns(tags["mlflow.sharedViewState.leaderboard"]) == ["linear/top1"]
+
+
+def test_the_leaderboard_has_accuracies_then_parameters_then_costs_and_the_best_experiment_first() -> None:
+    assert "orderByKey" not in json.loads(leaderboard([]))
+    view = json.loads(leaderboard(["cost/v1 macs", "knn/v1 top1", "knn/v1 top1"]))
+    names = ["metrics.`knn/v1 top1`", "params.`method`", "params.`backbone`", "params.`epochs`"]
+    assert view["selectedColumns"] == [*names, "metrics.`cost/v1 macs`"]
+    assert (view["orderByKey"], view["orderByAsc"]) == ("metrics.`knn/v1 top1`", False)
+
+
+def test_the_address_of_the_leaderboard_is_valid_before_the_first_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    monkeypatch.setattr(os, "execv", lambda *arguments: None)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+        ui.serve(port)
+        taken.listen()
+        with pytest.raises(ValueError, match=f"port {port} is in use.*--port {port + 1}"):
+            ui.serve(port)
+    (number,) = select(tmp_path, "select experiment_id from experiments where name = 'ssl-core'")[0]
+    view = "workflowType=machine_learning&viewStateShareKey=leaderboard"
+    assert capsys.readouterr().out == f"The leaderboard: http://127.0.0.1:{port}/#/experiments/{number}/runs?{view}\n"
+    assert {"mlflow.experimentKind", LEADERBOARD} == {
+        key for (key,) in select(tmp_path, "select key from experiment_tags")
+    }
 
 
 def test_an_artifact_of_the_experiment_is_on_the_parent(four: Path) -> None:
@@ -320,7 +360,7 @@ def test_the_lock_of_tracking_follows_no_link(tmp_path: Path, monkeypatch: pytes
     lock = lock_file("http://host")
     (tmp_path / "precious").write_text("kept")
     lock.symlink_to(tmp_path / "precious")
-    with pytest.raises(OSError, match=lock.name), _locked("http://host"):
+    with pytest.raises(OSError, match=lock.name), locked("http://host"):
         pass
     assert (tmp_path / "precious").read_text() == "kept"
 

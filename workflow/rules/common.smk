@@ -183,6 +183,11 @@ def results_of(experiments):
     return [f"results/{experiment}/{evaluation}.json" for experiment in experiments for evaluation in EVALUATIONS]
 
 
+def settings_of(experiments):
+    """Return the files with all settings of those of these experiments that are trained here."""
+    return [f"results/{experiment}/pretrain.json" for experiment in experiments if experiment not in ADOPTED]
+
+
 def pictures_of(experiments):
     """Return the pictures of these experiments: views and curves of what was trained here, and drawn evaluations."""
     trained = [experiment for experiment in experiments if experiment not in ADOPTED]
@@ -238,10 +243,15 @@ if "shards" in CONFIG:
     os.environ["SSL_SHARDS"] = CONFIG["shards"]
 
 
-# The last lines of a failed run: at exit, since Snakemake prints more after this hook.
+# The last lines of a run: at exit, since Snakemake prints more after these hooks.
+onsuccess:
+    logs = [log] if isinstance(log, str) else log
+    atexit.register(failures.print_end, list(map(Path, logs)), failed=False)
+
+
 onerror:
     logs = [log] if isinstance(log, str) else log
-    atexit.register(print, failures.summary(map(Path, logs)), file=sys.stderr)
+    atexit.register(failures.print_end, list(map(Path, logs)), failed=True)
 
 
 wildcard_constraints:

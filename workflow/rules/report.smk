@@ -5,7 +5,9 @@ localrules:
 
 rule table:
     input:
-        results_of(WRITTEN) if EVALUATIONS else [],
+        results=results_of(WRITTEN) if EVALUATIONS else [],
+        settings=settings_of(WRITTEN),
+        pictures=pictures_of(WRITTEN) if EVALUATIONS else [],
     output:
         csv="results/table.csv",
         html=report("results/table.html", caption="../report/table.rst", category="Results"),
@@ -16,13 +18,14 @@ rule table:
         reported=canonical(sweeps.reported(CONFIG["experiments"], CONFIG)),
         code=lambda wildcards: stage_code("table"),
     shell:
-        "ssl-core table {input:q} --seeds {params.seeds:q} --reported {params.reported:q}"
+        "ssl-core table {input.results:q} --settings {input.settings:q} --pictures {input.pictures:q} --seeds {params.seeds:q} --reported {params.reported:q}"
         " --output {output.csv:q} --log {log:q}"
 
 
 rule sweep:
     input:
-        lambda wildcards: results_of(sweeps.sweep_experiments(wildcards.sweep, CONFIG)) if EVALUATIONS else [],
+        results=lambda wildcards: results_of(sweeps.sweep_experiments(wildcards.sweep, CONFIG)) if EVALUATIONS else [],
+        settings=lambda wildcards: settings_of(sweeps.sweep_experiments(wildcards.sweep, CONFIG)),
     output:
         csv="results/sweeps/{sweep}.csv",
         html=report(
@@ -39,5 +42,5 @@ rule sweep:
         reported=lambda wildcards: canonical(sweeps.reported(sweeps.variants(wildcards.sweep, CONFIG), CONFIG)),
         code=lambda wildcards: stage_code("table"),
     shell:
-        "ssl-core table {input:q} --grid {params.grid:q} --seeds {params.seeds:q} --reported {params.reported:q}"
+        "ssl-core table {input.results:q} --settings {input.settings:q} --grid {params.grid:q} --seeds {params.seeds:q} --reported {params.reported:q}"
         " --output {output.csv:q} --log {log:q}"
