@@ -592,6 +592,20 @@ def test_a_shard_that_is_missing_or_cut_is_named(photos: Path) -> None:
         verify(manifest, "train")
 
 
+def test_an_index_is_read_once_until_it_changes(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest = sharded(photos)
+    index = manifest.indices("train")[1]
+    read: list[Path] = []
+    read_bytes = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: read.append(path) or read_bytes(path))
+    for _ in range(3):
+        verify(manifest, "train")
+    assert read == manifest.indices("train")
+    index.write_text(index.read_text().replace("jpg", "png"))
+    with pytest.raises(ValueError, match=r"train-000001\.idx is not the file that was written"):
+        verify(manifest, "train")
+
+
 def test_an_unknown_split_lists_the_splits(photos: Path) -> None:
     with pytest.raises(ValueError, match=r"photos has no split 'test': it has train"):
         sharded(photos).split("test")
