@@ -28,6 +28,7 @@ MAKE = "snakemake --cores all results/"  # Snakemake calls the stages with all t
 EXAMPLES = {
     "shard": "ssl-core shard demo --output shards/demo",
     "pretrain": f"{MAKE}ressl_r18/backbone.safetensors",
+    "join": "SSL_RENDEZVOUS=10.0.0.1:29500 ssl-core join --threads 8",
     "sample-views": f"{MAKE}ressl_r18/views.png",
     "adopt": f"{MAKE}mine/backbone.safetensors (an experiment with `weights`)",
     "evaluate": f"{MAKE}ressl_r18/knn.json",

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from torch.distributed import TCPStore
+from torch.distributed.distributed_c10d import TCPStore
 
 from ssl_core.training.loop import Stop
 

@@ -8,6 +8,7 @@ import os
 import resource
 import sys
 import time
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from ssl_core import provenance
 from ssl_core.blocks import distributed
 from ssl_core.blocks.schedules import forward_batch_size, learning_rate
 from ssl_core.config import Dataset, Experiment, Subset, Training
+from ssl_core.data import remote_shards
 from ssl_core.data.loader import Loader
 from ssl_core.data.shards import Manifest, verify
 from ssl_core.data.views import POLICIES, View, Views
@@ -100,21 +102,29 @@ def run(
 
 def join(threads: int) -> None:
     """Train as one of several nodes the experiment that the first node sends; that node writes all files."""
-    with nodes.join() as (link, message):
+    with nodes.join() as (link, message), ExitStack() as stack:
         received = message["job"]
         paths = {name: Path(received[name]) for name in ("manifest", "output", "checkpoint")}
+        dataset = resolve(received["spec"]).dataset
+        if remote_shards.address() is not None:  # the first node sends a path in its own cache
+            paths["manifest"] = Path("shards", dataset.name, "manifest.json")
+        paths["manifest"] = stack.enter_context(remote_shards.local_shards(paths["manifest"], [dataset.split]))
         job = Job(**{**received, **paths, "threads": threads})
-        versions = _versions(job)
-        differences = [name for name, version in message["identity"].items() if versions.get(name) != version]
-        if differences:
-            raise ValueError(
-                f"{', '.join(differences)} differ from those of the first node: use the same versions and shards"
-            )
-        training = resolve(job.spec).training
-        check_gpus(training.gpus)
-        with nodes.start(link, message).outcome_is_sent() as team:
-            print(f"{job.experiment}: training as node {team.rank + 1} of {team.size}", file=sys.stderr)
-            start_ranks(_work, job, job.experiment, training.gpus, team)
+        _join(job, link, message)
+
+
+def _join(job: Job, link: nodes.Link, message: nodes.Message) -> None:
+    versions = _versions(job)
+    differences = [name for name, version in message["identity"].items() if versions.get(name) != version]
+    if differences:
+        raise ValueError(
+            f"{', '.join(differences)} differ from those of the first node: use the same versions and shards"
+        )
+    training = resolve(job.spec).training
+    check_gpus(training.gpus)
+    with nodes.start(link, message).outcome_is_sent() as team:
+        print(f"{job.experiment}: training as node {team.rank + 1} of {team.size}", file=sys.stderr)
+        start_ranks(_work, job, job.experiment, training.gpus, team)
 
 
 def _versions(job: Job) -> dict[str, str]:

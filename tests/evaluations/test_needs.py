@@ -74,7 +74,7 @@ def test_a_protocol_that_divides_one_split_needs_no_other(schema):
 
 @pytest.mark.parametrize("head", ["fpn", "c4"])
 def test_only_the_short_variant_of_a_detection_tests_on_the_images_that_train(schema, head):
-    boxes: dict[str, SplitLabels] = {"train": "several"}
+    boxes: SplitLabels = {"train": "several"}
     evaluation = {"protocol": "detection", "head": head, "test_split": "train"}
     check(schema, evaluation, splits=boxes)
     check(schema, {**evaluation, "variant": "short"}, splits=boxes)
