@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from torch.distributed.distributed_c10d import TCPStore
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from ssl_core.training.loop import Stop
 
