@@ -79,7 +79,7 @@ class Team:
         self.rank, self.size = rank, size
         self.endpoint = endpoint  # of the store through which the processes meet
         self._links = links
-        self._outcomes: queue.Queue[str] = queue.Queue()
+        self._outcomes: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._ending = threading.Event()
         # gloo would resolve the host's name, which often means the loopback address
         os.environ.setdefault("GLOO_SOCKET_IFNAME", _interface(links[0].connection.getsockname()[0]))
