@@ -56,7 +56,14 @@ def test_two_folders_do_not_disturb_each_other(finished_folder: Path, tmp_path: 
 
 
 def test_all_is_the_default_target(tmp_path: Path) -> None:
-    assert jobs(finish(new_folder(tmp_path / "mine"), "-n")) == JOBS | {"all", "table", "curves", "views", "pictures", "draw"}
+    assert jobs(finish(new_folder(tmp_path / "mine"), "-n")) == JOBS | {
+        "all",
+        "table",
+        "curves",
+        "views",
+        "pictures",
+        "draw",
+    }
 
 
 def test_users_add_rules_cards_and_recipes(tmp_path: Path) -> None:
