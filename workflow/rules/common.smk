@@ -240,7 +240,7 @@ SWEEPS = CONFIG.get("sweeps") or {}
 
 # Not a parameter of rules: shards that lie elsewhere are the same data.
 if "shards" in CONFIG:
-    os.environ["SSL_SHARDS"] = CONFIG["shards"]
+    os.environ.update(SSL_SHARDS=CONFIG["shards"])
 
 
 # The last lines of a run: at exit, since Snakemake prints more after these hooks.
