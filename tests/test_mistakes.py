@@ -271,7 +271,7 @@ def test_a_port_in_use(documented: str, capsys: pytest.CaptureFixture[str]) -> N
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="no make")
 def test_make_ui_passes_the_port(root: Path) -> None:
-    command = ["make", "--dry-run", "--old-file", ".venv/.installed", "ui", "PORT=5001"]
+    command = ["make", "--no-print-directory", "--dry-run", "--old-file", ".venv/.installed", "ui", "PORT=5001"]
     result = subprocess.run(command, cwd=root, capture_output=True, text=True)
     assert result.stdout.splitlines()[-1] == "ssl-core ui --port 5001"
 

@@ -159,7 +159,10 @@ def _upload_shards(shards: Sequence[Shard], output: Path, place: Place) -> None:
         bar.update(shard.bytes)
 
     remaining = [shard for shard in shards if line(shard) not in finished or sizes.get(shard.file) != shard.bytes]
-    with _bytes_bar(remaining, f"uploading to {place.address}") as bar, open(record, "a", buffering=1) as file:
+    with (
+        _bytes_bar(remaining, f"uploading to {place.address}") as bar,
+        open(record, "a", encoding="utf-8", buffering=1) as file,
+    ):
         _in_parallel(send, remaining)
 
 
@@ -326,7 +329,7 @@ def _in_cache() -> Iterator[None]:
 @contextmanager
 def _locked(path: Path, how: int) -> Iterator[None]:
     """Hold a lock file, which the kernel releases when the process ends."""
-    with open(path, "a") as file:
+    with open(path, "a", encoding="utf-8") as file:
         try:
             fcntl.flock(file, how | fcntl.LOCK_NB)
         except BlockingIOError:
