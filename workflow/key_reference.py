@@ -182,9 +182,7 @@ def _value(value: Any) -> str:
     """Return a value as it is written in YAML."""
     if isinstance(value, Augmentation):
         names = [name for name, policy in POLICIES.items() if policy == value]
-        value = names[0] if names else value.model_dump(exclude_defaults=True)
-    if isinstance(value, BaseModel):
-        value = value.model_dump(exclude_defaults=True)
+        value = names[0] if names else value
     plain = yaml.safe_dump(_plain(value), default_flow_style=True, width=1000, sort_keys=False)
     return f"`{plain.removesuffix(chr(10)).removesuffix('...').strip()}`"
 

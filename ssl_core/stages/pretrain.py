@@ -105,10 +105,10 @@ def join(threads: int) -> None:
     with nodes.join() as (link, message), ExitStack() as stack:
         received = message["job"]
         paths = {name: Path(received[name]) for name in ("manifest", "output", "checkpoint")}
-        dataset = resolve(received["spec"]).dataset
         if remote_shards.address() is not None:  # the first node sends a path in its own cache
-            paths["manifest"] = Path("shards", dataset.name, "manifest.json")
-        paths["manifest"] = stack.enter_context(remote_shards.local_shards(paths["manifest"], [dataset.split]))
+            dataset = Dataset.model_validate(received["spec"]["dataset"])
+            manifest = Path("shards", dataset.name, "manifest.json")
+            paths["manifest"] = stack.enter_context(remote_shards.local_shards(manifest, [dataset.split]))
         job = Job(**{**received, **paths, "threads": threads})
         _join(job, link, message)
 

@@ -70,14 +70,20 @@ class Losses(nn.Module):
         """Compute the losses; the seeds of the batch draw the proposals."""
         seed_sampling(self.detector, batch.seeds)
         losses = self.detector([image / 255 for image in batch.images], batch.targets)
+        shares = {layer: _share(number) for layer, number in self._regions.items()}
         for name, layer in _MEANS_OVER_REGIONS.items():
             if name in losses:
-                own = losses[name].new_tensor(self._regions[layer])
-                losses[name] = losses[name] * (own / distributed.average(own).clamp(min=1e-6))
+                losses[name] = losses[name] * shares[layer]
         return losses
 
     def _count_regions(self, name: str, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         self._regions[name] = len(inputs[0])
+
+
+def _share(number: int) -> float:
+    """Return a number of regions over its mean over processes; exchanged on the CPU, so no device waits."""
+    mean = distributed.average(torch.tensor(float(number), dtype=torch.float64)).item()
+    return number / mean if mean else 1.0
 
 
 class DetectionTrainer(SupervisedTrainer):

@@ -257,6 +257,7 @@ def test_settings_are_columns_and_pictures_are_beside_the_first_row_of_an_experi
     first, second = read(text)
     assert (first["method"], first["backbone"], first["epochs"]) == ("byol", "resnet18", "30")
     assert (second["method"], second["epochs"]) == ("", "")
+    assert re.findall("<h2>(.*?)</h2>", page) == ["demo"]
     assert cells(page)[:5] == ["a", "byol", "resnet18", "30", "knn/v1"]
     assert cells(page, 1)[:5] == ["b", "–", "–", "–", "knn/v1"]
     (webp,) = re.findall(r'title="a: views" src="data:image/webp;base64,([^"]+)"', page)
