@@ -101,7 +101,8 @@ class DetectionTrainer(SupervisedTrainer):
         task: str,
         device: torch.device,
     ) -> None:
-        module = Losses(detector).to(device)
+        module: Any = Losses(detector)
+        module.to(device=device, memory_format=torch.channels_last)
         self.schedule = schedule
         norms, others = split_normalization_params(module)
         groups = [
@@ -110,7 +111,7 @@ class DetectionTrainer(SupervisedTrainer):
         ]
         super().__init__(
             module,
-            torch.optim.SGD(groups, lr=training.learning_rate, momentum=training.momentum),
+            torch.optim.SGD(groups, lr=training.learning_rate, momentum=training.momentum, fused=True),
             loader,
             training,
             task=task,
