@@ -20,8 +20,8 @@ import torch
 from ssl_core.config import Backbone, Dataset
 from ssl_core.data.card import load_card
 from ssl_core.data.detection_loader import DetectionLoader, Transform
-from ssl_core.data.shards import Manifest
 from ssl_core.data.sharding import write_shards
+from ssl_core.data.shards import Manifest
 from ssl_core.evaluations.detection import Config
 from ssl_core.networks.backbones import build_backbone
 from ssl_core.networks.detectors import build_detector
