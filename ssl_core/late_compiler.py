@@ -1,8 +1,8 @@
 """Import torch's compiler only when something is compiled.
 
-torchvision imports `torch._dynamo` for one function of `roi_align`, and each optimizer step imports it to exclude
-itself from compilation: 85 MB and two fifths of a stage's start (docs/decisions, 12). As long as nothing is compiled,
-two stand-ins answer these calls. Any other access replaces them by the real modules.
+torchvision imports `torch._dynamo` for one function of `roi_align`, each optimizer step to exclude itself from
+compilation, and `DistributedDataParallel` to read a setting: 85 MB and two fifths of a stage's start (docs/decisions,
+12). As long as nothing is compiled, stand-ins answer these calls. Any other access replaces them by the real modules.
 """
 
 import importlib
@@ -12,6 +12,7 @@ from typing import Any
 
 COMPILER = "torch._dynamo"
 UTILS = "torch._dynamo.utils"
+RULES = "torch._dynamo.trace_rules"
 
 
 class StandIn(ModuleType):
@@ -27,8 +28,33 @@ class StandIn(ModuleType):
         return getattr(importlib.import_module(self.__name__), name)
 
 
+class Utils(StandIn):
+    """`torch._dynamo.utils` as long as nothing is compiled."""
+
+    @staticmethod
+    def is_compile_supported(device_type: str) -> bool:
+        """Return False, so that torchvision does not compile `roi_align`."""
+        return False
+
+    @staticmethod
+    def get_optimize_ddp_mode() -> str:
+        """Return torch's default; only compiled code depends on it."""
+        return "ddp_optimizer"
+
+
+class Rules(StandIn):
+    """`torch._dynamo.trace_rules` as an attribute only: an import of it is the real one."""
+
+    @staticmethod
+    def clear_lru_cache() -> None:
+        """Do nothing at the end of a process group: nothing is cached."""
+
+
 class Compiler(StandIn):
     """`torch._dynamo` as long as nothing is compiled."""
+
+    utils = Utils(UTILS)
+    trace_rules = Rules(RULES)
 
     @property
     def __path__(self) -> Any:
@@ -48,20 +74,11 @@ class Compiler(StandIn):
         return fn
 
 
-class Utils(StandIn):
-    """`torch._dynamo.utils` as long as nothing is compiled."""
-
-    @staticmethod
-    def is_compile_supported(device_type: str) -> bool:
-        """Return False, so that torchvision does not compile `roi_align`."""
-        return False
-
-
 def postpone() -> None:
     """Put the stand-ins in place; without effect if the compiler is imported already."""
     if COMPILER not in sys.modules:
         sys.modules[COMPILER] = Compiler(COMPILER)
-        sys.modules[UTILS] = Utils(UTILS)
+        sys.modules[UTILS] = Compiler.utils
 
 
 def _remove_stand_ins() -> None:

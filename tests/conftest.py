@@ -21,8 +21,7 @@ from ssl_core.stages import shard  # noqa: E402
 
 late_compiler.postpone()  # as the command line does, before a test imports torchvision
 torch.set_num_threads(1)
-# Processes of a test are forked from a server that has imported these modules, which saves seconds per process.
-multiprocessing.get_context("forkserver").set_forkserver_preload(["torch._dynamo", "ssl_core.stages.pretrain"])
+multiprocessing.get_context("forkserver").set_forkserver_preload(["tests.preloaded"])
 
 ROOT = Path(__file__).resolve().parent.parent
 

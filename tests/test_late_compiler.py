@@ -32,6 +32,11 @@ for name in ("sgd", "adamw", "lars"):
     optimizer.load_state_dict(optimizer.state_dict())
 assert not loaded(), "a step imports the compiler"
 
+torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+torch.nn.parallel.DistributedDataParallel(network)(torch.ones(1, 2)).sum().backward()
+torch.distributed.destroy_process_group()
+assert not loaded(), "a process of several imports the compiler"
+
 import torch._dynamo.config
 assert loaded()
 compiled = torch.compile(network, backend="eager")

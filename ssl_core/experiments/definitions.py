@@ -25,6 +25,8 @@ OUTSIDE = (
     "provenance",
     "mistakes",
     "late_compiler",
+    "stages.nodes",
+    "stages.ranks",
 )
 SPOKEN = {"print", "warnings.warn", "tqdm.tqdm.write", "tqdm.write"}  # calls that only inform a person
 PROSE = re.compile(r"[A-Za-z]{2,}[,;:]? [A-Za-z]{2,}")  # a text of several words is for people, too
@@ -136,8 +138,8 @@ def _files_beside(module: str, texts: set[str]) -> list[tuple[str, Path]]:
 
 def is_outside(module: str, drawing: bool = True) -> bool:
     """Return whether the search ends at a module; without `drawing` it also ends at the pictures."""
-    room = module.split(".")[1:2]
-    return room != [] and (room[0] in OUTSIDE or (room[0] == "drawing" and not drawing))
+    room, _, name = module.partition(".")[2].partition(".")
+    return room in OUTSIDE or f"{room}.{name}" in OUTSIDE or (room == "drawing" and not drawing)
 
 
 @cache

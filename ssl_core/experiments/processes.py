@@ -28,6 +28,10 @@ JOB_VARIABLES = ("SLURM_JOB_ID",)
 PR_SET_PDEATHSIG = 1
 
 
+class Stop(SystemExit):
+    """Raised after a signal to stop, with the state saved; the exit status is the shell's for that signal."""
+
+
 class Process(NamedTuple):
     """A process of a host; its start time tells it from a later process with the same id."""
 

@@ -22,7 +22,7 @@ from typing import Any
 import psutil
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
-from ssl_core.training.loop import Stop
+from ssl_core.experiments.processes import Stop
 
 RENDEZVOUS = "SSL_RENDEZVOUS"
 LOOPBACK = "127.0.0.1"

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import pickle
 import re
 import signal
 from collections.abc import Callable
@@ -15,9 +16,9 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, r
 from torch.distributed.elastic.rendezvous import RendezvousError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from ssl_core.experiments.processes import end_with_parent
+from ssl_core import late_compiler
+from ssl_core.experiments.processes import Stop, end_with_parent
 from ssl_core.stages.nodes import LOOPBACK, START_SECONDS, Team
-from ssl_core.training.loop import Stop
 
 SIGNALLED = {128 + signal.SIGINT, 128 + signal.SIGTERM}  # exit codes of ranks that saved and stopped
 # Messages of gloo, NCCL and the store for the end of another process.
@@ -48,7 +49,7 @@ def start_ranks(work: Callable[[Any], None], job: Any, run_id: str, processes: i
         launch.rdzv_configs = {"rank": team.rank, "timeout": START_SECONDS}
     logging.getLogger(LAUNCHER).addFilter(_is_cause)
     try:
-        elastic_launch(launch, _work_as_rank)(work, job, os.getpid())
+        elastic_launch(launch, _work_as_rank)(pickle.dumps((work, job)), os.getpid())
     except SignalException as error:
         if team is not None:
             with suppress(Stop):  # the others stop because this node does
@@ -88,6 +89,8 @@ def _is_cause(entry: logging.LogRecord) -> bool:
 
 
 @record  # writes the message of an error for the launcher
-def _work_as_rank(work: Callable[[Any], None], job: Any, launcher: int) -> None:
+def _work_as_rank(pickled: bytes, launcher: int) -> None:
     end_with_parent(launcher)  # the launcher holds the lock of the experiment
+    late_compiler.postpone()  # before the imports of `work`
+    work, job = pickle.loads(pickled)
     work(job)

@@ -15,6 +15,7 @@ from ssl_core.blocks import distributed
 from ssl_core.blocks.schedules import learning_rate, weight_decay
 from ssl_core.config import Training
 from ssl_core.data.loader import Batch, Loader
+from ssl_core.experiments.processes import Stop
 from ssl_core.methods.base import Losses, Memory, Method, Progress
 from ssl_core.networks.backbones import find_infinite
 from ssl_core.progress import progress_bar
@@ -24,10 +25,6 @@ from ssl_core.training.precision import autocast_type
 
 LOG_STEPS = 50  # at most this many steps between two rows of the history; only then the loop waits for the device
 RANK_ROWS = 512  # rows of the embedding used for RankMe
-
-
-class Stop(SystemExit):
-    """Raised after a signal to stop, with the state saved; the exit status is the shell's for that signal."""
 
 
 class Trainer:

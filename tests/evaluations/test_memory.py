@@ -135,6 +135,7 @@ print(json.dumps(report))
 """
 
 
+@pytest.mark.long
 def test_own_memory_stays_bounded_however_many_features_there_are(manifest_path):
     run = subprocess.run([sys.executable, "-c", PROGRAM, manifest_path], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr

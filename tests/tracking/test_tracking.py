@@ -171,7 +171,7 @@ def test_a_resumed_stage_continues_its_run_without_repeating_steps(four: Path) -
 @pytest.mark.parametrize(
     ("tables", "message"),
     [
-        (["runs"], "the run 'tiny / tune' was deleted in MLflow; it is restored"),
+        pytest.param(["runs"], "the run 'tiny / tune' was deleted in MLflow; it is restored", marks=pytest.mark.long),
         (["runs", "experiments"], "the experiment 'ssl-core' was deleted in MLflow"),
     ],
 )
@@ -191,6 +191,7 @@ def test_what_was_deleted_in_mlflow_is_restored(four: Path, tmp_path: Path, tabl
     assert select(tmp_path / "copy", "select lifecycle_stage from experiments where name = 'ssl-core'") == [("active",)]
 
 
+@pytest.mark.long
 def test_artifacts_follow_a_copied_project_and_a_run_that_is_gone_is_made_anew(four: Path, tmp_path: Path) -> None:
     copied = tmp_path / "my proj \u00fc"
     shutil.copytree(four, copied)
@@ -207,6 +208,7 @@ def test_artifacts_follow_a_copied_project_and_a_run_that_is_gone_is_made_anew(f
     assert stages(copied)["new"][1] == "FINISHED"
 
 
+@pytest.mark.long
 def test_clones_share_one_database(tmp_path: Path) -> None:
     """Also after the clone whose `mlruns/` has the artifacts is gone."""
     address = f"sqlite:///{tmp_path}/mlflow.db"
@@ -263,6 +265,7 @@ def test_a_database_that_cannot_be_used_costs_one_warning(four: Path, tmp_path: 
         held.close()
 
 
+@pytest.mark.long
 def test_a_database_that_is_removed_during_a_stage_is_reported(four: Path, tmp_path: Path) -> None:
     shutil.copytree(four, tmp_path / "copy")
     start, finish = STAGE.split("    if end ==", 1)
@@ -294,7 +297,8 @@ def fill(disk: Path) -> Path:
     return file
 
 
-@pytest.mark.parametrize("existing", [True, pytest.param(False, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("existing", [True, False])
 def test_a_full_disk_costs_one_warning_until_there_is_room(four: Path, small_disk: Path, existing: bool) -> None:
     if existing:
         shutil.copy(four / "mlflow.db", small_disk)
@@ -329,7 +333,7 @@ class Protected(http.server.BaseHTTPRequestHandler):
 
 def test_a_password_in_the_address_is_sent_and_never_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Protected)
-    threading.Thread(target=server.serve_forever).start()
+    threading.Thread(target=server.serve_forever, args=(0.01,)).start()
     address = f"http://me:s%40cret@127.0.0.1:{server.server_port}"
     environment = {**os.environ, "SSL_TRACKING": "", "MLFLOW_TRACKING_URI": address, "XDG_RUNTIME_DIR": str(tmp_path)}
     command = [sys.executable, "-c", STAGE, "knn", "finish", ""]
@@ -378,7 +382,7 @@ def closed_port() -> int:
         return server.getsockname()[1]
 
 
-@pytest.mark.parametrize("port", ["closed_port", "hanging_port"])
+@pytest.mark.parametrize("port", ["closed_port", pytest.param("hanging_port", marks=pytest.mark.long)])
 def test_an_unreachable_server_costs_one_warning(
     port: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -69,6 +69,7 @@ def test_an_interrupted_run_continues_to_the_same_bytes(number, undisturbed, tmp
     assert not (folder / "checkpoints" / "tiny.pt").exists()
 
 
+@pytest.mark.long
 def test_snakemake_killed_alone_leaves_no_second_training(undisturbed, tmp_path):
     folder = tmp_path / "project"
     shutil.copytree(undisturbed, folder, ignore=shutil.ignore_patterns("results"))
