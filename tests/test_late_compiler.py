@@ -36,7 +36,8 @@ torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore()
 torch.nn.parallel.DistributedDataParallel(network)(torch.ones(1, 2)).sum().backward()
 torch.distributed.destroy_process_group()
 assert not loaded(), "a process of several imports the compiler"
-
+"""
+COMPILED = """
 import torch._dynamo.config
 assert loaded()
 compiled = torch.compile(network, backend="eager")
@@ -60,8 +61,13 @@ def run(code: str) -> None:
     assert finished.returncode == 0, finished.stderr
 
 
-def test_the_compiler_is_imported_when_something_is_compiled():
+def test_stages_steps_and_processes_import_no_compiler():
     run(CODE)
+
+
+@pytest.mark.long
+def test_what_is_compiled_after_a_step_is_what_was_trained():
+    run(CODE + COMPILED)
 
 
 @pytest.mark.long

@@ -27,9 +27,8 @@ from ssl_core.training.checkpoint import (
     remove_checkpoint,
     save_checkpoint,
 )
-from tests.waiting import wait_until
 
-from .conftest import KNN, SPEC, Undisturbed, Warm
+from .conftest import KNN, SPEC
 
 FLIPS = 1000 if "--long" in sys.argv else 100
 Result = TypeVar("Result")
@@ -74,21 +73,6 @@ def test_a_flipped_bit_in_a_shard_is_found(name: str, copy: Path) -> None:
         path.write_bytes(flipped(whole, generator))
         with pytest.raises(ValueError, match=rf"{name} (is not the file that was written|has \d+ lines instead)"):
             verify(manifest, "train", deep=True)
-
-
-def test_a_tar_that_is_cut_while_it_is_read_is_named(warm: Warm, undisturbed: Undisturbed, tmp_path: Path) -> None:
-    """The kernel sends SIGBUS to DALI's threads, which read the mapped file."""
-    folder = shutil.copytree(undisturbed.before["pretrain"], tmp_path / "project")
-    endless = {**SPEC, "training": {**SPEC["training"], "epochs": 10_000}}
-    running = warm.start(folder, "pretrain", more=["--spec", json.dumps(endless)])
-    wait_until((folder / "checkpoints" / "tiny.pt").exists)
-    os.truncate(folder / "shards" / "tiny" / "train-000000.tar", 0)
-    ended = running.wait()
-    assert ended.status == 2, ended.output
-    message = (
-        "error: a file was cut short while it was read (SIGBUS): shards/tiny/train-000000.tar has 0 bytes instead of"
-    )
-    assert ended.output.splitlines()[-1].startswith(message), ended.output
 
 
 # Maps a file, cuts it and reads it, in a thread.

@@ -1,5 +1,6 @@
 """Stages are ended at random moments; the same command then writes the same bytes as an undisturbed run."""
 
+import json
 import os
 import random
 import shutil
@@ -15,7 +16,7 @@ import pytest
 
 from tests.waiting import wait_until
 
-from .conftest import STAGES, Undisturbed, Warm, contents, final
+from .conftest import SPEC, STAGES, Undisturbed, Warm, contents, final
 
 SIGNALS = {"SIGKILL": (signal.SIGKILL, False), "SIGTERM": (signal.SIGTERM, False), "Ctrl-C": (signal.SIGINT, True)}
 ENDS = {"SIGKILL": {-9}, "SIGTERM": {-15, 143}, "Ctrl-C": {130, 1}}
@@ -115,3 +116,18 @@ def processes() -> Iterator[tuple[int, int, int]]:
             state, parent, group = path.read_text().rpartition(")")[2].split()[:3]
             if state != "Z":
                 yield int(path.parent.name), int(parent), int(group)
+
+
+def test_a_tar_that_is_cut_while_it_is_read_is_named(warm: Warm, undisturbed: Undisturbed, tmp_path: Path) -> None:
+    """The kernel sends SIGBUS to DALI's threads, which read the mapped file."""
+    folder = shutil.copytree(undisturbed.before["pretrain"], tmp_path / "project")
+    endless = {**SPEC, "training": {**SPEC["training"], "epochs": 10_000}}
+    running = warm.start(folder, "pretrain", more=["--spec", json.dumps(endless)])
+    wait_until((folder / "checkpoints" / "tiny.pt").exists)
+    os.truncate(folder / "shards" / "tiny" / "train-000000.tar", 0)
+    ended = running.wait()
+    assert ended.status == 2, ended.output
+    message = (
+        "error: a file was cut short while it was read (SIGBUS): shards/tiny/train-000000.tar has 0 bytes instead of"
+    )
+    assert ended.output.splitlines()[-1].startswith(message), ended.output

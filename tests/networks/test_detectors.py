@@ -100,7 +100,7 @@ def test_proposals_of_an_image_depend_on_its_seed_alone():
 
 # The losses of the proposal network are means over anchors, and processes average means: each image must have as many,
 # 256. torchvision computes the objectness in float32.
-SIDE = 128
+SIDE = 80
 
 
 def as_rank(rank: int, path: str, masks: bool) -> None:
