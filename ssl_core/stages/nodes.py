@@ -263,9 +263,9 @@ def _start_others(nodes: int, port: int, threads: int) -> Iterator["subprocess.P
     if RENDEZVOUS in os.environ:
         yield None
         return
-    hosts = subprocess.run(
-        ["scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]], check=True, capture_output=True, text=True
-    ).stdout.split()
+    # SLURM_JOB_NODELIST has the nodes of this step only, of which Snakemake's plugin makes one.
+    nodelist = _slurm("squeue", "--noheader", "--jobs", os.environ["SLURM_JOB_ID"], "--format", "%N")
+    hosts = _slurm("scontrol", "show", "hostnames", nodelist).split()
     if len(hosts) != nodes:
         raise ValueError(
             f"SLURM gave this job {len(hosts)} node(s), training.nodes is {nodes}: set the job's `nodes` to it"
@@ -288,6 +288,10 @@ def _start_others(nodes: int, port: int, threads: int) -> Iterator["subprocess.P
             others.wait(GRACE_SECONDS)
         others.terminate()
         others.wait()
+
+
+def _slurm(*command: str) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
 
 def _interface(address: str) -> str:
