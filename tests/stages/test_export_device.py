@@ -48,8 +48,7 @@ def need(format: str) -> None:
 def test_without_the_packages_one_line_has_the_command_that_installs_them(
     format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for package in NEEDED[format]:
-        monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.setitem(sys.modules, NEEDED[format][0].split(".")[0], None)
     backbone = write_network(tmp_path, *FAMILIES[0])
     lock = f"requirements-{export_device.EXTRAS[f'.{format}']}.lock"
     with pytest.raises(ValueError, match=rf"not installed \(.*\): run `pip install --no-deps -r {lock}` in the folder"):
