@@ -110,6 +110,14 @@ lock: $(INSTALLED)
 	python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["slurm"], sep="\n")' \
 	  | uv pip compile - --no-deps --universal --generate-hashes --no-emit-index-url --no-header --no-annotate \
 	  --python-version 3.11 --output-file requirements-slurm.lock
+	printf '%s\n' 'typing-extensions>=4.13' 'backports-strenum<1.3' > overrides.txt # 1.3 is not for Python 3.11
+	for extra in litert executorch; do \
+	  python -c 'import sys, tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"][sys.argv[1]], sep="\n")' $$extra \
+	  | uv pip compile - --constraints requirements.lock --overrides overrides.txt --universal --python-version 3.11 --generate-hashes \
+	  --no-emit-index-url --no-header --no-annotate --output-file requirements-$$extra.lock \
+	  $$(sed -nE 's/^([A-Za-z0-9_.-]+)(\[.*\])?==.*/--no-emit-package \1/p' requirements.lock) || exit 1; \
+	done
+	rm overrides.txt
 	printf '%s\n' 'moto[s3]' flask flask-cors | uv pip compile - --universal --generate-hashes --no-emit-index-url \
 	  --no-header --no-annotate --python-version 3.11 --output-file tests/data/moto.lock
 

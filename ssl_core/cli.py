@@ -36,6 +36,8 @@ EXAMPLES = {
     "finetune": f"{MAKE}ressl_r18/finetune.json",
     "export": f"{MAKE}ressl_r18/export/README.md",
     "quantise": f"{MAKE}ressl_r18/export/backbone.int8.onnx",
+    "export-device": f"{MAKE}ressl_r18/export/backbone.tflite (or .pte)",
+    "quantise-device": f"{MAKE}ressl_r18/export/backbone.int8.tflite (or .pte)",
     "export-classifier": f"{MAKE}ressl_r18/finetune/classifier.onnx",
     "cost": f"{MAKE}ressl_r18/cost.json",
     "quantised": f"{MAKE}ressl_r18/quantised.json",
@@ -194,12 +196,19 @@ def _add_stages(commands: Any) -> None:
         manifest="JSON",
         output="FILE",
     )
-    quantise.add_argument("--dataset", type=_json, required=True, help="the data of the pre-training, as JSON")
+    files = {"backbone": "FILE", "output": "FILE"}
+    for_device = add("export-device", "write a backbone for LiteRT or ExecuTorch", "experiment", **files)
+    description = "write a backbone with 8-bit integers for LiteRT or ExecuTorch"
+    small = add("quantise-device", description, "experiment", **files, manifest="JSON")
+    for stage in (for_device, small):
+        stage.add_argument("--options", type=_json, help="the configuration's section `export`, as JSON")
+    for stage in (quantise, small):
+        stage.add_argument("--dataset", type=_json, required=True, help="the data of the pre-training, as JSON")
     files = {"backbone": "FILE", "classifier": "FILE", "output": "ONNX"}
     classifier = add("export-classifier", "write a fine-tuned network as ONNX", *measured, **files)
     cost = add("cost", "measure the cost of a backbone", *measured, backbone="FILE", output="JSON", onnx="FILE")
     cost.add_argument("--pretrain", type=Path, help="the summary of the pre-training, if there was one")
-    files = {"onnx": "FILE", "int8": "FILE", "manifest": "JSON", "output": "JSON"}
+    files = {"float32": "FILE", "int8": "FILE", "manifest": "JSON", "output": "JSON"}
     quantised = add("quantised", "measure an 8-bit network beside its original", *measured, **files)
     add("curves", "draw the history of a pre-training", "experiment", history="CSV", output="PNG")
     add("draw", "draw the pictures of an evaluation from its arrays", *measured, data="NPZ", output="FOLDER")
@@ -210,11 +219,11 @@ def _add_stages(commands: Any) -> None:
     table.add_argument("--settings", type=Path, nargs="*", default=[], metavar="JSON", help="files pretrain.json")
     table.add_argument("--pictures", type=Path, nargs="*", default=[], metavar="PNG", help="shown beside the results")
     table.add_argument("--reported", type=_json, help="published numbers to show beside the results, as JSON")
-    for stage in (pretrain, views, adopt, evaluate, detect, finetune, export, quantise, cost, quantised):
+    for stage in (pretrain, views, adopt, evaluate, detect, finetune, export, quantise, small, cost, quantised):
         stage.add_argument("--spec", type=_json, required=True, help="settings of the stage's section, as JSON")
     for stage in (pretrain, adopt, evaluate, detect, finetune, cost, quantised):
         stage.add_argument("--code", required=True, help="digest of the code that the stage runs")
-    for stage in (shard, pretrain, join, evaluate, detect, finetune, export, classifier):
+    for stage in (shard, pretrain, join, evaluate, detect, finetune, export, for_device, small, classifier):
         stage.add_argument("--threads", type=_positive, default=1)
 
 
@@ -368,9 +377,9 @@ def _splits(stage: str, arguments: dict[str, Any]) -> list[str]:
 
     if stage == "adopt":
         return []
-    section = {"dataset": arguments["dataset"]} if stage == "quantise" else arguments["spec"]
+    section = {"dataset": arguments["dataset"]} if stage in ("quantise", "quantise-device") else arguments["spec"]
     training = section["dataset"].get("split", "train")
-    if stage in ("pretrain", "sample-views", "quantise"):
+    if stage in ("pretrain", "sample-views", "quantise", "quantise-device"):
         return [training]
     return [training, *TEST_SPLITS, *filter(None, (section.get("test_split"), section.get("val_split")))]
 

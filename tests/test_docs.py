@@ -103,6 +103,8 @@ def check(command: list[str], project: Path) -> None:
         check_ssl_core(words)
     elif tool == "pytest":
         assert [word for word in words if not Path(word).exists()] == []
+    elif tool == "pip":
+        assert (ROOT / words[-1]).is_file()  # a lock file
     else:
         assert tool in HARMLESS, command
 

@@ -1,5 +1,7 @@
-"""Adds the pages outside docs/ to the site, with links between them and the pages inside, and renders formulas."""
+"""Adds the pages outside docs/ and notebooks to the site, with links to and from the other pages; renders formulas."""
 
+import base64
+import json
 import posixpath
 import re
 from pathlib import Path
@@ -17,8 +19,9 @@ OUTSIDE = {  # file in the repository -> page of the site
     "datasets/README.md": "datasets.md",
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
+    "docs/notebooks/use_a_network.ipynb": "notebooks/use_a_network.md",
 }
-LINK = re.compile(r"(?<=\]\()([^)#\s:]+\.(?:md|svg|png))(?=[)#])")
+LINK = re.compile(r"(?<=\]\()([^)#\s:]+\.(?:md|svg|png|ipynb))(?=[)#])")
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
@@ -34,10 +37,32 @@ def _formula(source: str, *_: Any, **__: Any) -> str:
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the pages outside docs/."""
+    """Add the pages outside docs/ and those of notebooks."""
     for source, page in OUTSIDE.items():
-        files.append(File.generated(config, page, content=(ROOT / source).read_text(encoding="utf-8")))
+        content, pictures = (ROOT / source).read_text(encoding="utf-8"), {}
+        if source.endswith(".ipynb"):
+            content, pictures = notebook_page(content, posixpath.splitext(page)[0])
+        for name, picture in {page: content, **pictures}.items():
+            files.append(File.generated(config, name, content=picture))
     return files
+
+
+def notebook_page(notebook: str, name: str) -> tuple[str, dict[str, bytes]]:
+    """Return an executed notebook as Markdown, and the pictures of its outputs by path, `name` with a number."""
+    parts: list[str] = []
+    pictures: dict[str, bytes] = {}
+    for cell in json.loads(notebook)["cells"]:
+        source = "".join(cell["source"])
+        parts.append(source if cell["cell_type"] == "markdown" else f"```python\n{source}\n```")
+        for output in cell.get("outputs", ()):
+            data = output.get("data", {"text/plain": output.get("text", "")})
+            if "image/png" in data:
+                path = f"{name}_{len(pictures) + 1}.png"
+                pictures[path] = base64.b64decode(data["image/png"])
+                parts.append(f"![Figure of this cell]({posixpath.basename(path)})")
+            else:
+                parts.append(f"```text\n{''.join(data['text/plain']).rstrip()}\n```")
+    return "\n\n".join(parts), pictures
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:

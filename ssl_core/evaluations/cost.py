@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ssl_core.evaluations.base import Outcome
-from ssl_core.evaluations.parts.exported import TimedConfig, latency, runtime
+from ssl_core.evaluations.parts.exported import TimedConfig, latency, open_exported, runtime
 from ssl_core.evaluations.parts.features import frozen
 from ssl_core.experiments.needs import Contract, Needs
 
@@ -49,13 +49,13 @@ def measure(
         "flops": 2 * macs,
         "onnx_bytes": onnx.stat().st_size,
     }
-    hyperparameters = config.settings(image_size=image_size, batch_size=1, threads=1, runtime=runtime())
+    hyperparameters = config.settings(image_size=image_size, batch_size=1, threads=1, runtime=runtime(onnx))
     if pretraining:
         hyperparameters["pretraining_hardware"] = pretraining["hardware"]  # may differ from that of the latency
     return Outcome(
         "cost/v1",
         config.dataset.split,
-        {"pretrained": training_cost | size | latency(config, onnx, image_size)},
+        {"pretrained": training_cost | size | latency(config, open_exported(onnx), image_size)},
         hyperparameters,
         num_train=pretraining["num_images"] if pretraining else 0,
         num_test=0,

@@ -1,4 +1,4 @@
-"""Exported networks: ONNX files of the stages `export` and `quantise`, in ONNX Runtime on the CPU."""
+"""Exported networks on the CPU, and ONNX files, of the stages `export` and `quantise`, in ONNX Runtime."""
 
 import json
 from pathlib import Path
@@ -7,18 +7,12 @@ import torch
 from torch import Tensor, nn
 
 
-class ExportedNetwork(nn.Module):
-    """The network of an ONNX file: (batch, 3, size, size) -> (batch, num_features); `facts` are its metadata."""
+class ExportedFile(nn.Module):
+    """The network of a file: (batch, 3, size, size) -> (batch, num_features); `facts` are its metadata."""
 
-    def __init__(self, model: bytes | Path, *, threads: int = 1) -> None:
+    def __init__(self, facts: dict[str, str]) -> None:
         super().__init__()
-        import onnxruntime  # takes a second
-
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.inter_op_num_threads = 1
-        self.session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-        self.facts: dict[str, str] = dict(self.session.get_modelmeta().custom_metadata_map)
+        self.facts = facts
 
     @property
     def image_size(self) -> int:
@@ -37,6 +31,20 @@ class ExportedNetwork(nn.Module):
             return (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
         mean, std = (tuple(json.loads(self.facts[key])) for key in ("mean", "std"))
         return mean, std
+
+
+class ExportedNetwork(ExportedFile):
+    """The network of an ONNX file."""
+
+    def __init__(self, model: bytes | Path, *, threads: int = 1) -> None:
+        import onnxruntime  # takes a second
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        super().__init__(dict(session.get_modelmeta().custom_metadata_map))
+        self.session = session
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the features on the CPU; `images` may have any memory format."""

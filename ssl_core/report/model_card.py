@@ -199,6 +199,7 @@ def _files(header: Mapping[str, str]) -> list[str]:
         "facts as metadata.",
     ]
     lines.append("- `backbone.int8.onnx`, if it was made: 8-bit weights and activations; its metadata has the error.")
+    lines.append("- `.tflite` and `.pte`, if they were made: the same for LiteRT and ExecuTorch.")
     if "version" in header:
         lines.append(f"- Version of the pre-training (settings, code and data): `{header['version']}`.")
     return ["\n".join(lines)]

@@ -21,7 +21,7 @@ from ssl_core.data.shards import Manifest
 from ssl_core.evaluations.parts.exported import subjects_of
 from ssl_core.evaluations.parts.features import GROUP, center_view, make_loader
 from ssl_core.files import write_bytes
-from ssl_core.networks.exported import ExportedNetwork
+from ssl_core.networks.exported import ExportedFile, ExportedNetwork
 
 LEAST_IMAGES = 32  # with fewer, the ranges of activations depend on the draw
 SCHEMES = ("per channel", "per tensor")  # scales of the weights
@@ -52,10 +52,7 @@ def run(
         errors[scheme] = relative_error(features(ExportedNetwork(model), images), expected)
     scheme = min(errors, key=errors.__getitem__)
     if errors[scheme] > config.largest_error:
-        raise ValueError(
-            f"8-bit integers change the features of {onnx} by {errors[scheme]:.2g} of their variance, expected at most "
-            f"{config.largest_error:g}: use the float32 file or another backbone, or raise quantise.largest_error"
-        )
+        raise ValueError(too_large(onnx, errors[scheme], config))
     facts = {
         "quantisation": f"int8, weights {scheme}",
         "calibration_images": str(len(images)),
@@ -66,7 +63,15 @@ def run(
     print(f"{experiment}: 8-bit integers change the features by a share of their variance of {both} -> {output}")
 
 
-def read_images(config: Quantise, dataset: Dataset, manifest: Manifest, network: ExportedNetwork) -> Tensor:
+def too_large(path: Path, error: float, config: Quantise) -> str:
+    """Return the message for a network that 8-bit integers ruin."""
+    return (
+        f"8-bit integers change the features of {path} by {error:.2g} of their variance, expected at most "
+        f"{config.largest_error:g}: use the float32 file or another backbone, or raise quantise.largest_error"
+    )
+
+
+def read_images(config: Quantise, dataset: Dataset, manifest: Manifest, network: ExportedFile) -> Tensor:
     """Return (images, 3, size, size) drawn from the pre-training's images; raises ValueError if there are too few."""
     name = f"{dataset.name}/{dataset.split}"
     total = manifest.split(dataset.split).images
@@ -101,7 +106,7 @@ def quantise(path: Path, images: Tensor) -> dict[str, bytes]:
     return models
 
 
-def features(network: ExportedNetwork, images: Tensor) -> Tensor:
+def features(network: ExportedFile, images: Tensor) -> Tensor:
     """Return the features of all images."""
     return torch.cat([network(batch) for batch in images.split(BATCH_SIZE)])
 

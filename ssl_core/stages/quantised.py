@@ -8,8 +8,8 @@ import torch
 from ssl_core.config import parse
 from ssl_core.data.shards import Manifest
 from ssl_core.evaluations import quantised
+from ssl_core.evaluations.parts.exported import open_exported
 from ssl_core.files import write_json
-from ssl_core.networks.exported import ExportedNetwork
 from ssl_core.provenance import canonical, digest, file_digest, hardware, versions
 from ssl_core.stages.evaluate import describe, track
 from ssl_core.tracking.run import start
@@ -21,12 +21,12 @@ def run(
     *,
     spec: dict[str, Any],
     code: str,
-    onnx: Path,
+    float32: Path,
     int8: Path,
     manifest: Path,
     output: Path,
 ) -> None:
-    """Measure the files `onnx` and `int8` with the configuration `spec` and write the results to `output`."""
+    """Measure the files `float32` and `int8` with the configuration `spec` and write the results to `output`."""
     torch.set_num_threads(1)
     config = parse(quantised.Config, spec, f"evaluations.{evaluation}")
     shards = Manifest.load(manifest)
@@ -34,17 +34,17 @@ def run(
         "spec": digest(canonical(spec)),
         "code": code,
         "data": file_digest(manifest),
-        "onnx": file_digest(onnx),
+        "float32": file_digest(float32),
         "int8": file_digest(int8),
     }
-    version = ExportedNetwork(onnx).facts.get("version", digests["onnx"])
+    version = open_exported(float32).facts.get("version", digests["float32"])
     parameters = {"evaluation": evaluation, **config.model_dump(mode="json", exclude_none=True)}
     with start(evaluation, experiment, digest=version, parameters=parameters) as tracked:
 
         def log(values: dict[str, float], epoch: int) -> None:
             tracked.metrics(values, step=epoch)
 
-        outcome = quantised.measure(config, onnx, int8, shards, log)
+        outcome = quantised.measure(config, float32, int8, shards, log)
         result = describe(experiment, evaluation, outcome, dataset=config.dataset.name, seed=config.seed)
         write_json(output, {**result, "digests": digests, "versions": versions(), "hardware": hardware()})
         track(tracked, outcome, evaluation, config.protocol)

@@ -23,7 +23,7 @@ def result(manifest_path: Path, tmp_path_factory: pytest.TempPathFactory) -> dic
     float32.write_bytes(export.to_onnx(Tiny().eval(), 16, FACTS))
     dataset = {"name": "squares"}
     quantise.run("mine", spec={}, dataset=dataset, onnx=float32, manifest=manifest_path, output=int8)
-    files = {"onnx": float32, "int8": int8, "manifest": manifest_path, "output": folder / "small.json"}
+    files = {"float32": float32, "int8": int8, "manifest": manifest_path, "output": folder / "small.json"}
     quantised.run("mine", "small", spec=SPEC, code="c0de", **files)
     return json.loads((folder / "small.json").read_text()) | {"sizes": [p.stat().st_size for p in (int8, float32)]}
 
@@ -38,7 +38,7 @@ def test_both_networks_have_the_same_metrics(result: dict[str, Any]) -> None:
 
 def test_the_results_look_like_all_others(result: dict[str, Any]) -> None:
     assert (result["protocol"], result["dataset"], result["headline"]) == ("quantised/v1", "squares", "top1")
-    assert set(result["digests"]) == {"spec", "code", "data", "onnx", "int8"}
+    assert set(result["digests"]) == {"spec", "code", "data", "float32", "int8"}
     assert (result["num_train"], result["num_test"]) == (60, 31)
 
 

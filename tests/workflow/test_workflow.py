@@ -198,6 +198,21 @@ def test_an_8_bit_file_is_made_of_the_export_and_the_images_of_the_pretraining(f
     assert f"--int8 {target} --manifest shards/tiny/manifest.json" in quantised
 
 
+@pytest.mark.parametrize("format", ["tflite", "pte"])
+def test_files_for_phones_are_made_of_the_backbone(fresh: Project, format: str) -> None:
+    fresh.change("evaluations/small", {"protocol": "quantised", "format": format})
+    run = fresh.snakemake("results/first/small.json")
+    assert run.returncode == 0, run.stderr
+    folder = "results/first/export"
+    (export,) = [call for call in fresh.calls() if call.startswith("export-device first")]
+    assert f"--backbone results/first/backbone.safetensors --output {folder}/backbone.{format}" in export
+    (quantise,) = [call for call in fresh.calls() if call.startswith("quantise-device first")]
+    assert "--manifest shards/tiny/manifest.json" in quantise
+    (quantised,) = [call for call in fresh.calls() if call.startswith("quantised first small")]
+    assert f"--float32 {folder}/backbone.{format} --int8 {folder}/backbone.int8.{format}" in quantised
+    assert not any(call.startswith("export first") for call in fresh.calls())
+
+
 def test_adopted_weights_have_pictures_but_no_curves(fresh: Project) -> None:
     first = fresh.config["experiments"]["first"]
     del first["method"]

@@ -153,6 +153,11 @@ def evaluate_spec(wildcards):
     return {"dataset": dataset, **EVALUATIONS[wildcards.evaluation]}
 
 
+def format_of(wildcards):
+    """Return the suffix of the exported files that the evaluation measures."""
+    return EVALUATIONS[wildcards.evaluation].get("format", "onnx")
+
+
 def files_of(wildcards):
     """Return the files of weights that the experiment starts from; when one changes, it runs again."""
     return list(sweeps.weight_files(pretrain_spec(wildcards)).values())

@@ -46,6 +46,48 @@ rule quantise:
         " --onnx {input.onnx:q} --manifest {input.manifest:q} --output {output:q} --log {log:q}"
 
 
+# For the runtimes of phones. Their packages are not in requirements.lock.
+rule export_device:
+    input:
+        backbone="results/{experiment}/backbone.safetensors",
+    output:
+        "results/{experiment}/export/backbone.{format}",
+    log:
+        "logs/export_device/{experiment}.{format}.log",
+    wildcard_constraints:
+        format="tflite|pte",
+    threads: 16
+    params:
+        options=canonical(CONFIG.get("export") or {}),
+        code=lambda wildcards: stage_code("export_device"),
+    shell:
+        "ssl-core export-device {wildcards.experiment:q} --options {params.options:q} --backbone {input.backbone:q}"
+        " --output {output:q} --threads {threads} --log {log:q}"
+
+
+# Calibrated as in rule quantise.
+rule quantise_device:
+    input:
+        backbone="results/{experiment}/backbone.safetensors",
+        manifest=lambda wildcards: manifest_of(pretrain_spec(wildcards)),
+    output:
+        "results/{experiment}/export/backbone.int8.{format}",
+    log:
+        "logs/quantise_device/{experiment}.{format}.log",
+    wildcard_constraints:
+        format="tflite|pte",
+    threads: 16
+    params:
+        spec=canonical(CONFIG.get("quantise") or {}),
+        options=canonical(CONFIG.get("export") or {}),
+        dataset=lambda wildcards: canonical(pretrain_spec(wildcards)["dataset"]),
+        code=lambda wildcards: stage_code("quantise_device"),
+    shell:
+        "ssl-core quantise-device {wildcards.experiment:q} --spec {params.spec:q} --options {params.options:q}"
+        " --dataset {params.dataset:q} --backbone {input.backbone:q} --manifest {input.manifest:q} --output {output:q}"
+        " --threads {threads} --log {log:q}"
+
+
 rule export_classifier:
     input:
         backbone="results/{experiment}/{evaluation}/backbone.safetensors",
@@ -92,8 +134,8 @@ rule cost:
 # Timed as in rule cost.
 rule quantised:
     input:
-        onnx="results/{experiment}/export/backbone.onnx",
-        int8="results/{experiment}/export/backbone.int8.onnx",
+        float32=lambda wildcards: f"results/{{experiment}}/export/backbone.{format_of(wildcards)}",
+        int8=lambda wildcards: f"results/{{experiment}}/export/backbone.int8.{format_of(wildcards)}",
         manifest=lambda wildcards: manifest_of(evaluate_spec(wildcards)),
     output:
         json="results/{experiment}/{evaluation}.json",
@@ -107,4 +149,4 @@ rule quantised:
         code=lambda wildcards: stage_code("quantised"),
     shell:
         "ssl-core quantised {wildcards.experiment:q} {wildcards.evaluation:q} --spec {params.spec:q} --code {params.code}"
-        " --onnx {input.onnx:q} --int8 {input.int8:q} --manifest {input.manifest:q} --output {output.json:q} --log {log:q}"
+        " --float32 {input.float32:q} --int8 {input.int8:q} --manifest {input.manifest:q} --output {output.json:q} --log {log:q}"

@@ -1,15 +1,22 @@
-"""Parts of evaluations of exported networks (ONNX files): their images and their latency on a CPU."""
+"""Parts of evaluations of exported networks: their runtimes, their images and their latency on a CPU."""
 
 import statistics
 import time
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
+import torch
 from pydantic import NonNegativeInt, PositiveInt
 from torch import nn
 
 from ssl_core.evaluations.base import ProtocolConfig, Subjects
-from ssl_core.networks.exported import ExportedNetwork
+from ssl_core.networks.executorch import ExecuTorchNetwork
+from ssl_core.networks.exported import ExportedFile, ExportedNetwork
+from ssl_core.networks.litert import LiteRTNetwork
+
+RUNTIMES = {".onnx": ExportedNetwork, ".tflite": LiteRTNetwork, ".pte": ExecuTorchNetwork}
+PACKAGES = {".onnx": "onnxruntime", ".tflite": "ai-edge-litert", ".pte": "executorch"}
 
 
 class TimedConfig(ProtocolConfig):
@@ -19,21 +26,25 @@ class TimedConfig(ProtocolConfig):
     repeats: PositiveInt = 100
 
 
-def subjects_of(networks: dict[str, nn.Module], exported: ExportedNetwork) -> Subjects:
+def subjects_of(networks: dict[str, nn.Module], exported: ExportedFile) -> Subjects:
     """Return `networks` as subjects that see images as `exported` expects them, on the CPU."""
     mean, std = exported.normalisation
     return Subjects(networks, exported.image_size, mean, std)
 
 
-def latency(config: TimedConfig, onnx: Path, image_size: int) -> dict[str, float]:
+def open_exported(path: Path) -> ExportedFile:
+    """Return the network of an ONNX, LiteRT or ExecuTorch file, on one thread."""
+    return RUNTIMES[path.suffix](path)
+
+
+def latency(config: TimedConfig, network: ExportedFile, image_size: int) -> dict[str, float]:
     """Time single images on one thread, in milliseconds: the median and the 10th and 90th percentile."""
-    session = ExportedNetwork(onnx).session
     shape = (1, 3, image_size, image_size)
-    images = {"images": np.random.default_rng(config.seed).standard_normal(shape, dtype=np.float32)}
+    images = torch.from_numpy(np.random.default_rng(config.seed).standard_normal(shape, dtype=np.float32))
     times = []
     for _ in range(config.warmup + config.repeats):
         started = time.perf_counter()
-        session.run(None, images)
+        network(images)
         times.append(1000 * (time.perf_counter() - started))
     times = times[config.warmup :]
     low, high = np.percentile(times, [10, 90]).tolist()
@@ -41,8 +52,7 @@ def latency(config: TimedConfig, onnx: Path, image_size: int) -> dict[str, float
     return {name: round(value, 4) for name, value in latency.items()}
 
 
-def runtime() -> str:
-    """Return name and version of the runtime."""
-    import onnxruntime
-
-    return f"onnxruntime {onnxruntime.__version__}"
+def runtime(file: Path) -> str:
+    """Return name and version of the runtime of a file."""
+    package = PACKAGES[file.suffix]
+    return f"{package} {metadata.version(package)}"
