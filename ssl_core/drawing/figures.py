@@ -88,9 +88,10 @@ def draw_plane(series: Mapping[str, Sequence[Disc]], *, title: str, colour_label
             axes.annotate(
                 name,
                 disc[:2],
-                (0, radius + 3),
+                (0, radius + 3 if number == 0 else -radius - 3),
                 textcoords="offset points",
                 ha="center",
+                va="bottom" if number == 0 else "top",
                 fontsize=8,
                 path_effects=[withStroke(linewidth=2, foreground="white")],
             )

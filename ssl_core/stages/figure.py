@@ -135,7 +135,8 @@ def _score(path: Path, metric: str | None) -> tuple[float, str]:
     number = value(result, "", metric)
     if number is None:
         raise ValueError(f"{path} has no metric '{metric}': it has {', '.join(result['metrics'])}")
-    return number, f"{result['protocol']} {metric}"
+    unit = ", %" if metric == headline(result) else ""
+    return number, f"{result['protocol']} {metric}{unit}"
 
 
 def _setting(path: Path, key: str) -> float:

@@ -107,7 +107,7 @@ def test_a_line_joins_the_metric_of_its_experiments_from_small_to_large_settings
     first, second = axes.lines
     np.testing.assert_array_equal(first.get_xydata(), [[1, 60], [3, 70]])
     np.testing.assert_array_equal(second.get_xydata(), [[3, 70]])
-    assert axes.get_ylabel() == "knn/v1 top1"
+    assert axes.get_ylabel() == "knn/v1 top1, %"
 
 
 def test_a_figure_becomes_an_svg_and_a_png_the_same_each_time(tmp_path: Path) -> None:
