@@ -96,6 +96,7 @@ def draw_plane(series: Mapping[str, Sequence[Disc]], *, title: str, colour_label
                 path_effects=[withStroke(linewidth=2, foreground="white")],
             )
     axes.margins(0.2)
+    axes.set_axisbelow(True)
     axes.set(xlabel="intra-class alignment (smaller: tighter classes)", ylabel="uniformity (smaller: more spread)")
     axes.grid(color=FAINT, linewidth=0.5)
     figure.colorbar(scatter, ax=axes, pad=0.02).set_label(colour_label)
