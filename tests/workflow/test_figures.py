@@ -21,6 +21,8 @@ def small(recipe: dict[str, Any]) -> dict[str, Any]:
         if "weights" not in section:
             images = 64 if "subset" in section["dataset"] else 128
             section["dataset"] = {"name": "demo", "subset": {"images": images}}
+            if "queue_size" in section["method"]:
+                section["method"] = {**section["method"], "queue_size": 32}
             section["training"] = {**section["training"], "epochs": 3, "batch_size": 32}
     for section in recipe["evaluations"].values():
         section.update({key: value for key, value in SMALL.items() if key in section})
