@@ -41,11 +41,12 @@ rule all:
         "results/table.csv",
 
 
-# Also the sweeps and the exports.
+# Also the sweeps, the figures and the exports.
 rule all_evaluations:
     input:
         results_of(EXPERIMENTS),
         pictures_of(EXPERIMENTS),
         [f"results/{experiment}/export/README.md" for experiment in EXPERIMENTS],
         [f"results/sweeps/{sweep}.csv" for sweep in SWEEPS],
+        [f"results/figures/{figure}.svg" for figure in FIGURES],
         "results/table.csv",

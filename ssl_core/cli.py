@@ -43,6 +43,7 @@ EXAMPLES = {
     "quantised": f"{MAKE}ressl_r18/quantised.json",
     "curves": "ssl-core curves ressl_r18 --history results/ressl_r18/history.csv --output curves.png",
     "draw": "ssl-core draw ressl_r18 pictures --data results/ressl_r18/pictures/pictures.npz --output drawn",
+    "figure": f"{MAKE}figures/accuracy.svg (an entry of `figures`)",
     "table": "ssl-core table results/ressl_r18/knn.json --output table.csv",
     "init": "ssl-core init my_project",
     "recipes": "snakemake --cores all -n --configfile $(ssl-core recipes ressl_cifar10)",
@@ -212,6 +213,7 @@ def _add_stages(commands: Any) -> None:
     quantised = add("quantised", "measure an 8-bit network beside its original", *measured, **files)
     add("curves", "draw the history of a pre-training", "experiment", history="CSV", output="PNG")
     add("draw", "draw the pictures of an evaluation from its arrays", *measured, data="NPZ", output="FOLDER")
+    figure = add("figure", "draw a figure of several experiments", "figure", output="SVG", results="FOLDER")
     table = add("table", "gather results into one table", output="CSV")
     table.add_argument("results", type=Path, nargs="*", metavar="JSON")
     table.add_argument("--grid", type=_json, help="the values that each experiment of a sweep sets, as JSON")
@@ -219,7 +221,7 @@ def _add_stages(commands: Any) -> None:
     table.add_argument("--settings", type=Path, nargs="*", default=[], metavar="JSON", help="files pretrain.json")
     table.add_argument("--pictures", type=Path, nargs="*", default=[], metavar="PNG", help="shown beside the results")
     table.add_argument("--reported", type=_json, help="published numbers to show beside the results, as JSON")
-    for stage in (pretrain, views, adopt, evaluate, detect, finetune, export, quantise, small, cost, quantised):
+    for stage in (pretrain, views, adopt, evaluate, detect, finetune, export, quantise, small, cost, quantised, figure):
         stage.add_argument("--spec", type=_json, required=True, help="settings of the stage's section, as JSON")
     for stage in (pretrain, adopt, evaluate, detect, finetune, cost, quantised):
         stage.add_argument("--code", required=True, help="digest of the code that the stage runs")

@@ -80,6 +80,7 @@ class Training(Strict):
     sync_batchnorm: bool = True  # no effect in a single process
     checkpoint_minutes: PositiveFloat = 2.0
     monitor_epochs: PositiveInt = 5  # epochs between two online kNN measurements
+    keep_epochs: tuple[PositiveInt, ...] = ()  # the backbone after these epochs becomes epoch-<number>.safetensors
     stop_on_collapse: bool = True  # false: a collapsed embedding causes a warning and training goes on
 
     @property

@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 
-from ssl_core.config import Backbone
+from ssl_core.config import Adopted, Backbone
 from ssl_core.data.card import load_card
 from ssl_core.data.loader import Loader
 from ssl_core.data.shards import Manifest
@@ -53,6 +53,9 @@ def test_every_configuration_is_valid_down_to_the_last_key(path):
     configuration = laid_over(path)
     checks.check(configuration, structure, [card.stem for card in (ROOT / "datasets").glob("*.yaml")])
     for experiment in sweeps.experiments(configuration).values():
+        if "weights" in experiment:
+            Adopted.model_validate(experiment)
+            continue
         resolved = resolve(experiment)
         card = load_card(ROOT / "datasets" / f"{resolved.dataset.name}.yaml")
         assert resolved.dataset.split in card.source.splits
@@ -75,7 +78,19 @@ def test_a_recipe_reports_numbers_for_every_experiment(published):
     seeds, experiments = sweeps.seeds(configuration["experiments"]), sweeps.experiments(configuration)
     for name, reported in configuration["reported"].items():
         for run in seeds.get(name, [name]):
-            assert resolve(experiments[run]).training.epochs == reported["epochs"], run
+            spec, kept = trained(experiments, run)
+            assert (kept or resolve(spec).training.epochs) == reported["epochs"], run
+
+
+def trained(experiments: Mapping[str, Any], name: str) -> tuple[Mapping[str, Any], int | None]:
+    """Return the experiment that trains a network, and the epoch after which it was kept if that is not the last."""
+    weights = experiments[name].get("weights")
+    if weights is None:
+        return experiments[name], None
+    parent, epoch = re.fullmatch(r"results/(.*)/epoch-(\d+)\.safetensors", weights).groups()  # pyright: ignore
+    assert int(epoch) in experiments[parent]["training"]["keep_epochs"]
+    assert experiments[parent]["backbone"] == experiments[name]["backbone"]
+    return experiments[parent], int(epoch)
 
 
 # The papers' own rows, in tests/papers/<paper>.yaml: a list of tables. `all` has the settings of each row, `rows` is a
@@ -138,9 +153,10 @@ def published_experiments(paper: str) -> dict[str, tuple[Mapping[str, Any], Mapp
     experiments = {}
     for path in [path for path in PUBLISHED if path.stem.startswith(paper) and not path.stem.endswith("_short")]:
         configuration = laid_over(path)
-        for name, spec in sweeps.experiments(configuration).items():
+        for name in (every := sweeps.experiments(configuration)):
             reported = configuration["reported"].get(name, {}).get("results", {})
-            experiments[f"{path.stem}:{name}"] = (settings_of(spec), reported)
+            spec, kept = trained(every, name)
+            experiments[f"{path.stem}:{name}"] = ({**settings_of(spec), "training.kept": kept}, reported)
     return experiments
 
 
@@ -203,6 +219,8 @@ def combinations() -> dict[Any, tuple[str, Mapping[str, Any]]]:
     found = {}
     for path in [ROOT / "config.yaml", *RECIPES]:
         for name, experiment in sweeps.experiments(laid_over(path)).items():
+            if "weights" in experiment:
+                continue
             method = {key: value for key, value in experiment["method"].items() if key not in ("teacher", "initial")}
             key = switches([method, experiment.get("views") or {}, "initial" in experiment["method"]])
             found.setdefault(key, (f"{path.stem}:{name}", experiment))

@@ -21,6 +21,7 @@ from ssl_core import config as settings
 from ssl_core.blocks.frozen_teacher import Teacher
 from ssl_core.data.views import POLICIES, Augmentation, View
 from ssl_core.experiments import bundled
+from ssl_core.experiments.figures import KINDS
 from ssl_core.look.schema_generation import named_configs
 
 INTRODUCTION = """# Configuration keys
@@ -80,7 +81,15 @@ def page() -> str:
         parts.append(_method(name, model, definitions[f"method.{name}"]))
     for name, model in named_configs("evaluations").items():
         parts.append(_protocol(name, model, definitions[f"protocol.{name}"]))
+    for name, model in KINDS.items():
+        parts.append(_figure(name, model, definitions[f"figure.{name}"]))
     return "\n".join(parts)
+
+
+def _figure(name: str, model: type[BaseModel], schema: Mapping[str, Any]) -> str:
+    title = f"## Figure {name} {{#figure.{name}}}\n"
+    page = f"[Section of the figures](configure.md#figures). Defaults: {_places(model)}."
+    return "\n".join([title, page + "\n", *_table(list(_rows(f"figure.{name}", model, schema, {"": {}})), "")])
 
 
 def _section(name: str, place: str, schema: Mapping[str, Any]) -> str:

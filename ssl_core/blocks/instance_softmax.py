@@ -24,6 +24,7 @@ class InstanceSoftmax(NamedTuple):
     log_normalizer: Tensor  # logsumexp of the logits
     negative_entropy: Tensor  # sum of p log p, at `entropy_temperature`
     to_square_root: Tensor  # -sum of p log u with u ~ sqrt(p), at `entropy_temperature`; carries no gradient
+    is_nearest: Tensor  # 1 where the row `own` is more similar than all others, else 0; carries no gradient
 
 
 def instance_softmax(
@@ -32,15 +33,17 @@ def instance_softmax(
     *,
     temperature: float,
     entropy_temperature: float | None = None,
+    own: Tensor | None = None,
     chunk: int | None = None,
 ) -> InstanceSoftmax:
     """Compare `embedding` (batch, dim) with all rows of `bank` (N, dim), `chunk` rows at a time, with gradient to both.
 
-    Without `entropy_temperature` the two entropies are 0.
+    `own` (batch,) is the row of each embedding's image. Without it `is_nearest` is 0, and without `entropy_temperature`
+    the two entropies are 0.
     """
     if chunk is None:
         chunk = max(256, CHUNK.get(embedding.device.type, CHUNK["cuda"]) // len(embedding))
-    return InstanceSoftmax(*_Stream.apply(embedding, bank, temperature, entropy_temperature, chunk))
+    return InstanceSoftmax(*_Stream.apply(embedding, bank, temperature, entropy_temperature, own, chunk))
 
 
 def instance_loss(
@@ -142,19 +145,51 @@ class _Sums:
         return (self.first_rows - self.first / self.total * self.rows) / (self.temperature * self.total)
 
 
+class _Search:
+    """Finds out whether each embedding's own row is the most similar one; a tie is no hit."""
+
+    def __init__(self, own: Tensor, embedding: Tensor) -> None:
+        self.own = own[:, None]
+        self.similarity = embedding.new_full((len(embedding), 1), -math.inf)  # to the own row
+        self.others = torch.full_like(self.similarity, -math.inf)  # the largest to another row
+
+    def add(self, similarity: Tensor, start: int) -> Tensor:
+        """Add a chunk of the bank from row `start` on; return its largest similarity (batch, 1)."""
+        column = (self.own - start).clamp(0, similarity.shape[1] - 1)
+        value = similarity.gather(1, column)
+        is_own = column == self.own - start
+        similarity.scatter_(1, column, value.masked_fill(is_own, -math.inf))
+        others = similarity.amax(dim=1, keepdim=True)
+        similarity.scatter_(1, column, value)
+        self.others = torch.maximum(self.others, others)
+        self.similarity = torch.where(is_own, value, self.similarity)
+        return torch.where(is_own, torch.maximum(others, value), others)
+
+    def is_nearest(self) -> Tensor:
+        """Return 1 for each embedding (batch,) whose own row is the nearest, else 0."""
+        return (self.similarity > self.others).float()[:, 0]
+
+
 class _Stream(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, embedding: Tensor, bank: Tensor, temperature: float, entropy_temperature: float | None, chunk: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx: Any,
+        embedding: Tensor,
+        bank: Tensor,
+        temperature: float,
+        entropy_temperature: float | None,
+        own: Tensor | None,
+        chunk: int,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         one = entropy_temperature in (None, temperature)
         ctx.slopes = one and not ctx.needs_input_grad[1]
         sums = _Sums(embedding, temperature, entropy=entropy_temperature == temperature, slopes=ctx.slopes)
         entropy = sums if one else _Sums(embedding, entropy_temperature or 1.0, entropy=True, slopes=False)
         space = _Space(embedding, min(chunk, len(bank)))
-        for rows in bank.split(chunk):
+        search = None if own is None else _Search(own, embedding)
+        for start, rows in zip(range(0, len(bank), chunk), bank.split(chunk)):
             similarity = torch.mm(embedding, rows.T, out=space.take(0, rows))
-            largest = similarity.amax(dim=1, keepdim=True)
+            largest = similarity.amax(dim=1, keepdim=True) if search is None else search.add(similarity, start)
             sums.add(similarity, rows, largest, space)
             if not one:
                 entropy.add(similarity, rows, largest, space)
@@ -167,16 +202,17 @@ class _Stream(torch.autograd.Function):
         if entropy_temperature is None:
             results[1:] = [torch.zeros_like(results[0]) for _ in results[1:]]
         log_normalizer, negative_entropy, to_square_root = (result[:, 0] for result in results)
-        ctx.mark_non_differentiable(to_square_root)
-        return log_normalizer, negative_entropy, to_square_root
+        is_nearest = torch.zeros_like(log_normalizer) if search is None else search.is_nearest()
+        ctx.mark_non_differentiable(to_square_root, is_nearest)
+        return log_normalizer, negative_entropy, to_square_root, is_nearest
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        by_normalizer, by_entropy, _ = (gradient[:, None] for gradient in gradients)
+        by_normalizer, by_entropy, *_ = (gradient[:, None] for gradient in gradients)
         if ctx.slopes:
             slope, entropy_slope = ctx.saved_tensors
-            return by_normalizer * slope + by_entropy * entropy_slope, None, None, None, None
+            return by_normalizer * slope + by_entropy * entropy_slope, None, None, None, None, None
         embedding, bank, log_normalizer, entropy_log_normalizer, mean = ctx.saved_tensors
         temperature, entropy_temperature, chunk = ctx.settings
         by_embedding = torch.zeros_like(embedding)
@@ -196,4 +232,4 @@ class _Stream(torch.autograd.Function):
             by_embedding.addmm_(by_similarity, rows)
             if by_bank is not None:
                 torch.mm(by_similarity.T, embedding, out=by_bank[start : start + chunk])
-        return by_embedding, by_bank, None, None, None
+        return by_embedding, by_bank, None, None, None, None

@@ -150,6 +150,9 @@ class FolderSplit(Section):
     labels: Literal["folder", "none"] = "folder"
     annotations: Annotations | None = None
     class_pattern: str | None = None  # a regular expression; its group in the image's path is the class
+    # A text file that names the only images of the split, one per line, by their path in the folder or its last parts,
+    # such as SimCLR's lists of the labelled images of ImageNet; `#` begins a comment line.
+    labelled: Location | None = None
 
     @field_validator("class_pattern")
     @classmethod

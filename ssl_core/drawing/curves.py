@@ -17,6 +17,7 @@ TITLES = {
     "embedding/rankme": "RankMe of the embedding",
     "embedding/effective_rank": "RankMe of the embedding",  # in histories of earlier versions
     "online/knn": "online kNN, % right",
+    "instance/top1": "instance discrimination, % right",
 }
 LINES = ("-", "--", ":", "-.")  # of losses
 COLUMNS = 3

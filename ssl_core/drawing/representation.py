@@ -98,19 +98,25 @@ def draw_points(
     *,
     title: str,
     notes: Mapping[str, str],
+    columns: int = 2,
 ) -> Figure:
-    """Draw each network's points (images, 2), or triangles (images, 3, 2) of an image and its two copies, by class."""
+    """Draw each network's points (images, 2), or triangles (images, 3, 2) of an image and its two copies, by class.
+
+    A network's panel has its name as title, and its note.
+    """
     shown = np.unique(labels)
     names = [shorten(classes[int(label)], 18) for label in shown]
-    columns = min(4 if max(map(len, names)) > 12 else 5, len(shown))
-    rows = -(-len(shown) // columns)
-    legend = 0.25 + 0.21 * rows
-    figure = Figure(figsize=(9.2, 5.1 + legend))
+    across = min(4 if max(map(len, names)) > 12 else 5, len(shown))  # of the legend
+    legend = 0.25 + 0.21 * -(-len(shown) // across)
+    rows = -(-len(points) // columns)
+    figure = Figure(figsize=(0.2 + 4.5 * max(2, min(columns, len(points))), 0.3 + 4.8 * rows + legend))
     height = figure.get_figheight()
     figure.text(0.02, 1 - 0.14 / height, title, fontsize=11, va="top")
     for number, (network, positions) in enumerate(points.items()):
-        axes = axes_at(figure, 0.2 + 4.5 * number, legend, 4.3, 4.3)
-        axes.text(0, 1.06, NETWORKS[network][0], transform=axes.transAxes, fontsize=10, fontweight="bold")
+        row, column = divmod(number, columns)
+        axes = axes_at(figure, 0.2 + 4.5 * column, legend + 4.8 * (rows - 1 - row), 4.3, 4.3)
+        name = NETWORKS[network][0] if network in NETWORKS else network
+        axes.text(0, 1.06, name, transform=axes.transAxes, fontsize=10, fontweight="bold")
         axes.text(0, 1.015, notes[network], transform=axes.transAxes, color=SOFT, fontsize=8.5)
         low, high = (of.reshape(-1, 2) for of in (positions.min(axis=0), positions.max(axis=0)))
         low, high = low.min(axis=0), high.max(axis=0)
@@ -124,17 +130,24 @@ def draw_points(
         Line2D([], [], linestyle="", marker=marker_of(rank), color=colour_of(rank), markersize=6)
         for rank, _ in enumerate(shown)
     ]
-    figure.legend(handles, names, loc="lower left", bbox_to_anchor=(0.012, 0), ncols=columns, handletextpad=0.2)
+    figure.legend(handles, names, loc="lower left", bbox_to_anchor=(0.012, 0), ncols=across, handletextpad=0.2)
     return figure
 
 
 @styled
 def draw_neighbours(
-    queries: np.ndarray, labels: np.ndarray, nearest: Mapping[str, Neighbours], classes: Sequence[str], *, title: str
+    queries: np.ndarray,
+    labels: np.ndarray,
+    nearest: Mapping[str, Neighbours],
+    classes: Sequence[str],
+    *,
+    title: str,
+    captions: Sequence[str] = (),
 ) -> Figure:
     """Draw `queries` (queries, height, width, 3) and the nearest images of each network, one network above the other.
 
-    A neighbour of the query's class has a green frame and a tick; another has a dashed red frame and a cross.
+    A query's caption is its class, after its entry of `captions`. A neighbour of the query's class has a green frame
+    and a tick; another has a dashed red frame and a cross.
     """
     k = next(iter(nearest.values())).labels.shape[1]
     side, column, row, gap, left, top = 0.72, 0.82, 0.94, 0.22, 1.9, 0.78
@@ -156,7 +169,8 @@ def draw_neighbours(
     for number, (image, label) in enumerate(zip(queries, labels)):
         base = height - top - block * number
         low = base - (row * len(nearest) + side) / 2 + 0.1
-        _picture(figure, image, (0.15, low, side), f"query: {shorten(classes[int(label)], 12)}")
+        caption = captions[number] if captions else "query"
+        _picture(figure, image, (0.15, low, side), f"{caption}: {shorten(classes[int(label)], 12)}")
         for line, (network, others) in enumerate(nearest.items()):
             bottom = base - row * line - side
             right = others.labels[number] == label

@@ -18,15 +18,16 @@ from sklearn.manifold import TSNE, trustworthiness
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-from ssl_core.config import Dataset
-from ssl_core.data.loader import draw_subset
+from ssl_core.config import Dataset, parse
+from ssl_core.data.loader import Loader, draw_subset
 from ssl_core.data.shards import Manifest, read_labels
-from ssl_core.data.views import View
+from ssl_core.data.views import View, adjust
 from ssl_core.evaluations import knn, metrics
 from ssl_core.evaluations.base import ImageConfig, Log, Outcome, Subjects, find_test_split
 from ssl_core.evaluations.parts.features import (
     center_view,
     draw_by_class,
+    forward,
     make_loader,
     num_classes,
     percent,
@@ -57,6 +58,8 @@ class Config(ImageConfig):
     augmentation: str = "contrastive"
     queries: PositiveInt = 5
     neighbours: PositiveInt = 10  # shown per query (ReSSL, Figure 2)
+    # Policies, such as [weak, contrastive]: training images augmented by each are further queries, for a figure.
+    query_views: tuple[str, ...] = ()
     k: PositiveInt = 200  # votes of the classifier behind the confusion matrix, otherwise as in `knn`
     temperature: PositiveFloat | None = None
 
@@ -140,6 +143,8 @@ def run(config: Config, subjects: Subjects, manifest: Manifest, log: Log) -> Out
         del arrays["neighbours_right"]  # in no picture
         arrays |= {"neighbour_images": images, "neighbour_labels": extracted.bank_labels[rows].numpy()}
         drawing |= {f"{name}.{key}": np.asarray(value) for key, value in arrays.items()}
+    if config.query_views:
+        drawing |= _augmented_queries(config, subjects, manifest, extracted, view, settings["neighbours"])
     return Outcome(
         "pictures/v1",
         split,
@@ -246,17 +251,64 @@ def _measure(
     return Measures(numbers, arrays, nearest[:, :shown], predicted)
 
 
+def _augmented_queries(
+    config: Config, subjects: Subjects, manifest: Manifest, extracted: Extracted, view: View, shown: int
+) -> dict[str, np.ndarray]:
+    """Return training images augmented by each policy, and their nearest other training images, as arrays to draw.
+
+    Rows are the policies of the first image, then those of the next.
+    """
+    split, policies = config.dataset.split, config.query_views
+    queries = choose(np.array(read_labels(manifest, split)), config).queries
+    sections = {"area": config.area, "size": subjects.image_size}
+    views = {policy: parse(View, {**sections, "augmentation": policy}, "query_views") for policy in policies}
+    loader = Loader(
+        manifest,
+        Dataset(name=config.dataset.name, split=split),
+        adjust(views, {}, avoid=manifest.avoid),
+        batch_size=len(queries),
+        seed=config.seed,
+        shuffle=False,
+        mean=subjects.mean,
+        std=subjects.std,
+        only=queries,
+    )
+    with loader:
+        batch = loader.next()
+        images = torch.stack([batch.views[policy][0].cpu() for policy in policies], dim=1).flatten(0, 1)
+        pixels = _pixels(images, loader.normalisation)
+    (rows,) = forward({"pretrained": subjects.networks["pretrained"]}, images.to(subjects.device)).values()
+    bank = extracted.bank["pretrained"]
+    _, nearest = knn.neighbours(bank, rows.cpu(), min(shown + 1, len(bank)), prepare=knn.unit, euclidean=False)
+    own = np.repeat(batch.indices.cpu().numpy(), len(policies))
+    found = np.array([of[extracted.bank_indices[of] != image][:shown] for of, image in zip(nearest.numpy(), own)])
+    return {
+        "augmented.policies": np.array(policies * len(queries)),
+        "augmented.images": pixels,
+        "augmented.labels": np.repeat(batch.labels.cpu().numpy(), len(policies)),
+        "augmented.neighbour_images": _read_images(
+            subjects, manifest, config.dataset, view, extracted.bank_indices[found]
+        ),
+        "augmented.neighbour_labels": extracted.bank_labels[torch.from_numpy(found)].numpy(),
+    }
+
+
 def _read_images(subjects: Subjects, manifest: Manifest, dataset: Dataset, view: View, indices: Any) -> np.ndarray:
     """Read images of the split by their indices, an array of any shape, as (*shape, size, size, 3) uint8."""
     unique, positions = np.unique(np.asarray(indices), return_inverse=True)
-    pixels = torch.empty(len(unique), view.size, view.size, 3)
+    pixels = np.empty((len(unique), view.size, view.size, 3), np.uint8)
     with make_loader(subjects, manifest, dataset, view, only=unique.tolist()) as loader:
-        mean, std = (torch.tensor(values) for values in loader.normalisation)
         for batch in loader.epoch():
             ((images,),) = batch.views.values()
-            pixels[batch.indices.cpu()] = images.float().cpu().permute(0, 2, 3, 1) * std + mean
-    rounded_down = (255 * pixels.clamp(0, 1)).to(torch.uint8).numpy()  # as matplotlib does with floats
-    return rounded_down[positions.reshape(np.shape(indices))]
+            pixels[batch.indices.cpu()] = _pixels(images, loader.normalisation)
+    return pixels[positions.reshape(np.shape(indices))]
+
+
+def _pixels(images: Tensor, normalisation: Any) -> np.ndarray:
+    """Undo the normalisation of (images, 3, height, width); return (images, height, width, 3) uint8."""
+    mean, std = (torch.tensor(values) for values in normalisation)
+    pixels = images.float().cpu().permute(0, 2, 3, 1) * std + mean
+    return (255 * pixels.clamp(0, 1)).to(torch.uint8).numpy()  # rounded down, as matplotlib does with floats
 
 
 def _in_split(positions: np.ndarray, dataset: Dataset, manifest: Manifest) -> np.ndarray:

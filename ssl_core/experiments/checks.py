@@ -10,19 +10,21 @@ from pathlib import Path
 from typing import Any
 
 from ssl_core.config import nearest
-from ssl_core.experiments import sweeps
+from ssl_core.experiments import figures, sweeps
 from ssl_core.experiments.structure import check_structure
 from ssl_core.experiments.sweeps import Config
 
 LONGEST_NAME = 200  # of 255 bytes that a file name has; temporary files and checkpoints append to it
 LARGEST_SEED = 2**32 - 1  # torch, NumPy and DALI take it
 ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://.*[^/].*")
+KEPT = re.compile(r"epoch-\d+\.safetensors")  # backbones of `training.keep_epochs`
 FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 # Names of other files and folders under results/.
 RESERVED = {
-    "experiments": {"sweeps", "table.csv", "table.html"},
+    "experiments": {"figures", "sweeps", "table.csv", "table.html"},
     "evaluations": {"pretrain", "export"},
     "sweeps": set(),
+    "figures": set(),
 }
 # Former protocols with the settings that give the same numbers.
 RENAMED = {"semi_supervised": "`protocol: finetune` with the same `variant` (`ressl_1` where there was none)"}
@@ -43,7 +45,7 @@ def check(config: Config, schema: Mapping[str, Any], cards: Iterable[str]) -> No
     _check_renamed(config)
     check_structure(config, schema, ())
     _check_seeds(config, "")
-    for section in ("experiments", "evaluations", "sweeps"):
+    for section in ("experiments", "evaluations", "sweeps", "figures"):
         for name in config.get(section) or {}:
             _check_name(section, str(name))
     for name, experiment in config["experiments"].items():
@@ -58,9 +60,11 @@ def check(config: Config, schema: Mapping[str, Any], cards: Iterable[str]) -> No
     for name, experiment in names.items():
         _check_batch_size(experiment.get("training") or {}, f"experiments.{name}.training")
         _check_warmup(experiment.get("training") or {}, f"experiments.{name}.training")
+        _check_keep_epochs(experiment.get("training") or {}, f"experiments.{name}.training")
         _check_backbone(experiment, f"experiments.{name}", schema)
     _check_datasets(config, list(cards))
     _check_reported(config)
+    figures.check(config.get("figures") or {}, names, config.get("evaluations") or {})
 
 
 def check_address(address: str, place: str) -> None:
@@ -95,8 +99,8 @@ def check_targets(config: Config, targets: Iterable[str]) -> None:
         if len(parts) < 3 or parts[0] != "results":
             continue
         name, file = parts[1], Path(parts[2])
-        if name == "sweeps":
-            _check_sweep_target(target, file.stem, config)
+        if name in ("sweeps", "figures"):
+            _check_made_target(target, name, file.stem, config)
         elif name not in experiments:
             message = sweeps.unknown_experiment(name, config)
             raise ValueError(f"{target}: {message} (experiments of other files: --configfile)")
@@ -129,19 +133,30 @@ def check_folders(config: Config) -> None:
 def _is_result(file: str, experiments: Mapping[str, Config]) -> bool:
     """Return whether an experiment writes this file."""
     folder, _, name = file.rpartition("/")
-    return folder.removeprefix("results/") in experiments and name in ("backbone.safetensors", "model.safetensors")
+    experiment = experiments.get(folder.removeprefix("results/"))
+    if experiment is None:
+        return False
+    return name in ("backbone.safetensors", "model.safetensors") or name in _kept_files(experiment)
 
 
-def _check_sweep_target(target: str, name: str, config: Config) -> None:
-    names = config.get("sweeps") or {}
+def _kept_files(experiment: Config) -> list[str]:
+    """Return the names of the backbones of `training.keep_epochs`."""
+    epochs = (experiment.get("training") or {}).get("keep_epochs", ())
+    return [f"epoch-{epoch}.safetensors" for epoch in epochs]
+
+
+def _check_made_target(target: str, section: str, name: str, config: Config) -> None:
+    names = config.get(section) or {}
     if name not in names:
-        raise ValueError(f"{target}: there is no sweep '{name}'{nearest(name, names)}")
+        raise ValueError(f"{target}: there is no {section.removesuffix('s')} '{name}'{nearest(name, names)}")
 
 
 def _check_experiment_target(target: str, file: Path, experiment: Config, config: Config) -> None:
     evaluations = {*(config.get("evaluations") or {}), "pretrain"}
     if file.suffix == ".json" and file.stem not in evaluations:
         raise ValueError(f"{target}: there is no evaluation '{file.stem}'{nearest(file.stem, evaluations)}")
+    if KEPT.fullmatch(file.name) and file.name not in _kept_files(experiment):
+        raise ValueError(f"{target}: this epoch is not in experiments.{Path(target).parts[1]}.training.keep_epochs")
     if file.name in PRETRAINED and "weights" in experiment:
         name = Path(target).parts[1]
         raise ValueError(f"{target}: '{name}' takes its weights from a file, so nothing is pre-trained")
@@ -228,6 +243,13 @@ def _check_warmup(training: Config, place: str) -> None:
             f"{place}.warmup_epochs: {warmup:g} must be below epochs ({epochs}): "
             "the learning rate would never come down"
         )
+
+
+def _check_keep_epochs(training: Config, place: str) -> None:
+    epochs = training.get("epochs")
+    late = [epoch for epoch in training.get("keep_epochs", ()) if epochs is not None and epoch > epochs]
+    if late:
+        raise ValueError(f"{place}.keep_epochs: {late[0]} is above epochs ({epochs})")
 
 
 def _check_backbone(section: Config, place: str, schema: Mapping[str, Any]) -> None:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from ssl_core.config import Strict
+from ssl_core.experiments.figures import pairs
 from ssl_core.experiments.sweeps import Config, experiments, sweep_experiments, written_experiments
 
 Labels = Literal["none", "one", "several"]  # per image
@@ -200,5 +201,8 @@ def _pairs(config: Config, arguments: list[str]) -> Iterator[tuple[str, Config, 
     for sweep in sweeps:
         whole = [*whole, *sweep_experiments(sweep, config)]
     named.update({(name, evaluation): None for name in whole for evaluation in evaluations})
+    figures_ = config.get("figures") or {}
+    drawn = [Path(parts[2]).stem for parts in targets if len(parts) == 3 and parts[1] == "figures"]
+    named.update(dict.fromkeys(pairs({name: figures_[name] for name in drawn})))
     for name, evaluation in named:
         yield name, every[name], evaluation

@@ -13,7 +13,7 @@ from ssl_core.experiments.sweeps import Config
 from ssl_core.files import YamlLoader, read_json
 
 CONFIG = Path("config.yaml")
-SECTIONS = ("experiments", "evaluations", "sweeps", "reported")  # their entries can be removed by null
+SECTIONS = ("experiments", "evaluations", "sweeps", "reported", "figures")  # their entries can be removed by null
 
 Keys = tuple[str, ...]  # the keys from the top of a section to one of its values
 

@@ -12,6 +12,7 @@ from typing import Any
 from pydantic import BaseModel, TypeAdapter
 
 from ssl_core.config import Adopted, Experiment, Export, Quantise, Reported
+from ssl_core.experiments.figures import KINDS
 from ssl_core.experiments.needs import projector_layers
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
@@ -61,6 +62,7 @@ def generate() -> dict[str, Any]:
         evaluations=_sections(protocols),
         sweeps=_sections({"$ref": "#/$defs/sweep"}),
         reported=_sections(_part(Reported, definitions)),
+        figures=_sections(_choice("draw", "figure", KINDS, definitions)),
         export=_part(Export, definitions),
         quantise=_part(Quantise, definitions),
         shards={"type": "string"},  # the address of all shards

@@ -69,6 +69,7 @@ class Losses(NamedTuple):
     parts: dict[str, Tensor]  # scalars for the history, without gradient
     embedding: Tensor  # (rows, dim) for the monitor, without gradient
     memory: Memory | None = None  # passed on to `after_step`
+    measures: dict[str, Tensor] | None = None  # other scalars for the history, by the name of their column
 
 
 class Method(nn.Module):

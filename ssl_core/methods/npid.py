@@ -167,8 +167,15 @@ class NPID(Method):
         entropy_temperature = None
         if config.sqrtkl_weight:
             entropy_temperature = config.sqrtkl_temperature or config.temperature
+        own = (
+            place if config.negatives is not None else indices
+        )  # the image's row of `bank`; CutMix leaves it the larger share
         softmax = instance_softmax(
-            embedding, bank, temperature=config.temperature, entropy_temperature=entropy_temperature
+            embedding,
+            bank,
+            temperature=config.temperature,
+            entropy_temperature=entropy_temperature,
+            own=own,
         )
         total = instance_loss(softmax, embedding, rows[place], temperature=config.temperature, mixed=mixed)
         parts = {"instance": total.detach()}
@@ -181,7 +188,13 @@ class NPID(Method):
             parts["proximal"] = proximal.detach()
             total = total + config.proximal_weight * proximal
         target = self._bank_target(embedding.detach(), rows, place, softmax.log_normalizer.detach(), mixed)
-        return Losses(total, parts, embedding=embedding.detach(), memory={"images": images, "target": target})
+        return Losses(
+            total,
+            parts,
+            embedding=embedding.detach(),
+            memory={"images": images, "target": target},
+            measures={"instance/top1": 100 * softmax.is_nearest.mean()},
+        )
 
     def _sample(self, images: Tensor, generator: np.random.Generator) -> Tensor:
         """Draw up to `negatives` different images outside the batch."""

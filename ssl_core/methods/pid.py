@@ -98,22 +98,27 @@ class PID(Method):
     def forward(self, batch: Batch, progress: Progress) -> Losses:
         """Return the cross-entropy over all images, averaged over the views."""
         generator = np.random.default_rng([self.seed, progress.step, progress.part])  # the same in all processes
-        losses, embeddings = [], []
+        losses, embeddings, hits = [], [], []
         for images in batch.views["student"]:
             mixed = cutmix(images, alpha=self.config.cutmix, generator=generator)
             embedding = self.projector(self.backbone(mixed.images)).float()  # (batch, dim)
             with full_precision(embedding):
-                losses.append(self._classify(embedding, batch.indices, mixed))
+                loss, is_nearest = self._classify(embedding, batch.indices, mixed)
+            losses.append(loss)
+            hits.append(is_nearest)
             embeddings.append(embedding.detach())
         total = torch.stack(losses).mean()
-        return Losses(total, {"instance": total.detach()}, embedding=embeddings[0])
+        top1 = 100 * torch.cat(hits).mean()
+        return Losses(total, {"instance": total.detach()}, embedding=embeddings[0], measures={"instance/top1": top1})
 
-    def _classify(self, embedding: Tensor, indices: Tensor, mixed: Mixed) -> Tensor:
+    def _classify(self, embedding: Tensor, indices: Tensor, mixed: Mixed) -> tuple[Tensor, Tensor]:
+        """Return the cross-entropy, and 1 for each image whose own class is the most probable one (batch,)."""
         weights = self.weights
         if self.config.cosine:
             embedding, weights = F.normalize(embedding, dim=1), F.normalize(weights, dim=1)
         if self.config.bias:
             embedding = F.pad(embedding, (0, 1), value=1.0)
         temperature = self.config.temperature
-        softmax = instance_softmax(embedding, weights, temperature=temperature)
-        return instance_loss(softmax, embedding, weights[indices], temperature=temperature, mixed=mixed)
+        softmax = instance_softmax(embedding, weights, temperature=temperature, own=indices)
+        loss = instance_loss(softmax, embedding, weights[indices], temperature=temperature, mixed=mixed)
+        return loss, softmax.is_nearest

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import resource
+import shutil
 import sys
 import time
 from contextlib import ExitStack
@@ -42,6 +43,7 @@ from ssl_core.training.monitor import online_knn
 HEADLINES = ("loss/total", "embedding/rankme", "online/knn")  # beside the evaluations' numbers
 PROBE_IMAGES = 5000  # of the online kNN at most
 MEASURED_IMAGES = 8  # of the pass whose memory is measured
+KEPT = "kept"  # folder of the backbones of `training.keep_epochs`, from which the rule `keep` copies them
 OUTPUTS = ("model.safetensors", "history.csv", "pretrain.json", "backbone.safetensors")
 
 
@@ -88,6 +90,9 @@ def run(
             "images per process (gpus x nodes) and part (accumulation)"
         )
     learning_rate(0, training=resolved.training, steps_per_epoch=1)
+    late = [epoch for epoch in resolved.training.keep_epochs if epoch > resolved.training.epochs]
+    if late:
+        raise ValueError(f"training.keep_epochs: {late[0]} is above training.epochs ({resolved.training.epochs})")
     data = Manifest.load(manifest)
     verify(data, resolved.dataset.split)
     _check_memory(resolved, data, threads)
@@ -251,6 +256,9 @@ def _lead(
         def log(row: dict[str, float]) -> None:
             epoch, into = divmod(trainer.step, trainer.steps_per_epoch)
             last = trainer.step == trainer.total_steps
+            if into == 0 and epoch in training.keep_epochs:
+                kept = job.checkpoint.with_suffix(f".{_kept(epoch)}")
+                _save_backbone(kept, resolved, manifest, trainer, identity)
             if probe is not None and (last or (into == 0 and epoch % training.monitor_epochs == 0)):
                 row["online/knn"] = online_knn(trainer.method.backbone, probe, trainer.device)
             speed = {
@@ -262,7 +270,7 @@ def _lead(
 
         trainer.run(save=save, log=log)
         report = _report(job, resolved, views, trainer, identity)
-        _write(job, resolved, manifest, trainer, report)
+        _write(job, resolved, manifest, trainer, identity, report)
         tracked.headline({name: report["final"][name] for name in HEADLINES if name in report["final"]})
         for name in ("pretrain.json", "history.csv"):
             tracked.artifact(job.output / name)
@@ -354,7 +362,7 @@ def _report(job: Job, resolved: Experiment, views: Views, trainer: Trainer, iden
             "data_wait_share": round(trainer.waited / trainer.seconds, 4),
             "backward_passes": round(students_views(views) * training.batch_size * trainer.total_steps),
         },
-        "digests": {"spec": provenance.digest(identity.spec), "code": identity.code, "data": identity.data},
+        "digests": _digests(identity),
         "versions": provenance.versions(),
         "hardware": provenance.hardware(),
     }
@@ -365,8 +373,38 @@ def students_views(views: Views) -> float:
     return sum(view.count * (0.25 if view.region else 1.0) for view in views.values() if "student" in view.seen_by)
 
 
-def _write(job: Job, resolved: Experiment, manifest: Manifest, trainer: Trainer, report: dict[str, Any]) -> None:
-    """Write all outputs under temporary names, then rename them together, so that they never mix two runs."""
+def _kept(epoch: int) -> str:
+    """Return the file name of the backbone after an epoch of `training.keep_epochs`."""
+    return f"epoch-{epoch}.safetensors"
+
+
+def _save_backbone(path: Path, resolved: Experiment, manifest: Manifest, trainer: Trainer, identity: Identity) -> None:
+    metadata = {
+        "version": _version(identity),
+        "seed": str(resolved.training.seed),
+        "mean": json.dumps(manifest.mean),
+        "std": json.dumps(manifest.std),
+        **{f"digest_{name}": value for name, value in _digests(identity).items()},
+    }
+    save_backbone(path, trainer.method.backbone, resolved.backbone, manifest.image_size, metadata)
+
+
+def _digests(identity: Identity) -> dict[str, str]:
+    return {"spec": provenance.digest(identity.spec), "code": identity.code, "data": identity.data}
+
+
+def _write(
+    job: Job,
+    resolved: Experiment,
+    manifest: Manifest,
+    trainer: Trainer,
+    identity: Identity,
+    report: dict[str, Any],
+) -> None:
+    """Write all outputs under temporary names, then rename them together, so that they never mix two runs.
+
+    Backbones of `training.keep_epochs` move from the checkpoint's folder to `kept/`.
+    """
     new = {name: job.output / f".new-{name}" for name in OUTPUTS}
     job.output.mkdir(parents=True, exist_ok=True)
     write_tensors(
@@ -374,16 +412,11 @@ def _write(job: Job, resolved: Experiment, manifest: Manifest, trainer: Trainer,
     )
     write_text(new["history.csv"], _csv(trainer.history))
     write_json(new["pretrain.json"], report)
-    metadata = {
-        "version": report["version"],
-        "seed": str(resolved.training.seed),
-        "mean": json.dumps(manifest.mean),
-        "std": json.dumps(manifest.std),
-        **{f"digest_{name}": value for name, value in report["digests"].items()},
-    }
-    save_backbone(
-        new["backbone.safetensors"], trainer.method.backbone, resolved.backbone, manifest.image_size, metadata
-    )
+    _save_backbone(new["backbone.safetensors"], resolved, manifest, trainer, identity)
+    shutil.rmtree(job.output / KEPT, ignore_errors=True)
+    for epoch in resolved.training.keep_epochs:
+        (job.output / KEPT).mkdir(exist_ok=True)
+        shutil.move(job.checkpoint.with_suffix(f".{_kept(epoch)}"), job.output / KEPT / _kept(epoch))
     for name in OUTPUTS:
         os.replace(new[name], job.output / name)
 

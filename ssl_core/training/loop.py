@@ -55,7 +55,7 @@ class Trainer:
         self.history: list[dict[str, float]] = []
         self.seconds = self.waited = 0.0  # over all processes that continued this run
         self._alarm = Alarm(stop_on_collapse=training.stop_on_collapse)
-        self._sums: dict[str, Tensor] = {}  # (sum, count) of each part of the loss since the last row of the history
+        self._sums: dict[str, Tensor] = {}  # (sum, count) of each measured value since the last row of the history
         self._module: nn.Module = self.method
         if training.compile:
             self._module.compile()
@@ -144,7 +144,9 @@ class Trainer:
 
     def _row_is_due(self) -> bool:
         watched = self.training.monitor_epochs * self.steps_per_epoch  # online kNN needs a row
-        return self.step % self.log_steps == 0 or self.step % watched == 0 or self.step == self.total_steps
+        kept = [epoch * self.steps_per_epoch for epoch in self.training.keep_epochs]
+        due = self.step % self.log_steps == 0 or self.step % watched == 0 or self.step in kept
+        return due or self.step == self.total_steps
 
     def _one_step(self) -> None:
         """Accumulate gradients over the parts, take an optimizer step, and update the method's memory."""
@@ -188,16 +190,17 @@ class Trainer:
     def _add_to_sums(self, losses: Losses) -> None:
         """Add the losses to the sums on the device, so that no step waits for a value."""
         self._embedding = losses.embedding
-        for name, value in {"total": losses.total, **losses.parts}.items():
+        values = {f"loss/{name}": value for name, value in {"total": losses.total, **losses.parts}.items()}
+        for name, value in {**values, **(losses.measures or {})}.items():
             addend = torch.stack([value.detach(), torch.ones_like(value)])
             self._sums[name] = self._sums[name] + addend if name in self._sums else addend
 
     def _append_row(self) -> dict[str, float]:
         """Append the next row, means over processes, to the history; raise if the run has diverged or collapsed."""
         row = {"step": self.step, "epoch": round(self.step / self.steps_per_epoch, 4)}
-        losses = {f"loss/{name}": total / count for name, (total, count) in self._sums.items()}
-        values = torch.stack([*losses.values(), spread(self._embedding)])
-        row |= dict(zip([*losses, "embedding/spread"], distributed.average(values).tolist(), strict=True))
+        means = {name: total / count for name, (total, count) in self._sums.items()}
+        values = torch.stack([*means.values(), spread(self._embedding)])
+        row |= dict(zip([*means, "embedding/spread"], distributed.average(values).tolist(), strict=True))
         row["schedule/learning_rate"] = self.optimizer.param_groups[0]["lr"]
         self._sums = {}
         self._alarm.check(self.step, row["loss/total"], row["embedding/spread"])

@@ -3,6 +3,7 @@
 import json
 import struct
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +34,15 @@ def imagenet100(data: Path) -> None:
     keep = load_card(ROOT / "datasets" / "imagenet100.yaml").keep_classes or ()
     for split in ("train", "val"):
         folder(data / "imagenet", *(f"{split}/{wnid}/{wnid}_1.JPEG" for wnid in {*wnids, *keep}))
+
+
+def imagenet_1percent(data: Path) -> None:
+    folder(
+        data / "imagenet",
+        *(f"{split}/n0{wnid}/n0{wnid}_{n}.JPEG" for split in ("train", "val") for wnid in (1, 2) for n in (1, 2)),
+    )
+    (data / "imagenet_subsets").mkdir()
+    (data / "imagenet_subsets" / "1percent.txt").write_text("n02_1.JPEG\nn01_2.JPEG\n")
 
 
 def eurosat(data: Path) -> None:
@@ -143,9 +153,9 @@ def fgvc_aircraft(data: Path) -> None:
             write_picture(home / f"images/{image}.jpg")
 
 
-def caltech101(data: Path) -> None:
+def caltech101(data: Path, images: int = 2) -> None:
     for name in ("BACKGROUND_Google", "ant", "yin_yang"):
-        for number in (1, 2):
+        for number in range(1, images + 1):
             write_picture(data / f"caltech101/101_ObjectCategories/{name}/image_{number:04d}.jpg")
 
 
@@ -153,6 +163,7 @@ def caltech101(data: Path) -> None:
 LAYOUTS: dict[str, tuple[Callable[[Path], None], int | tuple[str, ...], dict[str, int]]] = {
     "imagenette": (imagenette, 2, {"train": 2, "val": 2}),
     "imagenet100": (imagenet100, 100, {"train": 100, "val": 100}),
+    "imagenet_1percent": (imagenet_1percent, 2, {"train": 2, "val": 4}),
     "eurosat": (eurosat, 2, {"train": 8, "test": 2}),
     "svhn": (svhn, 10, {"train": 4, "test": 4, "extra": 4}),
     "gtsrb": (gtsrb, 2, {"train": 2, "test": 1}),
@@ -165,6 +176,7 @@ LAYOUTS: dict[str, tuple[Callable[[Path], None], int | tuple[str, ...], dict[str
     "oxford_pets": (oxford_pets, ("Abyssinian", "Beagle"), {"train": 4, "test": 2}),
     "fgvc_aircraft": (fgvc_aircraft, ("707-320", "A380"), {"train": 2, "val": 2, "test": 2}),
     "caltech101": (caltech101, 2, {"all": 4}),
+    "caltech101_split": (partial(caltech101, images=32), 2, {"train": 60, "test": 4}),
     "caltech101_background": (caltech101, ("BACKGROUND_Google", "ant", "yin_yang"), {"all": 6}),
 }
 

@@ -70,6 +70,28 @@ def test_several_splits_drawn_from_one_are_disjoint(tmp_path: Path) -> None:
     assert len({name for split in drawn.values() for name in names(split)}) == 60
 
 
+def test_a_published_list_selects_labelled_images_beside_the_whole_split(tmp_path: Path) -> None:
+    (tmp_path / "few.txt").write_text("# three of sixty\ndog/03.png\nant/19.png\n\ncat/00.png\ncat/00.png\n")
+    classes, drawn = selected(tmp_path, {"train": {}, "few": {"labelled": str(tmp_path / "few.txt")}})
+    assert names(drawn["few"]) == ["ant/19.png", "cat/00.png", "dog/03.png"]
+    assert [record.label for record in drawn["few"]] == [0, 1, 2]
+    assert len(drawn["train"]) == 60
+    assert classes == ("ant", "cat", "dog")
+
+
+@pytest.mark.parametrize(
+    ("line", "complaint"),
+    [("cow/01.png", "no such image; its first is ant/00.png"), ("01.png", "3 images of the split are named so")],
+)
+def test_a_listed_image_that_is_missing_or_not_the_only_one_is_refused(
+    tmp_path: Path, line: str, complaint: str
+) -> None:
+    (tmp_path / "few.txt").write_text(f"{line}\n")
+    with pytest.raises(ValueError, match=re.escape(f"few.txt names {line}, but ")) as caught:
+        selected(tmp_path, {"few": {"labelled": str(tmp_path / "few.txt")}})
+    assert complaint in str(caught.value)
+
+
 @pytest.mark.parametrize("keep", [["dog", "ant"], "file"])
 def test_chosen_classes(tmp_path: Path, keep: Any) -> None:
     if keep == "file":

@@ -159,6 +159,20 @@ def test_the_neighbours_shown_are_those_of_brute_force(outcome, features):
     assert_colours(drawing["pretrained.neighbour_images"], drawing["pretrained.neighbour_labels"])
 
 
+def test_augmented_queries_are_training_images_that_are_not_their_own_neighbours(subjects, manifest):
+    config = CONFIG.model_copy(update={"query_views": ("none", "contrastive"), "k": 9})
+    drawing = run(config, subjects, manifest, quiet).drawing
+    assert list(drawing["augmented.policies"]) == ["none", "contrastive"] * 2
+    labels, images = drawing["augmented.labels"], drawing["augmented.images"]
+    assert labels[0] == labels[1] != labels[2] == labels[3]
+    assert_colours(images[::2], labels[::2])
+    assert not np.array_equal(images[0], images[1])
+    neighbours = drawing["augmented.neighbour_images"]
+    assert neighbours.shape == (4, 3, 16, 16, 3)
+    assert_colours(neighbours, drawing["augmented.neighbour_labels"])
+    assert not any(np.array_equal(images[0], other) for other in neighbours[0])
+
+
 def test_the_stages_measure_once_and_draw_without_measuring(outcome, tmp_path):
     tracked = np.array('{"version": "v", "parameters": {}}')
     for folder in ("first", "again"):

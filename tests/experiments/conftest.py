@@ -40,6 +40,16 @@ VALID: dict[str, Any] = {
         "heat": {"base": "small", "grid": {"method.teacher_temperature": [0.02, 0.04]}},
         "many": {"base": "many", "grid": {"training.epochs": [2]}},
     },
+    "figures": {
+        "heat": {
+            "draw": "lines",
+            "title": "T",
+            "evaluation": "knn",
+            "series": {"A": ["heat-0.02", "heat-0.04"]},
+            "x": "resolved.method.teacher_temperature",
+            "x_label": "temperature",
+        },
+    },
     "reported": {
         "heat-0.02": {"source": "Table 1", "epochs": 200, "hours": "7", "results": {"linear": 90.8}},
         "many": {"source": "Table 2", "results": {"linear": 91, "knn": 88.0}},

@@ -87,6 +87,8 @@ TRAINED = ": 'weights' names a network that is trained already"
             1,
             ": 1 is less than two images per forward pass (gpus x accumulation is 1), which",
         ),
+        ("experiments/small/training", {"epochs": 3, "keep_epochs": [2, 4]}, ".keep_epochs: 4 is above epochs (3)"),
+        ("figures/heat/draw", "line", ": unknown value 'line'; did you mean 'lines'?"),
         ("experiments/small/training", {"epochs": 3, "warmup_epochs": 3}, ".warmup_epochs: 3 must be below epochs (3)"),
         ("experiments/small/method", {}, ": the key 'name' is missing"),
         ("experiments/small/training/epochs", 0, ": 0 is less than"),
@@ -177,6 +179,24 @@ def fault(schema: dict[str, Any], path: str, value: Any) -> str:
     return str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("figures/heat/evaluation", "kn", "figures.heat: there is no evaluation 'kn'; did you mean 'knn'?"),
+        (
+            "figures/heat/series/A",
+            ["heat-0.2"],
+            "figures.heat: there is no experiment 'heat-0.2'; did you mean 'heat-0.02'?",
+        ),
+        ("figures/heat/series/A", ["taken"], "figures.heat: 'taken' was trained elsewhere and has no pretrain.json"),
+    ],
+)
+def test_a_figure_of_results_that_no_rule_makes_is_refused(
+    path: str, value: Any, message: str, schema: dict[str, Any]
+) -> None:
+    assert fault(schema, path, value) == message
+
+
 def test_a_configuration_needs_experiments(schema: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"at the top: the key 'experiments' is missing"):
         checks.check({"evaluations": {"knn": {"protocol": "knn"}}}, schema, CARDS)
@@ -188,6 +208,11 @@ def test_a_configuration_needs_experiments(schema: dict[str, Any]) -> None:
         ("results/smal/knn.json", "results/smal/knn.json: there is no experiment 'smal'; did you mean 'small'?"),
         ("results/small/kn.json", "results/small/kn.json: there is no evaluation 'kn'; did you mean 'knn'?"),
         ("results/sweeps/heet.csv", "results/sweeps/heet.csv: there is no sweep 'heet'; did you mean 'heat'?"),
+        ("results/figures/heet.svg", "results/figures/heet.svg: there is no figure 'heet'; did you mean 'heat'?"),
+        (
+            "results/small/epoch-7.safetensors",
+            "results/small/epoch-7.safetensors: this epoch is not in experiments.small",
+        ),
         ("results/many/knn.json", "results/many/knn.json: experiment 'many' has seeds: use many-seed3, many-seed0"),
         (
             "results/taken/pretrain.json",

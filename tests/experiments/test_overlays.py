@@ -16,6 +16,7 @@ def test_null_removes_an_entry_and_its_reported_numbers(schema: dict[str, Any]) 
         "experiments": {"small": None, "taken": {"image_size": 224}},
         "evaluations": {"linear": None},
         "sweeps": {"heat": None, "many": None},
+        "figures": {"heat": None},
     }
     kept = overlays.without_nulls(overlays.merge(VALID, overlay))
     assert list(kept["experiments"]) == ["many", "taken"]

@@ -98,6 +98,45 @@ def test_streaming_passes_gradcheck(entropy_temperature, trained):
     assert torch.autograd.gradcheck(differentiable, (embedding, bank))
 
 
+@pytest.mark.parametrize("chunk", [1, 7, 50, 1000])
+def test_instance_discrimination_counts_own_rows_that_are_nearest(chunk):
+    embedding, bank = rows(40, 6), rows(50, 6, seed=1)
+    bank[:30] = F.normalize(embedding[:30] + 0.8 * rows(30, 6, seed=2), dim=1)
+    own = torch.arange(40)
+    nearest = instance_softmax(embedding, bank, temperature=0.2, own=own, chunk=chunk).is_nearest
+    expected = (embedding @ bank.T).argmax(dim=1) == own
+    assert torch.equal(nearest == 1, expected)
+    assert 5 < expected.sum() < 35
+
+
+def test_equal_rows_are_no_hit():
+    bank = rows(1, 6).expand(50, 6)
+    assert instance_softmax(bank[:8], bank, temperature=0.2, own=torch.arange(8), chunk=7).is_nearest.sum() == 0
+
+
+@pytest.mark.parametrize("entropy_temperature", [None, 0.2, 1.0])
+@pytest.mark.parametrize("trained", [False, True])
+def test_measuring_instance_discrimination_changes_no_bit_of_losses_and_gradients(entropy_temperature, trained):
+    results = []
+    for own in (None, torch.arange(4)):
+        embedding, bank = rows(4, 6).requires_grad_(), rows(50, 6, seed=1).requires_grad_(trained)
+        settings = {"temperature": 0.2, "entropy_temperature": entropy_temperature, "chunk": 7}
+        softmax = instance_softmax(embedding, bank, **settings, own=own)
+        (softmax.log_normalizer.sum() + 3 * softmax.negative_entropy.sum()).backward()
+        results.append([*softmax[:3], embedding.grad, *([bank.grad] if trained else [])])
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("changes", [{}, {"negatives": 20}], ids=["whole bank", "sampled bank"])
+def test_instance_discrimination_is_measured_on_the_images_of_the_batch(changes):
+    model, one = build(**changes), batch()
+    measure = lambda: model(one, harness.START).measures["instance/top1"].item()  # noqa: E731
+    assert measure() < 50
+    model.bank.copy_(-model(one, harness.START).embedding[0])
+    model.bank[one.indices] = model(one, harness.START).embedding
+    assert measure() == 100
+
+
 @pytest.mark.parametrize("size", [1e-3, 1e4])
 def test_logits_of_any_size_stay_finite(size):
     embedding, bank = (rows(4, 6) * size).requires_grad_(), rows(50, 6, seed=1)

@@ -63,6 +63,16 @@ def test_gradients_reach_the_network_and_all_class_vectors_as_autograd_has_them(
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
+def test_instance_discrimination_is_that_of_the_largest_logit():
+    model, one = build(), batch()
+    losses = model(one, harness.START)
+    hits = (losses.embedding @ model.weights.T).argmax(dim=1) == one.indices
+    assert losses.measures["instance/top1"].item() == pytest.approx(100 * hits.float().mean().item())
+    model = build(cosine=True, head="linear")
+    model.weights.data[one.indices] = model(one, harness.START).embedding
+    assert model(one, harness.START).measures["instance/top1"].item() == 100
+
+
 def test_the_first_loss_is_about_the_logarithm_of_the_number_of_images():
     # A learning rate tuned for ten classes meets a loss of 10.8 at 50,000 images (docs/sources.md#pid).
     model = harness.make(PID, Config(weight_init=1e-6), num_images=3000)

@@ -36,7 +36,7 @@ if (PROJECT / "ssl_core").is_dir() and package_of_jobs() != PROJECT / "ssl_core"
     other = package_of_jobs().parent
     sys.exit(f"error: the code of {other} is installed, not that of {PROJECT}: run `make install` in {PROJECT}")
 
-from ssl_core.experiments import bundled, checks, failures, needs, overlays, processes, sweeps
+from ssl_core.experiments import bundled, checks, failures, figures, needs, overlays, processes, sweeps
 from ssl_core.data.card import load_card
 from ssl_core.experiments.code import (
     detection_code,
@@ -201,6 +201,12 @@ def pictures_of(experiments):
     return own + [f"results/{name}/{evaluation}/tsne.png" for name in experiments for evaluation in drawn]
 
 
+def figure_files(wildcards):
+    """Return the results that a figure is drawn from."""
+    section = figures.read(FIGURES[wildcards.figure], f"figures.{wildcards.figure}")
+    return [f"results/{file}" for file in section.files()]
+
+
 def pretraining_gpus(wildcards):
     """Return the number of GPUs of a pre-training. Like all resources it is the same on every host that plans a job."""
     if pretraining_gres(wildcards):
@@ -242,6 +248,7 @@ ADOPTED = [experiment for experiment, section in EXPERIMENTS.items() if "weights
 WRITTEN = sweeps.written_experiments(CONFIG)  # without those of sweeps, which run only as targets
 EVALUATIONS = CONFIG.get("evaluations") or {}
 SWEEPS = CONFIG.get("sweeps") or {}
+FIGURES = CONFIG.get("figures") or {}
 
 # Not a parameter of rules: shards that lie elsewhere are the same data.
 if "shards" in CONFIG:
@@ -263,3 +270,4 @@ wildcard_constraints:
     experiment=one_of(EXPERIMENTS),
     evaluation=one_of(EVALUATIONS),
     sweep=one_of(SWEEPS),
+    figure=one_of(FIGURES),

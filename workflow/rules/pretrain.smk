@@ -1,3 +1,7 @@
+localrules:
+    keep,
+
+
 # checkpoints/<experiment>.pt is not declared as an output: Snakemake deletes the outputs of an interrupted job.
 rule pretrain:
     input:
@@ -27,6 +31,22 @@ rule pretrain:
         "ssl-core pretrain {wildcards.experiment:q} --spec {params.spec:q} --code {params.code}"
         " --manifest {input.manifest:q} --output {params.folder:q}"
         " --checkpoint checkpoints/{wildcards.experiment:q}.pt --threads {threads} --log {log:q}"
+
+
+# The pre-training leaves the backbones of `training.keep_epochs` in kept/, as no declared outputs: their names depend on
+# the experiment.
+rule keep:
+    input:
+        backbone="results/{experiment}/backbone.safetensors",
+    output:
+        "results/{experiment}/epoch-{epoch}.safetensors",
+    log:
+        "logs/keep/{experiment}/{epoch}.log",
+    wildcard_constraints:
+        experiment=one_of([experiment for experiment in EXPERIMENTS if experiment not in ADOPTED]),
+        epoch=r"\d+",
+    shell:
+        "cp results/{wildcards.experiment:q}/kept/epoch-{wildcards.epoch}.safetensors {output:q} 2> {log:q}"
 
 
 # In place of pre-training: makes a backbone of weights that were trained elsewhere.

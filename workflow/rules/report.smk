@@ -1,6 +1,7 @@
 localrules:
     table,
     sweep,
+    figure,
 
 
 rule table:
@@ -44,3 +45,25 @@ rule sweep:
     shell:
         "ssl-core table {input.results:q} --settings {input.settings:q} --grid {params.grid:q} --seeds {params.seeds:q} --reported {params.reported:q}"
         " --output {output.csv:q} --log {log:q}"
+
+
+# A comparison of experiments, as the section `figures` describes it; only as a target.
+rule figure:
+    input:
+        figure_files,
+    output:
+        svg=report(
+            "results/figures/{figure}.svg",
+            caption="../report/figure.rst",
+            category="Figures",
+            labels={"figure": "{figure}"},
+        ),
+        png="results/figures/{figure}.png",
+    log:
+        "logs/figures/{figure}.log",
+    params:
+        spec=lambda wildcards: json.dumps(FIGURES[wildcards.figure]),  # in the order of the series
+        code=lambda wildcards: stage_code("figure"),
+    shell:
+        "ssl-core figure {wildcards.figure:q} --spec {params.spec:q} --results results --output {output.svg:q}"
+        " --log {log:q}"

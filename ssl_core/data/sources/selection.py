@@ -6,14 +6,18 @@ from collections.abc import Sequence
 import numpy as np
 
 from ssl_core.config import nearest
-from ssl_core.data.card import Card
+from ssl_core.data.card import Card, FolderSplit, class_list
 from ssl_core.data.records import OpenSource, Record, SourceSplit
 from ssl_core.mistakes import excerpt
 from ssl_core.progress import progress_bar
 
 
 def select(opened: OpenSource, card: Card) -> OpenSource:
-    """Apply a card's `keep_classes`, then its splits with `from`."""
+    """Apply a card's lists of images, then its `keep_classes`, then its splits with `from`."""
+    for name, section in card.source.splits.items():
+        if isinstance(section, FolderSplit) and section.labelled is not None:
+            place = f"{card.name}: source.splits.{name}.labelled"
+            opened.splits[name] = _keep_listed(opened.splits[name], section.labelled, place)
     if card.keep_classes is not None:
         opened = _keep_classes(opened, card.keep_classes, card.name)
     if card.source.derived:
@@ -39,6 +43,30 @@ def _keep_classes(opened: OpenSource, keep: Sequence[str], dataset: str) -> Open
         indices = np.flatnonzero((labels[name] < 0) | (new_label[labels[name]] >= 0))
         splits[name] = _subset(split, indices, new_label[labels[name][indices]])
     return OpenSource(tuple(names[label] for label in kept), splits)
+
+
+def _keep_listed(split: SourceSplit, file: str, place: str) -> SourceSplit:
+    """Leave out the images that a text file does not name."""
+    try:
+        listed = class_list(file)
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from None
+    by_last_part: dict[str, list[int]] = {}
+    for index in range(split.size):
+        by_last_part.setdefault(split.name(index).rpartition("/")[2], []).append(index)
+    kept = set()
+    for line in listed:
+        candidates = by_last_part.get(line.rpartition("/")[2], [])
+        matching = [index for index in candidates if f"/{split.name(index)}".endswith(f"/{line}")]
+        if len(matching) != 1:
+            found = (
+                f"{len(matching)} images of the split are named so: write more of the path"
+                if matching
+                else (f"the split has no such image; its first is {excerpt(split.name(0))}")
+            )
+            raise ValueError(f"{place}: {excerpt(file)} names {excerpt(line)}, but {found}")
+        kept.update(matching)
+    return _subset(split, np.array(sorted(kept), np.int64))
 
 
 def _divide(opened: OpenSource, card: Card) -> OpenSource:
