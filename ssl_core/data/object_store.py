@@ -18,7 +18,7 @@ from obstore.store import from_url
 # A server that does not answer ends a stage within a minute; a slow one may take as long as it sends something.
 RETRIES: dict[str, Any] = {"max_retries": 5, "retry_timeout": timedelta(minutes=1)}
 CLIENT: dict[str, Any] = {"timeout": timedelta(days=1), "read_timeout": timedelta(seconds=30)}
-CHUNK = 1 << 20  # bytes
+CHUNK = 1 << 18  # bytes
 # In the order in which obstore looks for them.
 ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT", "AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT")
 ENDPOINT = re.compile(r"https?://[!-.0-~]+(/[!-~]*)?")

@@ -14,12 +14,13 @@ A tar appears by rename when its sha256 is that of the manifest.
 import importlib.util
 import json
 import os
+import queue
 import re
 import shutil
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,6 +42,7 @@ from ssl_core.provenance import canonical, digest, file_digest
 ADDRESS, CACHE, LIMIT = "SSL_SHARDS", "SSL_CACHE", "SSL_CACHE_GB"
 DEFAULT_LIMIT = 200.0  # GB: ImageNet with its validation images has 145
 PARALLEL = 8  # transfers at the same time
+PATIENCE = 2  # seconds for the other transfers to end after an error
 CLOUD = ("s3", "gs", "az")
 UPLOADED = ".uploaded.jsonl"  # of an upload that was interrupted: [address, file, sha256] per line
 KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SKIP_SIGNATURE")  # one of them is set, except where the machine has a role
@@ -215,12 +217,14 @@ def local_shards(path: Path, splits: Iterable[str]) -> Iterator[Path]:
                 stack.enter_context(locked(folder / f"{name}.lock", shared=True))
                 os.utime(folder / f"{name}.lock")  # used now
         with ExitStack() as downloads:
-            for name in names:
-                downloads.enter_context(locked(folder / f"{name}.download"))
-                _remove_leftovers(folder, name)
-            missing = _missing(manifest, names, folder)
+            with _in_cache():
+                for name in names:
+                    downloads.enter_context(locked(folder / f"{name}.download"))
+                    _remove_leftovers(folder, name)
+                missing = _missing(manifest, names, folder)
+                if missing:
+                    _make_room(f"{path} ({', '.join(names)})")
             if missing:
-                _make_room(f"{path} ({', '.join(names)})")
                 _download(missing, folder, _place(manifest.dataset), path)
         yield cached
 
@@ -383,15 +387,39 @@ def _place(dataset: str) -> Place:
 
 
 def _in_parallel(transfer: Callable[[Shard, threading.Event], None], shards: Sequence[Shard]) -> None:
-    """Transfer the shards, several at a time; the first error or Ctrl-C ends the other transfers."""
+    """Transfer the shards, several at a time; the first error or Ctrl-C ends the other transfers.
+
+    Those that wait for a silent server end with the process: a client in C cannot be interrupted.
+    """
     stop = threading.Event()
-    with ThreadPoolExecutor(PARALLEL) as pool:
-        try:
-            for future in as_completed([pool.submit(transfer, shard, stop) for shard in shards]):
-                future.result()
-        finally:
-            stop.set()
-            pool.shutdown(wait=False, cancel_futures=True)
+    waiting: queue.SimpleQueue[Shard] = queue.SimpleQueue()
+    ended: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
+    for shard in shards:
+        waiting.put(shard)
+
+    def work() -> None:
+        with suppress(queue.Empty):
+            while not stop.is_set():
+                shard = waiting.get_nowait()
+                try:
+                    transfer(shard, stop)
+                    ended.put(None)
+                except BaseException as error:
+                    ended.put(error)
+
+    threads = [threading.Thread(target=work, daemon=True) for _ in shards[:PARALLEL]]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in shards:
+            error = ended.get()
+            if error is not None:
+                raise error
+    finally:
+        stop.set()
+        end = time.monotonic() + PATIENCE
+        for thread in threads:
+            thread.join(max(0, end - time.monotonic()))
 
 
 def _bytes_bar(shards: Sequence[Shard], task: str) -> tqdm:
