@@ -12,10 +12,11 @@ import re
 import shlex
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from importlib import metadata
 from pathlib import Path
+from types import ModuleType
 from typing import Any, BinaryIO, TextIO
 
 from ssl_core import late_compiler, mistakes, terminal
@@ -352,38 +353,25 @@ def _stage(options: argparse.Namespace) -> None:
     for name in ("command", "name", "log"):
         del arguments[name]
     if os.environ.get("SSL_SHARDS"):
-        _run_with_remote_shards(stage.run, options.name, arguments)
+        _run_with_remote_shards(stage, options.name, arguments)
     else:
         stage.run(**arguments)
 
 
-def _run_with_remote_shards(run: Callable[..., None], stage: str, arguments: dict[str, Any]) -> None:
+def _run_with_remote_shards(stage: ModuleType, name: str, arguments: dict[str, Any]) -> None:
     """Call a stage while the shards that it reads are on local disk; the stage `shard` is followed by the upload."""
     from ssl_core.data import remote_shards
 
-    if stage == "shard":
+    if name == "shard":
         card, output = arguments["card"], arguments["output"]
         if not remote_shards.fetch_manifest(card, output):
-            run(**arguments)
+            stage.run(**arguments)
             remote_shards.upload(card, output)
-    elif "manifest" in arguments:
-        with remote_shards.local_shards(arguments["manifest"], _splits(stage, arguments)) as manifest:
-            run(**{**arguments, "manifest": manifest})
+    elif hasattr(stage, "splits"):  # it reads shards
+        with remote_shards.local_shards(arguments["manifest"], stage.splits(arguments)) as manifest:
+            stage.run(**{**arguments, "manifest": manifest})
     else:
-        run(**arguments)
-
-
-def _splits(stage: str, arguments: dict[str, Any]) -> list[str]:
-    """Return the names of the splits that a stage may read; a data set need not have them all."""
-    from ssl_core.experiments.needs import TEST_SPLITS
-
-    if stage == "adopt":
-        return []
-    section = {"dataset": arguments["dataset"]} if stage in ("quantise", "quantise-device") else arguments["spec"]
-    training = section["dataset"].get("split", "train")
-    if stage in ("pretrain", "sample-views", "quantise", "quantise-device"):
-        return [training]
-    return [training, *TEST_SPLITS, *filter(None, (section.get("test_split"), section.get("val_split")))]
+        stage.run(**arguments)
 
 
 def _check_gpus() -> None:

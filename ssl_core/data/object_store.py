@@ -5,6 +5,7 @@ since its event loop still runs. This one has the few methods of fsspec that sha
 """
 
 import os
+import re
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
@@ -17,7 +18,17 @@ from obstore.store import from_url
 # A server that does not answer ends a stage within a minute; a slow one may take as long as it sends something.
 RETRIES: dict[str, Any] = {"max_retries": 5, "retry_timeout": timedelta(minutes=1)}
 CLIENT: dict[str, Any] = {"timeout": timedelta(days=1), "read_timeout": timedelta(seconds=30)}
-CHUNK = 1 << 20  # bytes
+CHUNK = 1 << 18  # bytes
+# In the order in which obstore looks for them.
+ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT", "AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT")
+ENDPOINT = re.compile(r"https?://[!-.0-~]+(/[!-~]*)?")
+
+
+def check_endpoints() -> None:
+    """Raise `ValueError` for a server's address at which obstore would abort; it is not printed: it may have a key."""
+    for name in ENDPOINTS:
+        if not ENDPOINT.fullmatch(os.environ.get(name, "http://x")):
+            raise ValueError(f"{name} is no address: set it to http://host:port or https://host, or unset it")
 
 
 class ObjectStore:
@@ -26,7 +37,7 @@ class ObjectStore:
     def __init__(self, protocol: str) -> None:
         self._protocol = protocol
         # A server of one's own may have no certificate.
-        self._allow_http = os.environ.get("AWS_ENDPOINT_URL", "").startswith("http://")
+        self._allow_http = any(os.environ.get(name, "").startswith("http://") for name in ENDPOINTS)
         self._bucket = cache(self._open_bucket)
 
     def cat_file(self, path: str) -> bytes:

@@ -11,16 +11,16 @@ get a copy of the manifest in a folder of the cache, beside which the tars of th
 A tar appears by rename when its sha256 is that of the manifest.
 """
 
-import fcntl
 import importlib.util
 import json
 import os
+import queue
 import re
 import shutil
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,6 +33,7 @@ from tqdm import tqdm
 from ssl_core.data.card import load_card
 from ssl_core.data.shards import Manifest, Shard
 from ssl_core.experiments.checks import check_address
+from ssl_core.experiments.processes import locked
 from ssl_core.files import FULL, atomic, write_bytes
 from ssl_core.mistakes import excerpt
 from ssl_core.progress import progress_bar
@@ -41,8 +42,10 @@ from ssl_core.provenance import canonical, digest, file_digest
 ADDRESS, CACHE, LIMIT = "SSL_SHARDS", "SSL_CACHE", "SSL_CACHE_GB"
 DEFAULT_LIMIT = 200.0  # GB: ImageNet with its validation images has 145
 PARALLEL = 8  # transfers at the same time
+PATIENCE = 2  # seconds for the other transfers to end after an error
 CLOUD = ("s3", "gs", "az")
 UPLOADED = ".uploaded.jsonl"  # of an upload that was interrupted: [address, file, sha256] per line
+KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SKIP_SIGNATURE")  # one of them is set, except where the machine has a role
 XML_CODE = re.compile(r"<Code>(\w+)</Code>")  # of S3's answers, the rest of which may contain the key's name
 
 
@@ -71,7 +74,7 @@ class Place(NamedTuple):
         """Raise a one-line `ValueError` without secrets for an error of the file system while a file is `what`."""
         try:
             yield
-        except (ValueError, InterruptedError):
+        except InterruptedError:
             raise
         except Exception as error:  # each protocol has errors of its own
             if isinstance(error, OSError) and error.errno in FULL:
@@ -81,6 +84,8 @@ class Place(NamedTuple):
             else:
                 reason = _reason(error)
             remedy = "check `shards` in the configuration, the credentials and the network, and run again"
+            if self.address.startswith("s3:") and not any(os.environ.get(name) for name in KEYS):
+                remedy = f"export {KEYS[0]} and AWS_SECRET_ACCESS_KEY ({KEYS[1]}=true for a public bucket), or {remedy}"
             raise ValueError(f"{self.address}/{name} cannot be {what} ({reason}): {remedy}") from None
 
 
@@ -95,8 +100,12 @@ def address() -> str | None:
 
 def cache_folder() -> Path:
     """Return the folder of the local copies."""
-    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "ssl-core", "shards")
-    return Path(os.environ.get(CACHE) or default)
+    default = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "ssl-core", "shards")
+    folder = Path(os.environ.get(CACHE) or default)
+    try:
+        return folder.expanduser()
+    except RuntimeError:
+        raise ValueError(f"{folder}: the home folder is unknown: set {CACHE} to a folder on a local disk") from None
 
 
 # Sharding
@@ -108,12 +117,14 @@ def fetch_manifest(card: Path, output: Path) -> bool:
     Where this folder has shards of its own, they decide. Raises `ValueError` before hours of sharding if nothing can be
     written to the address.
     """
-    place = _place(load_card(card).name)
+    dataset = load_card(card).name
+    place = _place(dataset)
     content, origin = place.read("manifest.json"), place.read("card.json")
     if content is not None and not any(output.glob("*.tar")):
         if origin == _card_content(card):
-            write_bytes(output / "manifest.json", content)
-            Manifest.load(output / "manifest.json")
+            with atomic(output / "manifest.json") as temporary:
+                temporary.write_bytes(content)
+                _check_manifest(temporary, dataset, place)
             print(f"{place.address} has the shards of this card (remove manifest.json there to shard again)")
             return True
         print(f"{place.address} has shards of another card: sharding again", file=sys.stderr)
@@ -121,6 +132,18 @@ def fetch_manifest(card: Path, output: Path) -> bool:
     with suppress(Exception):  # where nothing may be removed, an empty file stays
         place.system.rm_file(f"{place.root}/.writable")
     return False
+
+
+def _check_manifest(path: Path, dataset: str, place: Place) -> None:
+    found = None
+    with suppress(ValueError):
+        found = Manifest.load(path).dataset
+    if found != dataset:
+        state = "damaged" if found is None else f"that of the data set {found!r}"
+        raise ValueError(
+            f"{place.address}/manifest.json is {state}: remove it to shard again, or correct `shards` in the "
+            "configuration"
+        )
 
 
 def upload(card: Path, output: Path) -> None:
@@ -191,14 +214,17 @@ def local_shards(path: Path, splits: Iterable[str]) -> Iterator[Path]:
         with _in_cache():
             write_bytes(cached, path.read_bytes())
             for name in names:
-                stack.enter_context(_locked(folder / f"{name}.lock", fcntl.LOCK_SH))
+                stack.enter_context(locked(folder / f"{name}.lock", shared=True))
                 os.utime(folder / f"{name}.lock")  # used now
         with ExitStack() as downloads:
-            for name in names:
-                downloads.enter_context(_locked(folder / f"{name}.download", fcntl.LOCK_EX))
-            missing = _missing(manifest, names, folder)
+            with _in_cache():
+                for name in names:
+                    downloads.enter_context(locked(folder / f"{name}.download"))
+                    _remove_leftovers(folder, name)
+                missing = _missing(manifest, names, folder)
+                if missing:
+                    _make_room(f"{path} ({', '.join(names)})")
             if missing:
-                _make_room(f"{path} ({', '.join(names)})")
                 _download(missing, folder, _place(manifest.dataset), path)
         yield cached
 
@@ -237,6 +263,7 @@ def _download(shards: Sequence[Shard], folder: Path, place: Place, manifest: Pat
     def fetch(shard: Shard, stop: threading.Event) -> None:
         for name, sha256 in ((_index(shard), shard.index_sha256), (shard.file, shard.sha256)):
             with atomic(folder / name) as temporary:
+                temporary.touch()  # errors of this folder are not the address's
                 with place.explained(name, "read"):
                     received = DEFAULT_CALLBACK if name.endswith(".idx") else _Received(bar, stop)
                     place.system.get_file(f"{place.root}/{name}", str(temporary), callback=received)
@@ -271,13 +298,16 @@ class _Received(Callback):
 def _make_room(needed: str) -> None:
     """Remove the least recently used shards that no stage reads until the cache has room for those that stages need."""
     cache = cache_folder()
-    with _locked(cache / ".lock", fcntl.LOCK_EX):
+    with locked(cache / ".lock"):
         locks = sorted(cache.glob("*/*.lock"), key=lambda lock: lock.stat().st_mtime)
+        for lock in locks:
+            with suppress(BlockingIOError), locked(lock, wait=False):
+                _remove_leftovers(lock.parent, lock.stem)
         stored = {lock: _stored(lock) for lock in locks}
         limit = min(_limit(), sum(map(_size, stored.values())) + shutil.disk_usage(cache).free)
         excess = sum(map(_promised, locks)) - limit
         for lock in locks:
-            with suppress(BlockingIOError), _locked(lock, fcntl.LOCK_EX | fcntl.LOCK_NB):
+            with suppress(BlockingIOError), locked(lock, wait=False):
                 for tar in stored[lock]:
                     if excess > 0:
                         excess -= tar.stat().st_size
@@ -292,10 +322,17 @@ def _make_room(needed: str) -> None:
 
 def _limit() -> float:
     text = os.environ.get(LIMIT) or str(DEFAULT_LIMIT)
-    try:
-        return float(text) * 1e9
-    except ValueError:
-        raise ValueError(f"{LIMIT}: expected a number of GB, found {text!r}") from None
+    with suppress(ValueError):
+        limit = float(text)
+        if limit > 0:
+            return limit * 1e9
+    raise ValueError(f"{LIMIT}: expected a number of GB above 0, found {text!r}")
+
+
+def _remove_leftovers(folder: Path, split: str) -> None:
+    """Remove the half copies of stages that were killed; no other stage may copy the split."""
+    for leftover in folder.glob(f".{split}-??????.*.tmp"):
+        leftover.unlink()
 
 
 def _stored(lock: Path) -> list[Path]:
@@ -310,7 +347,7 @@ def _size(tars: Iterable[Path]) -> int:
 def _promised(lock: Path) -> int:
     """Return the bytes that a split takes or, while a stage reads it, may take."""
     try:
-        with _locked(lock, fcntl.LOCK_EX | fcntl.LOCK_NB):
+        with locked(lock, wait=False):
             return _size(_stored(lock))
     except BlockingIOError:
         return Manifest.load(lock.parent / "manifest.json").split(lock.stem).bytes
@@ -326,20 +363,6 @@ def _in_cache() -> Iterator[None]:
         raise ValueError(f"{place}: set {CACHE} to a folder on a local disk") from None
 
 
-@contextmanager
-def _locked(path: Path, how: int) -> Iterator[None]:
-    """Hold a lock file, which the kernel releases when the process ends."""
-    with open(path, "a", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, how | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if how & fcntl.LOCK_NB:
-                raise
-            print(f"waiting for another stage, which holds {path}", file=sys.stderr, flush=True)
-            fcntl.flock(file, how)
-        yield
-
-
 # Transfers
 
 
@@ -349,29 +372,54 @@ def _place(dataset: str) -> Place:
     protocol, _, path = root.partition("://")
     try:
         if protocol in CLOUD and importlib.util.find_spec("obstore"):
-            from ssl_core.data.object_store import object_store
+            from ssl_core.data.object_store import check_endpoints, object_store
 
+            check_endpoints()
             system = object_store(protocol)
         else:
             system, path = url_to_fs(root, **({"auto_mkdir": True} if protocol == "file" else {}))
     except ImportError as error:  # fsspec's message names the package
         remedy = "install the extra: pip install 'ssl-core[s3]'" if protocol in CLOUD else "install it"
         raise ValueError(f"{root} needs another package ({excerpt(error)}): {remedy}") from None
-    except ValueError as error:
-        raise ValueError(f"{root} cannot be used ({excerpt(error)}): correct `shards` in the configuration") from None
+    except Exception as error:  # each protocol has errors of its own
+        raise ValueError(f"{root} cannot be used ({_reason(error)}): correct `shards` in the configuration") from None
     return Place(f"{root}/{dataset}", system, f"{path.rstrip('/')}/{dataset}")
 
 
 def _in_parallel(transfer: Callable[[Shard, threading.Event], None], shards: Sequence[Shard]) -> None:
-    """Transfer the shards, several at a time; the first error or Ctrl-C ends the other transfers."""
+    """Transfer the shards, several at a time; the first error or Ctrl-C ends the other transfers.
+
+    Those that wait for a silent server end with the process: a client in C cannot be interrupted.
+    """
     stop = threading.Event()
-    with ThreadPoolExecutor(PARALLEL) as pool:
-        try:
-            for future in as_completed([pool.submit(transfer, shard, stop) for shard in shards]):
-                future.result()
-        finally:
-            stop.set()
-            pool.shutdown(wait=False, cancel_futures=True)
+    waiting: queue.SimpleQueue[Shard] = queue.SimpleQueue()
+    ended: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
+    for shard in shards:
+        waiting.put(shard)
+
+    def work() -> None:
+        with suppress(queue.Empty):
+            while not stop.is_set():
+                shard = waiting.get_nowait()
+                try:
+                    transfer(shard, stop)
+                    ended.put(None)
+                except BaseException as error:
+                    ended.put(error)
+
+    threads = [threading.Thread(target=work, daemon=True) for _ in shards[:PARALLEL]]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in shards:
+            error = ended.get()
+            if error is not None:
+                raise error
+    finally:
+        stop.set()
+        end = time.monotonic() + PATIENCE
+        for thread in threads:
+            thread.join(max(0, end - time.monotonic()))
 
 
 def _bytes_bar(shards: Sequence[Shard], task: str) -> tqdm:
@@ -385,6 +433,8 @@ def _reason(error: Exception) -> str:
     code = XML_CODE.search(str(error))
     if code is not None:
         return code[1]
+    if isinstance(error, ValueError):
+        return excerpt(error)
     first = str(error).partition("\n")[0].partition("<?xml")[0]
     return excerpt(f"{type(error).__name__}: {first.rpartition(' - ')[2]}")
 

@@ -16,8 +16,8 @@ from ssl_core.experiments.sweeps import Config
 
 LONGEST_NAME = 200  # of 255 bytes that a file name has; temporary files and checkpoints append to it
 LARGEST_SEED = 2**32 - 1  # torch, NumPy and DALI take it
-ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://.*[^/].*")
 KEPT = re.compile(r"epoch-\d+\.safetensors")  # backbones of `training.keep_epochs`
+ADDRESS = re.compile(r"(?!(s3|gs|az):///)[a-z][a-z0-9+.-]*://.*[^/\s]/*")
 FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 # Names of other files and folders under results/.
 RESERVED = {

@@ -54,6 +54,18 @@ class Contract(Strict):
         return self.needs
 
 
+def training_split(section: Mapping[str, Any]) -> str:
+    """Return the split of images that a stage with these settings trains on."""
+    dataset = section.get("dataset")
+    return dataset.get("split", "train") if isinstance(dataset, Mapping) else "train"
+
+
+def evaluation_splits(section: Mapping[str, Any]) -> list[str]:
+    """Return the splits that an evaluation may read; a data set need not have them all."""
+    named = [section[key] for key in ("test_split", "val_split") if section.get(key)]
+    return [training_split(section), *TEST_SPLITS, *named]
+
+
 def contracts(schema: Mapping[str, Any]) -> dict[str, Contract]:
     """Read the contracts of all protocols from the generated schema."""
     found = {}

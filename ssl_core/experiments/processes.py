@@ -1,7 +1,7 @@
-"""One writer per output, stages that end with the workflow that started them, and a message for SIGBUS.
+"""Locks, one writer per output, stages that end with the workflow that started them, and a message for SIGBUS.
 
-The lock of a writer is a `flock`, which the kernel releases when the process dies, so no lock outlives its process.
-The content of the lock file names the writer for messages.
+A lock is a `flock`, which the kernel releases when the process dies, so no lock outlives its process. The content of a
+writer's lock file names the writer for messages.
 """
 
 import ctypes
@@ -201,6 +201,40 @@ SignalHandler = ctypes.CFUNCTYPE(None, ctypes.c_int)
 _bus_error_handler: object = None
 
 
+# Locks
+
+
+@contextmanager
+def locked(path: Path, *, shared: bool = False, wait: bool = True) -> Iterator[None]:
+    """Hold a lock file, which stays: alone or with others that share it.
+
+    Without `wait` a `BlockingIOError` is raised if another stage holds it.
+    """
+    descriptor = _open_lock(path)
+    try:
+        if not _lock(descriptor, shared=shared):
+            if not wait:
+                raise BlockingIOError
+            print(f"waiting for another stage, which holds {path}", file=sys.stderr, flush=True)
+            _lock(descriptor, shared=shared, wait=True)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _open_lock(path: Path) -> int:
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+
+
+def _lock(descriptor: int, *, shared: bool = False, wait: bool = False) -> bool:
+    """Lock an open file; without `wait` return whether no other process holds it."""
+    try:
+        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    return True
+
+
 # One writer
 
 
@@ -223,8 +257,8 @@ def one_writer(path: Path, subject: str) -> Iterator[None]:
 def _acquire(path: Path, subject: str) -> int:
     """Return the open and locked file."""
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
-        if not _lock(descriptor, wait=False):
+        descriptor = _open_lock(path)
+        if not _lock_for_writing(descriptor):
             writer = _read_writer(descriptor)
             if not _is_orphan(writer):
                 os.close(descriptor)
@@ -238,14 +272,12 @@ def _acquire(path: Path, subject: str) -> int:
         os.close(descriptor)  # the writer before removed this file
 
 
-def _lock(descriptor: int, *, wait: bool) -> bool:
+def _lock_for_writing(descriptor: int) -> bool:
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError:
-        return False
-    except OSError as error:
+        return _lock(descriptor)
+    except OSError as error:  # a network file system without locks
         print(f"warning: no protection against a second writer: flock: {error.strerror}", file=sys.stderr)
-    return True
+        return True
 
 
 def _is_file_at(descriptor: int, path: Path) -> bool:

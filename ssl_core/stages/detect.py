@@ -1,6 +1,7 @@
 """The stage `detect`: train detectors on a backbone and on its untrained counterpart, and measure their precision."""
 
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from ssl_core.drawing.detections import draw_detections
 from ssl_core.evaluations import detection
 from ssl_core.evaluations.base import find_test_split
 from ssl_core.evaluations.parts.features import gather_subjects
+from ssl_core.experiments import needs
 from ssl_core.networks.backbones import load_backbone
 from ssl_core.stages.evaluate import describe, publish, summary
 from ssl_core.stages.pretrain import start_process
@@ -35,6 +37,11 @@ class Job:
     picture: Path
     checkpoint: Path
     threads: int
+
+
+def splits(arguments: Mapping[str, Any]) -> list[str]:
+    """Return the splits that the stage may read."""
+    return needs.evaluation_splits(arguments["spec"])
 
 
 def run(experiment: str, evaluation: str, **arguments: Any) -> None:

@@ -2,6 +2,7 @@
 
 import io
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from ssl_core.data.shards import Manifest, verify
 from ssl_core.evaluations import base
 from ssl_core.evaluations.base import Outcome
 from ssl_core.evaluations.parts.features import PIXEL_SIDE, count_images, gather_subjects, pixel_side
+from ssl_core.experiments import needs
 from ssl_core.experiments.processes import report_bus_error
 from ssl_core.files import write_bytes, write_json
 from ssl_core.networks.backbones import load_backbone
@@ -20,6 +22,11 @@ from ssl_core.provenance import canonical, digest, file_digest, hardware, versio
 from ssl_core.tracking.run import Run, start
 
 DRAWING = "pictures.npz"  # in the folder named after the evaluation
+
+
+def splits(arguments: Mapping[str, Any]) -> list[str]:
+    """Return the splits that the stage may read."""
+    return needs.evaluation_splits(arguments["spec"])
 
 
 def run(

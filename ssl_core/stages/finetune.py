@@ -1,6 +1,7 @@
 """The stage `finetune`: fine-tune a backbone with a classifier, measure it beside its baselines, and keep both."""
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from ssl_core.data.shards import Manifest, verify
 from ssl_core.evaluations import finetune
 from ssl_core.evaluations.base import Subjects, find_test_split
 from ssl_core.evaluations.parts.features import count_images, gather_subjects, num_classes
+from ssl_core.experiments import needs
 from ssl_core.experiments.processes import report_bus_error
 from ssl_core.networks.backbones import load_backbone, save_backbone
 from ssl_core.networks.classifiers import CLASSIFIER, save_classifier
@@ -21,6 +23,11 @@ from ssl_core.training.checkpoint import Identity, load_checkpoint, remove_check
 
 KEPT = ("mean", "std", "seed", "version")  # keys of the pre-training's header in that of the fine-tuned backbone
 BACKBONE = "backbone.safetensors"
+
+
+def splits(arguments: Mapping[str, Any]) -> list[str]:
+    """Return the splits that the stage may read."""
+    return needs.evaluation_splits(arguments["spec"])
 
 
 def run(

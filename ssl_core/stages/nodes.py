@@ -22,6 +22,7 @@ from typing import Any
 import psutil
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
+from ssl_core.data import remote_shards
 from ssl_core.experiments.processes import Stop
 
 RENDEZVOUS = "SSL_RENDEZVOUS"
@@ -135,9 +136,9 @@ def lead(nodes: int, job: Message, identity: dict[str, str]) -> Iterator[Team]:
     ):
         links = _welcome(server, nodes, others, connections)
         for rank, link in enumerate(links, start=1):
-            link.send(rank=rank, nodes=nodes, job=job, identity=identity)
+            link.send(rank=rank, nodes=nodes, job=job, identity=identity, shards=remote_shards.address())
         for link in links:
-            link.connection.settimeout(START_SECONDS)
+            link.connection.settimeout(None)  # it may copy shards for hours
             answer = link.receive()
             if not answer.get("ready"):
                 raise ValueError(f"node {link.name}: {answer.get('outcome', 'it ended before the training started')}")
@@ -164,7 +165,7 @@ def join() -> Iterator[tuple[Link, Message]]:
 def start(link: Link, message: Message) -> Team:
     """Wait until all nodes are ready."""
     host, _ = _endpoint()
-    link.connection.settimeout(START_SECONDS + ANSWER_SECONDS)
+    link.connection.settimeout(None)  # further nodes may copy shards for hours
     link.send(ready=True)
     port = link.receive().get("port")
     if port is None:

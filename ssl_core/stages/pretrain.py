@@ -9,6 +9,7 @@ import resource
 import shutil
 import sys
 import time
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ from ssl_core.data.loader import Loader
 from ssl_core.data.shards import Manifest, verify
 from ssl_core.data.views import POLICIES, View, Views
 from ssl_core.drawing.views import draw_first_views
-from ssl_core.experiments import sweeps
+from ssl_core.experiments import needs, sweeps
 from ssl_core.experiments.code import pretraining_code
 from ssl_core.experiments.processes import report_bus_error
 from ssl_core.files import write_json, write_text
@@ -58,6 +59,11 @@ class Job:
     output: Path
     checkpoint: Path
     threads: int
+
+
+def splits(arguments: Mapping[str, Any]) -> list[str]:
+    """Return the splits that the stage reads."""
+    return [needs.training_split(arguments["spec"])]
 
 
 def run(
@@ -110,6 +116,8 @@ def join(threads: int) -> None:
     with nodes.join() as (link, message), ExitStack() as stack:
         received = message["job"]
         paths = {name: Path(received[name]) for name in ("manifest", "output", "checkpoint")}
+        if message.get("shards"):
+            os.environ.setdefault(remote_shards.ADDRESS, message["shards"])
         if remote_shards.address() is not None:  # the first node sends a path in its own cache
             dataset = Dataset.model_validate(received["spec"]["dataset"])
             manifest = Path("shards", dataset.name, "manifest.json")

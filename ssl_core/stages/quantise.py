@@ -20,12 +20,18 @@ from ssl_core.data.loader import draw_subset
 from ssl_core.data.shards import Manifest
 from ssl_core.evaluations.parts.exported import subjects_of
 from ssl_core.evaluations.parts.features import GROUP, center_view, make_loader
+from ssl_core.experiments import needs
 from ssl_core.files import write_bytes
 from ssl_core.networks.exported import ExportedFile, ExportedNetwork
 
 LEAST_IMAGES = 32  # with fewer, the ranges of activations depend on the draw
 SCHEMES = ("per channel", "per tensor")  # scales of the weights
 BATCH_SIZE = 32  # of calibration; affects memory, never results
+
+
+def splits(arguments: Mapping[str, Any]) -> list[str]:
+    """Return the splits that the stage reads."""
+    return [needs.training_split(arguments)]
 
 
 def run(

@@ -9,12 +9,18 @@ import torch
 
 from ssl_core.config import Dataset, Quantise, parse
 from ssl_core.data.shards import Manifest
+from ssl_core.experiments import needs
 from ssl_core.files import write_bytes
 from ssl_core.networks.executorch import ExecuTorchNetwork, quantise_executorch, to_executorch
 from ssl_core.networks.exported import ExportedFile
 from ssl_core.networks.litert import LiteRTNetwork, quantise_litert, to_litert, with_litert_facts
 from ssl_core.stages.export_device import converting, prepare
 from ssl_core.stages.quantise import features, read_images, relative_error, too_large
+
+
+def splits(arguments: Mapping[str, Any]) -> list[str]:
+    """Return the splits that the stage reads."""
+    return [needs.training_split(arguments)]
 
 
 def run(

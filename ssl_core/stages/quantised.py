@@ -1,5 +1,6 @@
 """The stage `quantised`: the 8-bit file of an export beside the float32 one, as a result like the others."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,16 @@ from ssl_core.config import parse
 from ssl_core.data.shards import Manifest
 from ssl_core.evaluations import quantised
 from ssl_core.evaluations.parts.exported import open_exported
+from ssl_core.experiments import needs
 from ssl_core.files import write_json
 from ssl_core.provenance import canonical, digest, file_digest, hardware, versions
 from ssl_core.stages.evaluate import describe, track
 from ssl_core.tracking.run import start
+
+
+def splits(arguments: Mapping[str, Any]) -> list[str]:
+    """Return the splits that the stage may read."""
+    return needs.evaluation_splits(arguments["spec"])
 
 
 def run(

@@ -1,11 +1,18 @@
 """The stage `sample-views`: a picture of the views that each network of an experiment sees, before any training."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ssl_core.data.shards import Manifest
 from ssl_core.drawing.views import draw_first_views
+from ssl_core.experiments import needs
 from ssl_core.methods.base import resolve, views_of
+
+
+def splits(arguments: Mapping[str, Any]) -> list[str]:
+    """Return the splits that the stage reads."""
+    return [needs.training_split(arguments["spec"])]
 
 
 def run(experiment: str, *, spec: dict[str, Any], manifest: Path, output: Path) -> None:

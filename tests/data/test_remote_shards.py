@@ -277,11 +277,23 @@ def test_a_killed_stage_is_resumed(
             wait_until(reached.exists, seconds=60)
             process.kill()
         killed.touch()
-    for leftover in (tmp_path / "my cache ü").rglob(".*.tmp"):
-        assert leftover.name.startswith(".train-000003.tar.")
-        leftover.rename(leftover.with_name(".train-000003.tar.999999999.tmp"))  # of a process that has ended
-        leftover.with_name(".train-000003.tar.999999999.tmp").unlink()
+    (leftover,) = (tmp_path / "my cache ü").rglob(".*.tmp")
+    assert leftover.name.startswith(".train-000003.tar.")
+    leftover.unlink()
     check_resumption(s3, manifest, local, tmp_path / "my cache ü")
+
+
+def test_half_copies_of_killed_stages_are_removed(s3: Server, manifest: Path) -> None:
+    with local_shards(manifest, ["train"]) as copied:
+        pass
+    half = copied.with_name(".train-000000.tar.1.tmp")  # in another container the process could live
+    half.touch()
+    with local_shards(manifest, ["test"]):
+        assert not half.exists()
+    half.touch()
+    copied.with_name("train-000001.tar").unlink()
+    with local_shards(manifest, ["train"]):
+        assert not half.exists()
 
 
 Fault = Callable[[Server, pytest.MonkeyPatch], None]
@@ -304,6 +316,14 @@ def use_wrong_secret(s3: Server, patch: pytest.MonkeyPatch) -> None:
     s3.require_keys(True)
 
 
+def remove_key(s3: Server, patch: pytest.MonkeyPatch) -> None:
+    """Leave only the address of a machine's role, at which nobody listens."""
+    for name in KEY:
+        patch.delenv(name)
+    patch.setenv("AWS_METADATA_ENDPOINT", "http://127.0.0.1:9")
+    patch.setitem(RETRIES, "max_retries", 1)
+
+
 def stop_server(s3: Server, patch: pytest.MonkeyPatch) -> None:
     patch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     patch.setitem(RETRIES, "max_retries", 1)
@@ -315,7 +335,7 @@ def set_variable(name: str, value: str) -> Fault:
 
 NO_FILE, BUCKET = "cannot be read (it does not exist)", "cannot be read (NoSuchBucket)"
 NO_SERVER = "cannot be read (GenericError: HTTP error: error sending request)"
-ADDRESS, LIMIT = "SSL_SHARDS", "SSL_CACHE_GB"
+ADDRESS, LIMIT, ENDPOINT = "SSL_SHARDS", "SSL_CACHE_GB", "AWS_ENDPOINT_URL"
 FAULTS = {
     "changed": (change_object, "train-000001.tar has the sha256 ", "restore it, or remove"),
     "removed": (remove_object, f"train-000001.idx {NO_FILE}", "check `shards`"),
@@ -328,6 +348,16 @@ FAULTS = {
     "password": (set_variable(ADDRESS, "s3://a:any-secret@b/x"), "SSL_SHARDS: the address contains '@'", "export"),
     "limit": (set_variable(LIMIT, "0.001"), "need 0.00244 GB more than", "raise SSL_CACHE_GB"),
     "no number": (set_variable(LIMIT, "much"), "SSL_CACHE_GB: expected a number of GB", "'much'"),
+    "negative": (set_variable(LIMIT, "-1"), "SSL_CACHE_GB: expected a number of GB above 0", "'-1'"),
+    "nan": (set_variable(LIMIT, "nan"), "SSL_CACHE_GB: expected a number of GB above 0", "'nan'"),
+    "blank": (set_variable(ADDRESS, "s3://buc ket/x"), "cannot be read (invalid domain character)", "check `shards`"),
+    "parent": (set_variable(ADDRESS, "s3://bucket/../x"), "cannot be read (Could not parse path", "check `shards`"),
+    "no bucket": (set_variable(ADDRESS, "s3:///x"), "expected an address such as s3://bucket/prefix", "'s3:///x'"),
+    "line feed": (set_variable(ADDRESS, "s3://bucket/x\n"), "expected an address such as s3://bucket/prefix", r"x\n"),
+    "no scheme": (set_variable(ENDPOINT, "any-secret:9"), "AWS_ENDPOINT_URL is no address", "set it to http://host:port"),
+    "no endpoint": (set_variable(ENDPOINT, ""), "AWS_ENDPOINT_URL is no address", "or unset it"),
+    "no key": (remove_key, "cannot be read (", "export AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"),
+    "ftp": (set_variable(ADDRESS, "ftp://127.0.0.1:9/x"), "ftp://127.0.0.1:9/x cannot be used (", "correct"),
     "no cache": (set_variable("SSL_CACHE", "/proc/x"), "/proc/x cannot be written (", "set SSL_CACHE"),
 }  # fmt: skip
 
@@ -383,6 +413,22 @@ def test_sharding_without_the_right_to_write_ends_before_it_begins(
     s3.require_keys(True)
     assert shard(tmp_path / "demo") == 0  # nothing to write
     assert copy_all(tmp_path / "demo" / "manifest.json").items() >= training_files(local).items()
+
+
+@pytest.mark.parametrize(
+    ("content", "state"),
+    [(b"", "damaged"), (b"<html>", "damaged"), (b"\xff", "damaged"), (None, "that of the data set 'other'")],
+)
+def test_a_wrong_manifest_at_the_address_is_not_taken(
+    content: bytes | None, state: str, s3: Server, manifest: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if content is None:
+        other = Manifest.load(manifest).model_copy(update={"dataset": "other"})
+        content = json.dumps(other.content()).encode()
+    object_store("s3").pipe_file("bucket/a prefix/ä/demo/manifest.json", content)
+    assert shard(tmp_path / "new" / "demo") == 2
+    assert f"ä/demo/manifest.json is {state}: remove it to shard again, or correct `shards`" in error(capsys)
+    assert files(tmp_path / "new") == {}
 
 
 # The cache
