@@ -66,6 +66,7 @@ def generate() -> dict[str, Any]:
         export=_part(Export, definitions),
         quantise=_part(Quantise, definitions),
         shards={"type": "string"},  # the address of all shards
+        container={"type": "string"},  # the image of all jobs with `--sdm apptainer`
     )
     return {"$schema": DIALECT} | whole | {"required": ["experiments"], "$defs": dict(sorted(definitions.items()))}
 

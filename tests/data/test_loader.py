@@ -17,7 +17,7 @@ from ssl_core.config import Dataset, Subset
 from ssl_core.data.loader import Batch, Loader, _data_error, draw_subset
 from ssl_core.data.shards import Manifest, read_index, sample_index, write_names
 from ssl_core.data.views import POLICIES, View, Views
-from ssl_core.drawing.views import draw_views
+from ssl_core.drawing.views import draw_first_views, draw_views
 from tests.methods.harness import start_in_processes
 
 from .conftest import encode
@@ -337,3 +337,16 @@ def test_views_are_drawn_as_a_picture(tiny: Manifest, tmp_path: Path) -> None:
     with Image.open(tmp_path / "views.png") as picture:
         assert min(picture.size) > 300
     assert (tmp_path / "views.png").read_bytes() == (tmp_path / "again.png").read_bytes()
+
+
+def test_the_picture_of_the_first_views_reads_only_the_first_shards(
+    tmp_path: Path, make_shards: Callable[..., Manifest], pictures: list[Any]
+) -> None:
+    images = [encode(picture) for picture in pictures[:20]]
+    many = make_shards(tmp_path / "shards", images, [0] * 20, per_shard=5)
+    loader = make(many, BOTH, batch_size=8, shuffle=False)
+    draw_views(loader.next(), BOTH, tmp_path / "all.png", mean=many.mean, std=many.std)
+    for tar in many.tars("train")[2:]:  # eight images are in the first two
+        tar.unlink()
+    draw_first_views(many, Dataset(name="tiny"), BOTH, tmp_path / "first.png", seed=0)
+    assert (tmp_path / "first.png").read_bytes() == (tmp_path / "all.png").read_bytes()

@@ -15,6 +15,7 @@ from snakemake import rules as snakemake_rules
 from snakemake.dag import DAG
 from snakemake.persistence import Persistence
 from snakemake.scheduling.job_scheduler import JobScheduler
+from snakemake.settings.types import RerunTrigger
 
 PROJECT = Path(workflow.current_basedir).resolve().parents[1]
 
@@ -253,6 +254,15 @@ FIGURES = CONFIG.get("figures") or {}
 # Not a parameter of rules: shards that lie elsewhere are the same data.
 if "shards" in CONFIG:
     os.environ.update(SSL_SHARDS=CONFIG["shards"])
+
+
+# Jobs run in this image with `--sdm apptainer` (docs/configure.md#in-a-container).
+container: CONFIG.get("container")
+
+
+# Another image re-runs nothing, as another requirements.lock does.
+if workflow.dag_settings is not None:
+    workflow.dag_settings.rerun_triggers = set(workflow.dag_settings.rerun_triggers) - {RerunTrigger.SOFTWARE_ENV}
 
 
 # The last lines of a run: at exit, since Snakemake prints more after these hooks.
