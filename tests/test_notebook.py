@@ -64,7 +64,7 @@ def test_the_code_runs_on_networks_made_as_the_page_tells(tmp_path: Path) -> Non
     for name, text in files(page).items():
         (tmp_path / name).write_text(text)
     (tmp_path / "short.yaml").write_text(SHORT)
-    ((tool, *words),) = commands(page)
+    tool, *words = commands(page)[0]
     assert tool == "snakemake"
     place = ["--snakefile", str(ROOT / "Snakefile"), "--directory", str(tmp_path)]
     run = run_tool(tool, *words, "short.yaml", *place, folder=tmp_path)
