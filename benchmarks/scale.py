@@ -8,7 +8,7 @@ files) is ended and printed as such.
 training    the stage `pretrain` until its first step, on unlabelled images; also `--against REVISION`
 evaluation  the stage `evaluate` until the features of its first batch, on labelled images, and the reading of labels
 checkpoint  NPID's checkpoint, written and read by the stage `pretrain`; sizes beyond `--bank` are computed
-dry_run     Snakemake's plan of `--experiments` with ten evaluations each, and of a Snakefile of as many jobs without our code
+dry_run     Snakemake's plan of `--experiments` with ten evaluations each, and of as many jobs without our code
 tracking    one stage's record, and the leaderboard's query, in a mlflow.db with and without `--runs`
 
     python benchmarks/scale.py --output scale.json
@@ -27,6 +27,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -193,8 +194,8 @@ def measure_training(started: float, shards: str, method: dict[str, Any]) -> dic
     result: dict[str, Any] = {}
     step = Trainer._one_step
 
-    def one_step(trainer: Trainer) -> None:
-        step(trainer)
+    def one_step(self: Trainer) -> None:
+        step(self)
         result.update(seconds=time.time() - started, mb=peak_bytes() / 1e6)
         os.kill(os.getpid(), signal.SIGTERM)
 
@@ -205,7 +206,7 @@ def measure_training(started: float, shards: str, method: dict[str, Any]) -> dic
         "method": method,
         "training": {"epochs": 1, "batch_size": 256, "warmup_epochs": 0, "milestones": []},
     }
-    try:
+    with suppress(Stop):
         pretrain.run(
             "large",
             spec=spec,
@@ -215,8 +216,6 @@ def measure_training(started: float, shards: str, method: dict[str, Any]) -> dic
             checkpoint=Path("checkpoints/large.pt"),
             threads=1,
         )
-    except Stop:
-        pass
     checkpoint = Path("checkpoints/large.pt")
     return {**result, "checkpoint_mb": checkpoint.stat().st_size / 1e6, "parts": seconds}
 
@@ -323,12 +322,12 @@ def measure_checkpoints(folder: Path, options: argparse.Namespace) -> dict[str, 
 # Dry run
 
 
-def measure_snakemake(started: float, command: list[str], folder: str) -> dict[str, Any]:
+def measure_snakemake(started: float, command: list[str], place: str) -> dict[str, Any]:
     """Return seconds, processor seconds and peak memory of a command; this process has imported little."""
-    path = os.pathsep.join([str(Path(folder, "bin")), str(Path(sys.executable).parent), os.environ["PATH"]])
-    environment = {**os.environ, "PYTHONPATH": folder, "PATH": path}
+    path = os.pathsep.join([str(Path(place, "bin")), str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = {**os.environ, "PYTHONPATH": place, "PATH": path}
     start = time.perf_counter()
-    run = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    run = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True)
     seconds = time.perf_counter() - start
     if run.returncode:
         sys.exit(run.stdout + run.stderr)
@@ -360,7 +359,7 @@ def plan(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     (bare / "Snakefile").write_text(BARE.format(experiments=names, evaluations=list(evaluations)), encoding="utf-8")
     command = ["snakemake", "--cores", "2", "--nocolor", "-n", "--quiet", "rules"]
     for label, place in (("ours", ours), ("bare", bare)):
-        numbers = in_own_process("snakemake", options, folder, command=command, folder=str(place))
+        numbers = in_own_process("snakemake", options, folder, command=command, place=str(place))
         results[label] = show(f"dry run, {options.experiments} x {EVALUATIONS}, {label}", numbers)
     return results
 
@@ -376,7 +375,9 @@ rule shard:
     shell: "touch {{output}}"
 rule pretrain:
     input: "shards/tiny/manifest.json"
-    output: multiext("results/{{experiment}}/", "backbone.safetensors", "model.safetensors", "pretrain.json", "history.csv")
+    output:
+        "results/{{experiment}}/backbone.safetensors", "results/{{experiment}}/model.safetensors",
+        "results/{{experiment}}/pretrain.json", "results/{{experiment}}/history.csv"
     shell: "touch {{output}}"
 rule evaluate:
     input: "results/{{experiment}}/backbone.safetensors", "shards/tiny/manifest.json"
