@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "tests" / "workflow"))
+sys.path.insert(0, str(ROOT))
 
 SIZES = {"ImageNet-1k": 1_281_167, "ImageNet-22k": 14_197_122, "100 million": 100_000_000}
 PX, CLASSES = 16, 1000
@@ -332,7 +332,7 @@ def measure_snakemake(started: float, command: list[str], place: str) -> dict[st
     if run.returncode:
         sys.exit(run.stdout + run.stderr)
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-    (jobs,) = (line.split()[1] for line in run.stdout.splitlines() if line.startswith("total "))
+    jobs = [line.split()[1] for line in run.stdout.splitlines() if line.startswith("total ")][-1]
     return {
         "seconds": seconds,
         "processor_seconds": usage.ru_utime + usage.ru_stime,
@@ -345,7 +345,7 @@ def plan(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Measure the dry run of many experiments, and of as many jobs in a Snakefile without our code."""
     import copy
 
-    from conftest import CONFIG, make_project  # pyright: ignore[reportMissingImports]
+    from tests.workflow.conftest import CONFIG, make_project
 
     results = {}
     ours, bare = folder / "ours", folder / "bare"

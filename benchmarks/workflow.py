@@ -21,9 +21,9 @@ from typing import Any
 import machine  # pyright: ignore[reportMissingImports]
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "tests" / "workflow"))
+sys.path.insert(0, str(ROOT))
 
-from conftest import CONFIG, Project, make_project  # noqa: E402  # pyright: ignore[reportMissingImports]
+from tests.workflow.conftest import CONFIG, Project, make_project  # noqa: E402
 
 
 def main() -> None:
