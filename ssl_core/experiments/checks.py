@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ssl_core.config import nearest
-from ssl_core.experiments import sweeps
+from ssl_core.experiments import should_i_pretrain, sweeps
 from ssl_core.experiments.structure import check_structure
 from ssl_core.experiments.sweeps import Config
 
@@ -20,7 +20,7 @@ ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://.*[^/].*")
 FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 # Names of other files and folders under results/.
 RESERVED = {
-    "experiments": {"sweeps", "table.csv", "table.html"},
+    "experiments": {"sweeps", "table.csv", "table.html", Path(should_i_pretrain.TARGET).name},
     "evaluations": {"pretrain", "export"},
     "sweeps": set(),
 }
@@ -92,6 +92,8 @@ def check_targets(config: Config, targets: Iterable[str]) -> None:
     experiments = sweeps.experiments(config)
     for target in targets:
         parts = Path(target).parts
+        if target == should_i_pretrain.TARGET:
+            should_i_pretrain.check(config)
         if len(parts) < 3 or parts[0] != "results":
             continue
         name, file = parts[1], Path(parts[2])
