@@ -86,8 +86,10 @@ def _summary(summary: Summary | None) -> dict[str, str]:
 
 def summary_text(summary: Summary) -> str:
     """Return seconds as "93 ± 2"."""
-    deviation = "" if summary.deviation is None else f" ± {seconds(summary.deviation)}"
-    return seconds(summary.mean) + deviation
+    if summary.deviation is None:
+        return seconds(summary.mean)
+    decimals = 0 if summary.mean >= 10 else 1
+    return f"{seconds(summary.mean)} ± {summary.deviation:,.{decimals}f}"
 
 
 def seconds(number: float) -> str:

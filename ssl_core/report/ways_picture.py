@@ -6,9 +6,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
 from ssl_core.drawing.style import COLOURS, FAINT, INK, SOFT, marker_of, panels, styled
-from ssl_core.report.ways import PIXELS, SCRATCH, TITLES, Way, percent
+from ssl_core.report.ways import PIXELS, SCRATCH, Way, percent
 
 SIZE = (5.2, 4.2)  # inches; its letters are still readable at the width of a phone
+LOOKS = ("given", "pretrained", "continued", "", "distilled")  # the fourth colour is grey, like that of the pixels
 APART = 0.04  # between the points of two ways, as a part of a factor of ten
 
 
@@ -48,5 +49,4 @@ def _look(name: str) -> tuple[str, str, str]:
         return SOFT, ":", "."
     if name == SCRATCH:
         return INK, "--", "o"
-    rank = list(TITLES).index(name)
-    return COLOURS[rank - 1], "-", marker_of(rank)
+    return COLOURS[LOOKS.index(name)], "-", marker_of(LOOKS.index(name) + 1)

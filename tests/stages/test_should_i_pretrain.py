@@ -124,7 +124,7 @@ def result(experiment: str, share: float, seed: int, top1: float, untrained: flo
     }
 
 
-def page(folder: Path, results: list[dict[str, Any]], ways: dict[str, Any], seconds: dict[str, float]) -> str:
+def write_page(folder: Path, results: list[dict[str, Any]], ways: dict[str, Any], seconds: dict[str, float]) -> str:
     """Write files of `results` and of costs; return the page."""
     written: dict[str, list[Path]] = {"results": [], "tunings": [], "pretrainings": []}
     for number, content in enumerate(results):
@@ -150,7 +150,8 @@ def rows(text: str) -> dict[str, list[str]]:
     return {way: [re.sub(r"<[^>]+>", "", cell) for cell in re.findall(r"<td.*?</td>", line)] for way, line in lines}
 
 
-def test_the_page_has_each_way_with_differences_and_costs(tmp_path: Path) -> None:
+def made_up_page(folder: Path) -> str:
+    """Return a page with three ways, one of them with a single seed at a single share."""
     results = [
         result(f"pretrained-seed{seed}", share, seed, *pair)
         for share, pairs in MEASURED.items()
@@ -164,7 +165,11 @@ def test_the_page_has_each_way_with_differences_and_costs(tmp_path: Path) -> Non
         "distilled": {"experiments": ["distilled-seed1"], "sources": ["larger"]},
     }
     seconds = {"pretrained-seed0": 90.0, "pretrained-seed1": 100.0, "pretrained-seed2": 110.0}
-    text = page(tmp_path, results, ways, {**seconds, "distilled-seed1": 80.0, "larger": 333.0})
+    return write_page(folder, results, ways, {**seconds, "distilled-seed1": 80.0, "larger": 333.0})
+
+
+def test_the_page_has_each_way_with_differences_and_costs(tmp_path: Path) -> None:
+    text = made_up_page(tmp_path)
     shown = rows(text)
     scratch, given, pretrained, distilled, pixels = shown.values()
     assert list(shown) == ["from scratch", "given weights", "pre-trained here", "distilled here", "raw pixels"]
@@ -187,4 +192,4 @@ def test_the_page_has_each_way_with_differences_and_costs(tmp_path: Path) -> Non
 def test_two_results_of_one_share_and_seed_are_refused(tmp_path: Path) -> None:
     twice = [result("pretrained", 0.01, 0, 50.0, 30.0), result("pretrained", 0.01, 0, 51.0, 30.0)]
     with pytest.raises(ValueError, match=r"labels_1-seed0: a second one with 1 % of the labels and seed 0: change or"):
-        page(tmp_path, twice, {"pretrained": {"experiments": ["pretrained"], "sources": []}}, {})
+        write_page(tmp_path, twice, {"pretrained": {"experiments": ["pretrained"], "sources": []}}, {})
