@@ -25,7 +25,7 @@ TEMPLATE = "ways_page.html"
 MISSING = "–"
 
 
-def as_html(results: Sequence[Result], tunings: Sequence[Any], pretrainings: Sequence[Any], plan: Any) -> str:
+def page_of_ways(results: Sequence[Result], tunings: Sequence[Any], pretrainings: Sequence[Any], plan: Any) -> str:
     """Return the page; the arguments are those of `ways.collect`."""
     ways = collect(results, tunings, pretrainings, plan)
     by_name = {way.name: way for way in ways}

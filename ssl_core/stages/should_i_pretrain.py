@@ -6,7 +6,7 @@ from typing import Any
 
 from ssl_core.files import read_json, write_text
 from ssl_core.report.results import read_result
-from ssl_core.report.ways_page import as_html
+from ssl_core.report.ways_page import page_of_ways
 
 
 def run(
@@ -24,4 +24,4 @@ def run(
     two results of one seed and share.
     """
     read = [read_result(path) for path in results]
-    write_text(output, as_html(read, list(map(read_json, tunings)), list(map(read_json, pretrainings)), plan))
+    write_text(output, page_of_ways(read, list(map(read_json, tunings)), list(map(read_json, pretrainings)), plan))
