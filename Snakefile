@@ -21,6 +21,7 @@ include: "workflow/rules/evaluate.smk"
 include: "workflow/rules/pictures.smk"
 include: "workflow/rules/export.smk"
 include: "workflow/rules/report.smk"
+include: "workflow/rules/should_i_pretrain.smk"
 
 
 # One job at a time uses the GPU of this machine, unless `--resources gpu=N` or a profile allows more. Without a GPU (its

@@ -46,6 +46,7 @@ EXAMPLES = {
     "draw": "ssl-core draw ressl_r18 pictures --data results/ressl_r18/pictures/pictures.npz --output drawn",
     "figure": f"{MAKE}figures/accuracy.svg (an entry of `figures`)",
     "table": "ssl-core table results/ressl_r18/knn.json --output table.csv",
+    "should-i-pretrain": f"{MAKE}should_i_pretrain.html --configfile=$(ssl-core recipes should_i_pretrain)",
     "init": "ssl-core init my_project",
     "recipes": "snakemake --cores all -n --configfile $(ssl-core recipes ressl_cifar10)",
     "compare": "ssl-core compare --configfile mine.yaml",
@@ -222,6 +223,11 @@ def _add_stages(commands: Any) -> None:
     table.add_argument("--settings", type=Path, nargs="*", default=[], metavar="JSON", help="files pretrain.json")
     table.add_argument("--pictures", type=Path, nargs="*", default=[], metavar="PNG", help="shown beside the results")
     table.add_argument("--reported", type=_json, help="published numbers to show beside the results, as JSON")
+    should = add("should-i-pretrain", "compare pre-training with training from scratch", output="HTML")
+    should.add_argument("results", type=Path, nargs="+", metavar="JSON", help="fine-tunings")
+    should.add_argument("--tunings", type=Path, nargs="*", default=[], metavar="JSON", help="their files cost.json")
+    should.add_argument("--pretrainings", type=Path, nargs="*", default=[], metavar="JSON", help="files pretrain.json")
+    should.add_argument("--plan", type=_json, required=True, help="the seeds and the experiments of each way, as JSON")
     for stage in (pretrain, views, adopt, evaluate, detect, finetune, export, quantise, small, cost, quantised, figure):
         stage.add_argument("--spec", type=_json, required=True, help="settings of the stage's section, as JSON")
     for stage in (pretrain, adopt, evaluate, detect, finetune, cost, quantised):

@@ -24,7 +24,7 @@ from tests.methods.harness import trainer
 from tests.warm_snakemake import run_snakemake
 
 BIN = Path(sys.executable).parent
-HARMLESS = {"source", "export", "cd", "mv", "python"}  # shell commands that need no test
+HARMLESS = {"source", "export", "cd", "cp", "mv", "python"}  # shell commands that need no test
 RULES = {"all", "all_evaluations"}
 TUTORIALS = ROOT / "docs" / "tutorials"
 
@@ -56,6 +56,9 @@ def project(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
     for name, text in files(page).items():
         (folder / name).write_text(text)
     monkeypatch.chdir(folder)
+    for command in commands(page):
+        if command[0] == "cp":
+            shutil.copy(*command[1:])
     monkeypatch.setattr(bundled, "SCHEMA", folder / "workflow" / "schemas" / "config.schema.json")
     return folder
 

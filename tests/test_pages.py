@@ -16,6 +16,8 @@ import pytest
 import yaml
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
+from tests.stages.test_should_i_pretrain import made_up_page
+
 pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]
 # The demonstration's data and network, trained just long enough for the pages.
 METHOD = {"name": "ressl", "queue_size": 64, "projector_hidden": 64, "embedding_dim": 32}
@@ -97,6 +99,17 @@ def test_the_table_opens_without_a_network(page: Page, project: Path) -> None:
     page.locator("dialog").click()
     page.locator("#filter").fill("shown pictures")
     assert rows.count() == 1
+
+
+def test_the_page_should_i_pretrain_fits_a_screen_and_a_phone(page: Page, tmp_path: Path) -> None:
+    made_up_page(tmp_path)
+    page.goto((tmp_path / "page.html").as_uri())
+    expect(page.get_by_text("Pre-training here is better than training from scratch")).to_be_visible()
+    for width in (1280, 390):
+        page.set_viewport_size({"width": width, "height": 900})
+        assert fits(page), width
+        assert page.evaluate("document.querySelector('.scroll').scrollWidth") <= width
+        assert 300 < page.evaluate("document.images[0].clientWidth") < width
 
 
 SHOWN = """() => [...document.querySelectorAll('iframe')].some(frame => frame.offsetHeight > 300)

@@ -111,13 +111,17 @@ Save = Callable[[State], None]
 
 def run(config: Config, subjects: Subjects, manifest: Manifest, log: Log) -> Outcome:
     """Train a copy of each network on the same views of the same labelled images, and score it on the test split."""
-    return measure(config, subjects, manifest, train(config, subjects, manifest, {}, log=log, save=lambda state: None))
+    models, _ = train(config, subjects, manifest, {}, log=log, save=lambda state: None)
+    return measure(config, subjects, manifest, models)
 
 
 def train(
     config: Config, subjects: Subjects, manifest: Manifest, state: State, *, log: Log, save: Save
-) -> dict[str, "Model"]:
-    """Train a copy of each network, from `state` on; `save` stores a state from which a later call continues."""
+) -> tuple[dict[str, "Model"], float]:
+    """Train a copy of each network, from `state` on; return them and the seconds of all steps.
+
+    `save` stores a state from which a later call continues.
+    """
     images = draw_labelled(manifest, config)
     if config.needs().projector:
         subjects = with_projector(subjects)
@@ -141,7 +145,7 @@ def train(
             save=lambda: save(trainer.state()),
             log=lambda row: log({name: value for name, value in row.items() if name != "step"}, int(row["step"])),
         )
-    return models
+    return models, trainer.seconds
 
 
 def measure(config: Config, subjects: Subjects, manifest: Manifest, models: dict[str, "Model"]) -> Outcome:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ssl_core.config import nearest
-from ssl_core.experiments import figures, sweeps
+from ssl_core.experiments import figures, should_i_pretrain, sweeps
 from ssl_core.experiments.structure import check_structure
 from ssl_core.experiments.sweeps import Config
 
@@ -21,7 +21,7 @@ ADDRESS = re.compile(r"(?!(s3|gs|az):///)[a-z][a-z0-9+.-]*://.*[^/\s]/*")
 FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 # Names of other files and folders under results/.
 RESERVED = {
-    "experiments": {"figures", "sweeps", "table.csv", "table.html"},
+    "experiments": {"figures", "sweeps", "table.csv", "table.html", Path(should_i_pretrain.TARGET).name},
     "evaluations": {"pretrain", "export"},
     "sweeps": set(),
     "figures": set(),
@@ -96,6 +96,8 @@ def check_targets(config: Config, targets: Iterable[str]) -> None:
     experiments = sweeps.experiments(config)
     for target in targets:
         parts = Path(target).parts
+        if target == should_i_pretrain.TARGET:
+            should_i_pretrain.check(config)
         if len(parts) < 3 or parts[0] != "results":
             continue
         name, file = parts[1], Path(parts[2])

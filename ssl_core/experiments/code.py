@@ -17,7 +17,7 @@ from typing import Any
 from ssl_core.experiments.definitions import Key, ancestors, fields_of, is_outside, meaning_of, module_of
 from ssl_core.provenance import canonical, digest
 
-DRAWING = ("curves", "draw", "figure", "table")  # stages that write pictures
+DRAWING = ("curves", "draw", "figure", "should_i_pretrain", "table")  # stages that write pictures
 PROVEN = Path(__file__).with_name("proven.json")
 
 

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from ssl_core.config import Strict
+from ssl_core.experiments import should_i_pretrain
 from ssl_core.experiments.figures import pairs
 from ssl_core.experiments.sweeps import Config, experiments, sweep_experiments, written_experiments
 
@@ -197,6 +198,8 @@ def _pairs(config: Config, arguments: list[str]) -> Iterator[tuple[str, Config, 
     every = experiments(config)
     targets = [Path(argument).parts for argument in arguments if argument.startswith(("results/", "shards/"))]
     named: dict[tuple[str, str], None] = {}
+    if should_i_pretrain.TARGET in arguments:
+        named.update(dict.fromkeys(should_i_pretrain.all_pairs(config)))
     for parts in targets:
         if len(parts) < 3 or parts[1] not in every:
             continue

@@ -23,10 +23,12 @@ from ssl_core.report.results import (
     latencies,
     parameters_of,
     priced,
+    signed,
     value,
 )
 
 TEMPLATE = "page.html"
+STYLE = "page.css"
 # A data set with more evaluations (without seeds, with seeds), which 1280 pixels cannot show side by side, has one line
 # per evaluation instead of one group of columns.
 MAX_WIDE = (2, 1)
@@ -89,14 +91,6 @@ def as_html(rows: Sequence[Row], *, title: str, pictures: Mapping[str, Sequence[
 
     `pictures` has the picture files of each experiment, or of each of its seeds.
     """
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-        undefined=StrictUndefined,
-    )
     datasets = []
     for name in sorted({row.dataset for row in rows}):
         of_dataset = [row for row in rows if row.dataset == name]
@@ -106,13 +100,27 @@ def as_html(rows: Sequence[Row], *, title: str, pictures: Mapping[str, Sequence[
         _add_pictures(table.lines, of_dataset, pictures or {})
         datasets.append((table, _pictures(of_dataset)))
     reported = [row for row in rows if row.reported]
-    return environment.get_template(TEMPLATE).render(
+    return fill_in(
+        TEMPLATE,
         title=title,
         datasets=datasets,
         has_seeds=any(row.seeds for row in rows),
         reported=_reported_notes(reported) if reported else None,
         origins=_origins(rows),
     )
+
+
+def fill_in(template: str, **content: Any) -> str:
+    """Fill in a template of this folder; all pages share one style sheet."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        undefined=StrictUndefined,
+    )
+    return environment.get_template(template).render(style=STYLE, **content)
 
 
 # Tables
@@ -219,17 +227,17 @@ def _cell(row: Row, group: str, column: str, classes: str) -> Cell:
         return _reported_cell(row, group, metric, classes)
     if column == "gain":
         gain = row.gain(group)
-        return _summary_cell(gain, f"{classes} gain", text=_signed(gain.mean) if gain else MISSING)
+        return _summary_cell(gain, f"{classes} gain", text=signed(gain.mean) if gain else MISSING)
     if column in BASELINES:
         baseline = row.summary(group, column, metric)
-        return Cell(_number(baseline.mean), classes, baseline.mean) if baseline else Cell(MISSING, classes)
+        return Cell(number_text(baseline.mean), classes, baseline.mean) if baseline else Cell(MISSING, classes)
     is_percentage = column == "pre-trained"
     summary = row.summary(group, "", metric if is_percentage else column)
     if summary is None:
         return Cell(MISSING, f"{classes} best")
     bar = _bar(row, group, metric, summary) if is_percentage else None
     num_runs = None if summary.deviation is None else summary.n
-    return _summary_cell(summary, f"{classes} best", text=_number(summary.mean), num_runs=num_runs, bar=bar)
+    return _summary_cell(summary, f"{classes} best", text=number_text(summary.mean), num_runs=num_runs, bar=bar)
 
 
 def _summary_cell(summary: Summary | None, classes: str, *, text: str, **parts: Any) -> Cell:
@@ -242,7 +250,7 @@ def _reported_cell(row: Row, group: str, metric: str, classes: str) -> Cell:
     claim, measured = row.claim(group), row.summary(group, "", metric)
     if claim is None:
         return Cell(MISSING, classes)
-    difference = _signed(measured.mean - claim) if measured else ""
+    difference = signed(measured.mean - claim) if measured else ""
     source = str(row.reported.get("source", ""))
     return Cell(f"{claim:.1f}", classes, claim, difference=difference, source=source)
 
@@ -269,19 +277,16 @@ def deviation_text(summary: Summary) -> str:
         return ""
     if 0.1 <= abs(summary.mean) < 1000:
         return f"{summary.deviation:.1f}"
-    return _number(summary.deviation)
+    return number_text(summary.deviation)
 
 
-def _number(number: float) -> str:
+def number_text(number: float) -> str:
+    """Return a number with one decimal; two digits below a tenth, none from 1,000 on."""
     if abs(number) >= 1000:
         return f"{number:,.0f}"
     if abs(number) >= 0.1 or number == 0:
         return f"{number:.1f}"
     return f"{number:.2g}"
-
-
-def _signed(number: float) -> str:
-    return f"{round(number, 1) + 0.0:+.1f}".replace("-", "−")  # no "-0.0"
 
 
 # Below the tables
@@ -329,7 +334,7 @@ def _origin(row: Row, group: str, result: Result) -> list[str]:
     return [
         result["experiment"],
         group,
-        MISSING if number is None else _number(number),
+        MISSING if number is None else number_text(number),
         f"{row.dataset} / {result.get('split', '')}",
         *(str(result.get(name, "")) for name in ("num_train", "num_test", "seed")),
         json.dumps(result.get("hyperparameters", {}), sort_keys=True, ensure_ascii=False),

@@ -256,6 +256,11 @@ def dataset_of(result: Result) -> str:
     return f"{dataset['name']} ({subset['images']} images, seed {subset['seed']})"
 
 
+def signed(number: float) -> str:
+    """Return a difference with its sign and one decimal."""
+    return f"{round(number, 1) + 0.0:+.1f}".replace("-", "−")  # no "-0.0"
+
+
 def _results_of(rows: Sequence[Row], group: str) -> list[Result]:
     return [result for row in rows for result in row.results.get(group, ())]
 

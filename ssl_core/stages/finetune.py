@@ -15,6 +15,7 @@ from ssl_core.evaluations.base import Subjects, find_test_split
 from ssl_core.evaluations.parts.features import count_images, gather_subjects, num_classes
 from ssl_core.experiments import needs
 from ssl_core.experiments.processes import report_bus_error
+from ssl_core.files import write_json
 from ssl_core.networks.backbones import load_backbone, save_backbone
 from ssl_core.networks.classifiers import CLASSIFIER, save_classifier
 from ssl_core.stages.evaluate import describe, publish, summary
@@ -23,6 +24,7 @@ from ssl_core.training.checkpoint import Identity, load_checkpoint, remove_check
 
 KEPT = ("mean", "std", "seed", "version")  # keys of the pre-training's header in that of the fine-tuned backbone
 BACKBONE = "backbone.safetensors"
+COST = "cost.json"  # seconds of training all networks side by side
 
 
 def splits(arguments: Mapping[str, Any]) -> list[str]:
@@ -45,9 +47,9 @@ def run(
 ) -> None:
     """Train and measure by the configuration `spec`; write `output` (.json) at the end.
 
-    The fine-tuned backbone and its classifier are written into the folder named after `output`. Continues from a
-    `checkpoint` of the same spec, code, data and weights. `model` is the whole pre-trained model, for variants that
-    need its projector.
+    The fine-tuned backbone, its classifier and the cost are written into the folder named after `output`. Continues
+    from a `checkpoint` of the same spec, code, data and weights. `model` is the whole pre-trained model, for variants
+    that need its projector.
     """
     torch.set_num_threads(threads)
     config = parse(finetune.Config, spec, f"evaluations.{evaluation}")
@@ -81,11 +83,14 @@ def run(
         def log(values: dict[str, float], step: int) -> None:
             tracked.metrics(values, step=step)
 
-        models = finetune.train(config, subjects, shards, state, log=log, save=save)
+        models, seconds = finetune.train(config, subjects, shards, state, log=log, save=save)
         outcome = finetune.measure(config, subjects, shards, models)
         result = describe(experiment, evaluation, outcome, dataset=config.dataset.name, seed=config.seed)
         digests |= {"spec": provenance.digest(identity.spec), "code": code}
         _keep(models["pretrained"], config, subjects, shards, output.with_suffix(""))
+        # Apart from the result, whose bytes do not depend on the machine's speed.
+        cost = {"seconds": round(seconds, 1), "networks": list(models), "hardware": provenance.hardware()}
+        write_json(output.with_suffix("") / COST, {"experiment": experiment, "evaluation": evaluation, **cost})
         publish(
             tracked,
             outcome,

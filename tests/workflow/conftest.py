@@ -28,7 +28,9 @@ sample-views) mkdir -p "${output%/*}"; echo > "$output" ;;
 adopt) mkdir -p "${output%/*}"; echo "$output" > "$output" ;;
 evaluate) mkdir -p "${output%.json}"; echo '{}' > "$output"; echo > "${output%.json}/pictures.npz" ;;
 detect) mkdir -p "${output%.json}"; echo '{}' > "$output"; echo > "${output%.json}/detections.png" ;;
-cost|quantised) echo '{}' > "$output" ;;
+finetune) mkdir -p "${output%.json}"; echo '{}' > "$output"
+    for file in backbone.safetensors classifier.safetensors cost.json; do echo > "${output%.json}/$file"; done ;;
+cost|quantised|should-i-pretrain) echo '{}' > "$output" ;;
 draw) for name in tsne triangles neighbours confusion spectrum; do
     echo > "$output/$name.png"; echo > "$output/$name.svg"; done ;;
 export) mkdir -p "$output"; for file in backbone.safetensors backbone.onnx config.json README.md; do

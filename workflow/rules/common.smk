@@ -37,7 +37,17 @@ if (PROJECT / "ssl_core").is_dir() and package_of_jobs() != PROJECT / "ssl_core"
     other = package_of_jobs().parent
     sys.exit(f"error: the code of {other} is installed, not that of {PROJECT}: run `make install` in {PROJECT}")
 
-from ssl_core.experiments import bundled, checks, failures, figures, needs, overlays, processes, sweeps
+from ssl_core.experiments import (
+    bundled,
+    checks,
+    failures,
+    figures,
+    needs,
+    overlays,
+    processes,
+    should_i_pretrain,
+    sweeps,
+)
 from ssl_core.data.card import load_card
 from ssl_core.experiments.code import (
     detection_code,

@@ -66,6 +66,7 @@ rule finetune:
         json="results/{experiment}/{evaluation}.json",
         backbone="results/{experiment}/{evaluation}/backbone.safetensors",
         classifier="results/{experiment}/{evaluation}/classifier.safetensors",
+        cost="results/{experiment}/{evaluation}/cost.json",
     log:
         "logs/finetune/{experiment}/{evaluation}.log",
     wildcard_constraints:
