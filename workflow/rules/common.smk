@@ -183,6 +183,11 @@ def results_of(experiments):
     return [f"results/{experiment}/{evaluation}.json" for experiment in experiments for evaluation in EVALUATIONS]
 
 
+def compared(file):
+    """Return this file of each fine-tuning that the page "Should I pre-train?" compares."""
+    return [file.format(*pair) for pair in should_i_pretrain.all_pairs(CONFIG)]
+
+
 def settings_of(experiments):
     """Return the files with all settings of those of these experiments that are trained here."""
     return [f"results/{experiment}/pretrain.json" for experiment in experiments if experiment not in ADOPTED]

@@ -2,11 +2,6 @@ localrules:
     should_i_pretrain,
 
 
-def compared(file):
-    """Return this file of each fine-tuning that the page compares."""
-    return [file.format(*pair) for pair in should_i_pretrain.all_pairs(CONFIG)]
-
-
 # The page of recipes/should_i_pretrain.yaml. Of all evaluations of its experiments it needs those of equal seeds.
 rule should_i_pretrain:
     input:
