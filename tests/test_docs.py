@@ -388,4 +388,4 @@ def test_the_architecture_names_every_room() -> None:
 
 def test_the_tools_that_documents_use_are_the_ones_tested_here() -> None:
     used = {command[0] for page in PAGES for command in commands(page)}
-    assert used == {*TOOLS, "pytest", *HARMLESS}
+    assert used == {*TOOLS, "pytest", "pip", *HARMLESS}

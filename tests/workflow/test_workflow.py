@@ -228,11 +228,12 @@ def test_adopted_weights_have_pictures_but_no_curves(fresh: Project) -> None:
     assert "results/taken/curves.png" not in run.stdout
 
 
-# Prints a version, or runs the command of `singularity exec --home FOLDER IMAGE sh -c COMMAND` and notes the image.
+# Prints a version, or runs the command of `singularity exec OPTIONS IMAGE sh -c COMMAND` and notes the image.
 APPTAINER = """#!/bin/sh
 [ "$1" = --version ] && echo "apptainer version 1.3.0" && exit
-echo "$4" >> images.txt
-shift 4
+while [ "${1%.sif}" = "$1" ]; do shift; done
+echo "$1" >> images.txt
+shift
 exec "$@"
 """
 
@@ -242,9 +243,9 @@ def test_jobs_run_in_the_image_that_the_configuration_names_and_another_image_ru
     singularity.write_text(APPTAINER, encoding="utf-8")
     singularity.chmod(0o755)
     done.change("container", "one.sif")
-    assert done.pending("--sdm", "apptainer") == set()
+    assert done.pending("--sdm=apptainer") == set()
     run = done.snakemake("--sdm", "apptainer", "--force", "results/first/knn.json")
     assert run.returncode == 0, run.stdout + run.stderr
     assert (done.folder / "images.txt").read_text(encoding="utf-8") == "one.sif\n"
     done.change("container", "two.sif")
-    assert done.pending("--sdm", "apptainer", "results/first/knn.json") == set()
+    assert done.pending("results/first/knn.json", "--sdm", "apptainer") == set()

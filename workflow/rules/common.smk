@@ -15,7 +15,6 @@ from snakemake import rules as snakemake_rules
 from snakemake.dag import DAG
 from snakemake.persistence import Persistence
 from snakemake.scheduling.job_scheduler import JobScheduler
-from snakemake.settings.types import RerunTrigger
 
 PROJECT = Path(workflow.current_basedir).resolve().parents[1]
 
@@ -276,8 +275,11 @@ container: CONFIG.get("container")
 
 
 # Another image re-runs nothing, as another requirements.lock does.
-if workflow.dag_settings is not None:
-    workflow.dag_settings.rerun_triggers = set(workflow.dag_settings.rerun_triggers) - {RerunTrigger.SOFTWARE_ENV}
+def software_never_changed(self, job, file=None):
+    return False
+
+
+Persistence._software_stack_changed = software_never_changed
 
 
 # The last lines of a run: at exit, since Snakemake prints more after these hooks.
