@@ -150,7 +150,7 @@ def verify(manifest: Manifest, split: str, *, deep: bool = False) -> None:
 
     Indices are always hashed, once per process as long as they do not change; tars only if `deep`.
     """
-    again = f"remove {manifest.folder} and shard {manifest.dataset} again"
+    again = f"remove {manifest.folder} and run the workflow again"
     for shard in manifest.split(split).shards:
         tar = manifest.folder / shard.file
         index = tar.with_suffix(".idx")

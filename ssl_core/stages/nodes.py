@@ -6,6 +6,7 @@ it ends, so a connection that closes without one means that the node was lost.
 """
 
 import json
+import multiprocessing
 import os
 import queue
 import signal
@@ -30,6 +31,7 @@ LOOPBACK = "127.0.0.1"
 START_SECONDS = 300  # until all nodes must have met
 ANSWER_SECONDS = 10  # until a node must have answered to a first message
 GRACE_SECONDS = 5  # after the end of another node: most processes notice it by themselves
+LAST_SECONDS = 10  # for processes to end after SIGTERM when another node is lost; most wait for it and cannot
 LOST_SECONDS = 20  # until the kernel reports that a node is off or its cable is out
 DONE, STOPPED = "done", "stopped"  # outcomes; any other one is an error message
 LONGEST_MESSAGE = 2**24
@@ -98,6 +100,9 @@ class Team:
         grace = START_SECONDS if outcome == STOPPED else GRACE_SECONDS  # this node may still save its checkpoint
         if not self._ending.wait(grace):
             os.kill(os.getpid(), signal.SIGTERM)
+        if outcome != STOPPED and not self._ending.wait(LAST_SECONDS):
+            for process in multiprocessing.active_children():
+                process.kill()
 
     def raise_failure(self, seconds: float = GRACE_SECONDS) -> None:
         """Raise the error of another node (`Stop` if it was stopped) if it comes within `seconds`."""

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 import urllib.request
@@ -296,6 +297,33 @@ def test_half_copies_of_killed_stages_are_removed(s3: Server, manifest: Path) ->
         assert not half.exists()
 
 
+INTERRUPTED = """
+import sys
+from ssl_core import cli
+from ssl_core.data import remote_shards
+cli._stage = lambda options: remote_shards.local_shards(options.manifest, ["train"]).__enter__()
+sys.exit(cli.main(["sample-views", "x", "--spec", "{}", "--manifest", sys.argv[1], "--output", "x.png"]))
+"""
+
+
+def test_ctrl_c_ends_a_stage_whose_server_is_silent(
+    s3: Server, manifest: Path, local: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reached, ended = tmp_path / "reached", tmp_path / "ended"
+
+    def be_silent() -> None:
+        reached.touch()
+        wait_until(ended.exists)
+
+    with relay(s3, monkeypatch, be_silent):
+        with subprocess.Popen([sys.executable, "-c", INTERRUPTED, str(manifest)]) as process:
+            wait_until(reached.exists, seconds=60)
+            process.send_signal(signal.SIGINT)
+            assert process.wait(timeout=remote_shards.PATIENCE + 10) == 130  # the client itself waits for 30 s
+        ended.touch()
+    assert copy_all(manifest).items() >= training_files(local).items()
+
+
 Fault = Callable[[Server, pytest.MonkeyPatch], None]
 
 
@@ -429,6 +457,18 @@ def test_a_wrong_manifest_at_the_address_is_not_taken(
     assert shard(tmp_path / "new" / "demo") == 2
     assert f"ä/demo/manifest.json is {state}: remove it to shard again, or correct `shards`" in error(capsys)
     assert files(tmp_path / "new") == {}
+
+
+def test_a_changed_bit_in_the_cache_is_noticed_with_a_remedy(s3: Server, manifest: Path) -> None:
+    with local_shards(manifest, ["train"]) as copied:
+        tar = copied.with_name("train-000000.tar")
+    content = bytearray(tar.read_bytes())
+    content[5000] ^= 1
+    tar.write_bytes(content)
+    with pytest.raises(ValueError, match=f"its sha256 differs.*: remove {tar.parent} and run the workflow again"):
+        copy_all(manifest)
+    shutil.rmtree(tar.parent)
+    copy_all(manifest)
 
 
 # The cache

@@ -125,7 +125,7 @@ def test_stages_refuse_shards_that_are_missing_or_cut(
     name: str, damage: Callable[[Path], None], words: str, copy: Path, tmp_path: Path
 ) -> None:
     damage(copy / name)
-    with pytest.raises(ValueError, match=f"{name} {words}.*: remove .* and shard tiny again"):
+    with pytest.raises(ValueError, match=f"{name} {words}.*: remove .* and run the workflow again"):
         learn(copy, tmp_path)
     assert not (tmp_path / "results").exists()
 
