@@ -172,7 +172,7 @@ def test_nodes_with_a_cache_each_train_from_object_storage(
         requests = Counter(server.requests())
     assert results(without_nodes(contents(project))) == results(without_nodes(whole))
     assert set(requests.values()) == {2}  # one per node
-    copies = [{path.name for path in cache.rglob("*-0*")} for cache in caches]
+    copies = [{path.name for path in cache.rglob("train-0*")} for cache in caches]
     assert copies == [{"train-000000.tar", "train-000000.idx"}] * 2
     assert all(f"/{name}" in "".join(requests) for name in copies[0])
 
