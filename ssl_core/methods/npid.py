@@ -167,9 +167,8 @@ class NPID(Method):
         entropy_temperature = None
         if config.sqrtkl_weight:
             entropy_temperature = config.sqrtkl_temperature or config.temperature
-        own = (
-            place if config.negatives is not None else indices
-        )  # the image's row of `bank`; CutMix leaves it the larger share
+        # The image's row of `bank`; CutMix leaves it the larger share.
+        own = place if config.negatives is not None else indices
         softmax = instance_softmax(
             embedding,
             bank,

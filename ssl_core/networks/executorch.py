@@ -54,6 +54,8 @@ def quantise_executorch(network: nn.Module, images: Tensor) -> nn.Module:
 class ExecuTorchNetwork(ExportedFile):
     """The network of an ExecuTorch file; `threads` are those of all such networks of the process."""
 
+    format = "ExecuTorch"
+
     def __init__(self, model: bytes | Path, *, threads: int = 1) -> None:
         from executorch.extension.pybindings.portable_lib import _unsafe_reset_threadpool
         from executorch.runtime import Runtime

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +10,8 @@ from torch import Tensor, nn
 
 class ExportedFile(nn.Module):
     """The network of a file: (batch, 3, size, size) -> (batch, num_features); `facts` are its metadata."""
+
+    format: ClassVar[str] = ""  # its name in messages
 
     def __init__(self, facts: dict[str, str]) -> None:
         super().__init__()
@@ -35,6 +38,8 @@ class ExportedFile(nn.Module):
 
 class ExportedNetwork(ExportedFile):
     """The network of an ONNX file."""
+
+    format = "ONNX"
 
     def __init__(self, model: bytes | Path, *, threads: int = 1) -> None:
         import onnxruntime  # takes a second

@@ -70,6 +70,8 @@ def with_litert_facts(model: bytes, facts: Mapping[str, str]) -> bytes:
 class LiteRTNetwork(ExportedFile):
     """The network of a LiteRT file."""
 
+    format = "LiteRT"
+
     def __init__(self, model: bytes | Path, *, threads: int = 1) -> None:
         content = model.read_bytes() if isinstance(model, Path) else model
         super().__init__(_read_facts(content))

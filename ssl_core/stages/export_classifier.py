@@ -10,6 +10,7 @@ from ssl_core.data.views import View
 from ssl_core.files import write_bytes
 from ssl_core.networks.backbones import load_backbone
 from ssl_core.networks.classifiers import load_classifier
+from ssl_core.networks.exported import ExportedNetwork
 from ssl_core.stages.export import describe, largest_difference, to_onnx
 
 
@@ -26,6 +27,6 @@ def run(experiment: str, evaluation: str, *, backbone: Path, classifier: Path, o
     size = View.model_validate_json(header["view"]).size
     facts = {**describe(network, header), "view": header["view"], "classes": json.dumps(head.classes)}
     content = to_onnx(model, size, facts | {"image_size": str(size)}, output="logits")
-    difference = largest_difference(model, content, size)
+    difference = largest_difference(model, ExportedNetwork(content), size)
     write_bytes(output, content)
     print(f"{experiment}: logits of ONNX Runtime and torch differ by at most {difference:.1e} -> {output}")

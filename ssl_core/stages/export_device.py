@@ -6,15 +6,14 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ssl_core.config import Export, parse
 from ssl_core.files import write_bytes
 from ssl_core.networks.backbones import load_backbone
 from ssl_core.networks.executorch import ExecuTorchNetwork, to_executorch
-from ssl_core.networks.exported import ExportedFile
 from ssl_core.networks.litert import LiteRTNetwork, to_litert, with_litert_facts
-from ssl_core.stages.export import TOLERANCE, Normalised, describe
+from ssl_core.stages.export import Normalised, describe, largest_difference
 
 EXTRAS = {".tflite": "litert", ".pte": "executorch"}  # of pyproject.toml, each with a lock file
 
@@ -41,7 +40,7 @@ def run(
         else:
             model = with_litert_facts(to_litert(network, size), facts)
             exported = LiteRTNetwork(model)
-    difference = largest_difference(network, exported)
+    difference = largest_difference(network, exported, size)
     write_bytes(output, model)
     print(f"{experiment}: features of {output.name} and torch differ by at most {difference:.1e} -> {output}")
 
@@ -72,25 +71,3 @@ def converting(output: Path) -> Iterator[None]:
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"{output.name}: the network cannot be written in this format: {reason}") from error
-
-
-def largest_difference(network: nn.Module, exported: ExportedFile) -> float:
-    """Return the largest difference between the features of torch and the file, over images in both memory formats.
-
-    Raises RuntimeError above `TOLERANCE`, so that no wrong file is written.
-    """
-    shape = (5, 3, exported.image_size, exported.image_size)
-    images = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        expected: Tensor = network(images)
-    tolerance = TOLERANCE * max(1.0, expected.abs().max().item())
-    largest = 0.0
-    for memory_format in (torch.contiguous_format, torch.channels_last):
-        features = exported(images.to(memory_format=memory_format))
-        difference = (features - expected).abs().max().item()
-        if not difference <= tolerance:  # also for NaN
-            raise RuntimeError(
-                f"features of the file differ from torch's by {difference:.2g}, expected at most {tolerance:.2g}"
-            )
-        largest = max(largest, difference)
-    return largest

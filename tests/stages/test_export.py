@@ -172,11 +172,11 @@ def test_a_network_of_one_size_is_refused_as_dynamic() -> None:
 def test_a_file_with_wrong_features_is_refused() -> None:
     network = Tiny().eval()
     model = export.to_onnx(network, 8, {})
-    assert export.largest_difference(network, model, 8) < 1e-5
+    assert export.largest_difference(network, ExportedNetwork(model), 8) < 1e-5
     with torch.no_grad():
         network.convolution.weight[0, 0, 0, 0] += 0.1
     with pytest.raises(RuntimeError, match="features of the ONNX file differ"):
-        export.largest_difference(network, model, 8)
+        export.largest_difference(network, ExportedNetwork(model), 8)
 
 
 @pytest.mark.long
