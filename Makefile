@@ -14,6 +14,8 @@ LOCKS := requirements.lock $(if $(shell command -v sbatch),requirements-slurm.lo
 # Programs of .venv come first, and no other environment of the shell is visible.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV CONDA_PREFIX
+# Compiled modules are kept: without them each process compiles its imports again, torch's alone for more than a second.
+unexport PYTHONDONTWRITEBYTECODE
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
 .PHONY: all install test test-avx2 test-long test-slurm bench prove check format schema docs ui lock clean

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torchvision.transforms.v2.functional import normalize
+from torchvision.transforms.functional import normalize
 
 from ssl_core.blocks.frozen_teacher import FrozenTeacher, Teacher, load_projector
 from ssl_core.config import Backbone
