@@ -54,16 +54,18 @@ $(INSTALLED): $(LOCKS) pyproject.toml
 	VIRTUAL_ENV="$$(pwd -P)/.venv" $(BIN)/python -m uv pip install --no-deps --no-build-isolation --editable .
 	pwd -P > $@
 
-# One process per core with one thread each; the tests of a file run in one process and share its fixtures.
+# Processes of one thread each, one more than cores, since many tests wait for Snakemake, a server or another process.
+# The tests of a file run in one process and share its fixtures.
+PYTEST := pytest --numprocesses $(shell echo $$(($$(nproc) + 1))) --dist loadfile --no-loadscope-reorder
 test: $(INSTALLED)
-	pytest --numprocesses auto --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(PYTEST) $(ARGS)
 
 # The same on a processor's AVX2 instructions only: no AVX-512, no bfloat16.
 test-avx2: $(INSTALLED)
-	ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 pytest --numprocesses auto --dist loadfile --no-loadscope-reorder $(ARGS)
+	ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 $(PYTEST) $(ARGS)
 
 test-long: $(INSTALLED)
-	pytest --numprocesses auto --dist loadfile --no-loadscope-reorder --long $(ARGS)
+	$(PYTEST) --long $(ARGS)
 
 # The workflow on a SLURM of two nodes on this machine, as root on Debian or Ubuntu: installs SLURM, starts it and ends it.
 SLURM_PACKAGES := slurm-wlm slurmdbd mariadb-server munge

@@ -1,9 +1,9 @@
 """Imports between the rooms of the package run one way; imports inside functions and by name count too."""
 
 import ast
+import functools
 import subprocess
 import sys
-from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -50,10 +50,16 @@ def room(module: str) -> str:
     return module.split(".")[1] if "." in module else module
 
 
+@functools.cache
+def syntax(module: str) -> ast.Module:
+    return ast.parse(MODULES[module].read_text())
+
+
+@functools.cache
 def imports(module: str) -> set[str]:
     """Return the modules of the package that `module` imports by a statement."""
     names = set()
-    for node in ast.walk(ast.parse(MODULES[module].read_text())):
+    for node in ast.walk(syntax(module)):
         if isinstance(node, ast.Import):
             names.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -64,9 +70,12 @@ def imports(module: str) -> set[str]:
     return {name for name in names if name.split(".")[0] == PACKAGE.name}
 
 
-def imports_by_name(module: str) -> Iterator[str]:
-    """Yield the beginning of each name that `module` gives to `import_module`, up to its first variable part."""
-    tree = ast.parse(MODULES[module].read_text())
+@functools.cache
+def imports_by_name(module: str) -> set[str]:
+    """Return the beginning of each name that `module` gives to `import_module`, up to its first variable part."""
+    if module == "ssl_core.late_compiler":  # imports torch's modules by name
+        return set()
+    tree, names = syntax(module), set()
     constants = {
         statement.targets[0].id: statement.value
         for statement in tree.body
@@ -81,7 +90,8 @@ def imports_by_name(module: str) -> Iterator[str]:
                 name = name.values[0]
             text = name.value if isinstance(name, ast.Constant) else None
             assert isinstance(text, str), f"{module}: import_module needs a name that begins with a literal"
-            yield text
+            names.add(text)
+    return names
 
 
 def targets(prefix: str) -> set[str]:
@@ -89,16 +99,13 @@ def targets(prefix: str) -> set[str]:
     return {module for module in MODULES if module.startswith(prefix)}
 
 
-STATEMENTS = {module: imports(module) for module in MODULES}
-OWN = [module for module in MODULES if module != "ssl_core.late_compiler"]  # which imports torch's modules by name
-NAMED = {module: set(imports_by_name(module)) if module in OWN else set() for module in MODULES}
 ANY_ROOM = "ssl_core."  # the beginning of a name whose room is a variable
 
 
 def arrows(module: str) -> set[str]:
     """Return the modules that `module` imports by a statement or can import by name."""
-    by_name = [targets(prefix) for prefix in NAMED[module] - {ANY_ROOM}]
-    return STATEMENTS[module].union(*by_name) - {module}
+    by_name = [targets(prefix) for prefix in imports_by_name(module) - {ANY_ROOM}]
+    return imports(module).union(*by_name) - {module}
 
 
 def reachable(start: str) -> set[str]:
@@ -108,7 +115,7 @@ def reachable(start: str) -> set[str]:
         module = waiting.pop()
         if module not in seen:
             seen.add(module)
-            waiting.extend(STATEMENTS.get(module, ()))
+            waiting.extend(imports(module) if module in MODULES else ())
     return seen
 
 
@@ -136,12 +143,12 @@ def test_arrows_run_one_way(importer: str):
 
 def test_only_the_top_imports_from_any_room():
     # The schema's generator imports the configurations of all methods and protocols.
-    assert {room(module) for module in MODULES if ANY_ROOM in NAMED[module]} <= {"look"}
+    assert {room(module) for module in MODULES if ANY_ROOM in imports_by_name(module)} <= {"look"}
 
 
 def test_no_circle_of_modules():
     try:
-        TopologicalSorter(STATEMENTS).prepare()
+        TopologicalSorter({module: imports(module) for module in MODULES}).prepare()
     except CycleError as error:
         pytest.fail(" -> ".join(reversed(error.args[1])))
 
