@@ -1,6 +1,7 @@
 """One-line error messages with a remedy, for mistakes of the user and limits of the machine. Torch-free."""
 
 import errno
+import os
 import re
 from collections.abc import Iterator
 
@@ -15,6 +16,7 @@ LESS_MEMORY = (
     "out of memory: lower batch_size (training.accumulation keeps the effective batch), use a smaller image_size or "
     "backbone, or end other jobs; `ssl-core explain` estimates the memory that a run needs"
 )
+MORE_FILES = "too many open files: raise the limit (ulimit -n 65536) and run again"
 FULL = {errno.ENOSPC, errno.EDQUOT}
 FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
 ODD_PATHS = {errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG}
@@ -25,6 +27,10 @@ def explain(error: BaseException) -> str | None:
     for cause in _chain(error):  # before `ValueError`, which an out-of-memory error may have caused
         if isinstance(cause, MemoryError) or is_out_of_memory(cause):
             return LESS_MEMORY
+        if isinstance(cause, RuntimeError) and os.strerror(errno.EMFILE) in str(
+            cause
+        ):  # DALI keeps tens of thousands of shards open
+            return MORE_FILES
     if isinstance(error, ValidationError):  # one error is enough
         first = error.errors()[0]
         return f"{'.'.join(map(str, first['loc']))}: {first['msg']}, found {first['input']!r}"
@@ -54,7 +60,7 @@ def _explain_file_error(error: OSError) -> str | None:
     if error.errno in FORBIDDEN:
         return f"{where}{error.strerror}: change the owner or mode of the folder (chown, chmod) or choose another path"
     if error.errno == errno.EMFILE:
-        return "too many open files: raise the limit (ulimit -n 65536) and run again"
+        return MORE_FILES
     if error.errno == errno.EEXIST:  # a file is in the place of a folder
         return f"{where}Not a directory: choose another path or move the file that blocks it"
     if error.errno in ODD_PATHS:

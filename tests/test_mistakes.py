@@ -206,6 +206,16 @@ def decoder_without_memory() -> None:
         raise ValueError("an image cannot be read") from error
 
 
+def reader_without_files() -> None:
+    try:
+        raise RuntimeError(
+            "Error in CPU operator `nvidia.dali.fn.readers.webdataset`: [file_stream.cc:57] Assert on "
+            '"fp_ != nullptr" failed: Could not open file train-019997.tar: Too many open files'
+        )
+    except RuntimeError as error:
+        raise ValueError("an image cannot be read") from error
+
+
 def cuda_without_memory() -> None:
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
@@ -227,6 +237,7 @@ MACHINE: list[tuple[Callable[[], None], str]] = [
     (too_large, "out of memory: lower batch_size"),
     (decoder_without_memory, "out of memory: lower batch_size"),
     (dali_without_gpu_memory, "out of memory: lower batch_size"),
+    (reader_without_files, "too many open files: raise the limit"),
     (cuda_without_memory, "out of memory: lower batch_size"),
     (file_error(errno.ENOSPC), "no space left on the disk"),
     (file_error(errno.EACCES), "Permission denied: change the owner or mode"),
