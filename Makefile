@@ -76,7 +76,7 @@ test-slurm:
 	pytest --slurm tests/slurm $(ARGS)
 
 # Each prints a table and writes JSON; nothing else should run meanwhile. One of them: make bench BENCHMARKS=loader
-BENCHMARKS := loader step sharding evaluation detection instance_loss workflow
+BENCHMARKS := loader step neighbours sharding evaluation detection instance_loss workflow
 bench: $(INSTALLED)
 	mkdir -p build/benchmarks
 	set -e; for name in $(BENCHMARKS); do python benchmarks/$$name.py --output build/benchmarks/$$name.json $(ARGS); done

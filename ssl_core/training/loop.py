@@ -19,7 +19,7 @@ from ssl_core.experiments.processes import Stop
 from ssl_core.methods.base import Losses, Memory, Method, Progress
 from ssl_core.networks.backbones import find_infinite
 from ssl_core.progress import progress_bar
-from ssl_core.training.monitor import Alarm, rankme, spread
+from ssl_core.training.monitor import Alarm, OtherWork, rankme, spread
 from ssl_core.training.optimizers import build_optimizer, set_learning_rate, set_weight_decay
 from ssl_core.training.precision import autocast_type
 
@@ -108,6 +108,7 @@ class Trainer:
         self.method.train()
         saved = time.monotonic()
         others = distributed.rank() > 0
+        other_work = OtherWork(self.waited)
         with (
             _stop_signals() as stop,
             progress_bar(self.total_steps, self.task, unit="steps", initial=self.step, disable=others) as bar,
@@ -120,6 +121,8 @@ class Trainer:
                 self.seconds += time.monotonic() - start
                 bar.update(1)
                 if row is not None:
+                    if self.device.type == "cpu":
+                        other_work.look(self.waited)
                     log(row)
                     bar.set_postfix_str(self._postfix(row), refresh=False)
                 if row is not None or not distributed.is_distributed():  # `agree` synchronises: not at every step

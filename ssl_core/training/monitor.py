@@ -2,6 +2,7 @@
 
 import math
 import sys
+import time
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from ssl_core.data.loader import Loader
 
 COLLAPSED = 0.02  # spread of almost equal embeddings; 1 is uniform on the sphere, about 0.8 an untrained network
+LOOK_SECONDS, FREE_SHARE, WAITING = 10.0, 0.75, 0.05  # two threads of a free machine get 0.96 of two cores
 NEIGHBOURS = 20
 TEMPERATURE = 0.07
 
@@ -57,6 +59,43 @@ class Alarm:
         if self.stop_on_collapse:
             raise ValueError(f"{message}; training.stop_on_collapse: false trains on")
         print(f"warning: {message}", file=sys.stderr)
+
+
+class OtherWork:
+    """Warns once if other work takes the cores of the training's threads, which then wait for each other.
+
+    Two threads on two cores beside one busy process were half as fast as one thread (docs/benchmarks.md).
+    """
+
+    def __init__(self, waited: float) -> None:
+        self._warned = False
+        self._begin(waited)
+
+    def look(self, waited: float) -> None:
+        """Print a warning if it is due; `waited` is the time of the whole run in which no batch was ready."""
+        wall = time.monotonic() - self._wall
+        if self._warned or wall < LOOK_SECONDS:
+            return
+        processor = time.process_time() - self._processor
+        message = of_other_work(processor, wall, waited - self._waited, threads=torch.get_num_threads())
+        if message is not None:
+            print(f"warning: {message}", file=sys.stderr)
+            self._warned = True
+        self._begin(waited)
+
+    def _begin(self, waited: float) -> None:
+        self._wall, self._processor, self._waited = time.monotonic(), time.process_time(), waited
+
+
+def of_other_work(processor: float, wall: float, waited: float, *, threads: int) -> str | None:
+    """Return a warning if several threads got few `processor` seconds in `wall` seconds, `waited` of them for data."""
+    share = processor / (wall * threads)
+    if threads == 1 or share >= FREE_SHARE or waited > WAITING * wall:
+        return None
+    return (
+        f"other work takes {1 - share:.0%} of the {threads} cores of this training, whose threads wait for each other: "
+        "fewer threads may be faster (snakemake --cores 1)"
+    )
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from ssl_core.training.monitor import Alarm, rankme, spread
+from ssl_core.training.monitor import Alarm, of_other_work, rankme, spread
 
 
 def test_spread_is_one_on_the_sphere_and_zero_for_a_constant():
@@ -43,3 +43,14 @@ def test_a_healthy_look_takes_the_alarm_back():
 def test_a_loss_that_is_no_number_stops_the_run(loss):
     with pytest.raises(ValueError, match=f"diverged: the loss is {loss} at step 7"):
         Alarm().check(7, loss, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("processor", "waited", "threads", "warned"),
+    [(12.4, 0.0, 2, True), (19.2, 0.0, 2, False), (9.9, 0.0, 1, False), (4.0, 0.0, 1, False), (12.4, 1.0, 2, False)],
+    ids=["two threads beside one process", "free", "one thread", "one thread beside four", "waiting for data"],
+)
+def test_other_work_is_noticed_where_threads_wait_for_each_other(processor, waited, threads, warned):
+    message = of_other_work(processor, 10.0, waited, threads=threads)
+    assert (message is not None) == warned
+    assert not warned or str(message).startswith("other work takes 38% of the 2 cores of this training")
