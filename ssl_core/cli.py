@@ -36,7 +36,7 @@ EXAMPLES = {
     "detect": f"{MAKE}ressl_r18/detection.json",
     "finetune": f"{MAKE}ressl_r18/finetune.json",
     "export": f"{MAKE}ressl_r18/export/README.md",
-    "quantise": f"{MAKE}ressl_r18/export/backbone.int8.onnx",
+    "quantise": f"{MAKE}ressl_r18/export/backbone.int8.onnx (or finetune/classifier.int8.onnx)",
     "export-device": f"{MAKE}ressl_r18/export/backbone.tflite (or .pte)",
     "quantise-device": f"{MAKE}ressl_r18/export/backbone.int8.tflite (or .pte)",
     "export-classifier": f"{MAKE}ressl_r18/finetune/classifier.onnx",
