@@ -2,11 +2,7 @@
 rule export:
     input:
         backbone="results/{experiment}/backbone.safetensors",
-        results=[
-            f"results/{{experiment}}/{evaluation}.json"
-            for evaluation in EVALUATIONS
-            if evaluation not in evaluations_of("cost") + evaluations_of("quantised")
-        ],
+        results=lambda wildcards: measured(wildcards.experiment),
     output:
         weights="results/{experiment}/export/backbone.safetensors",
         onnx="results/{experiment}/export/backbone.onnx",
