@@ -107,6 +107,7 @@ schema: $(INSTALLED)
 # All documentation as a site in site/.
 docs: $(INSTALLED)
 	NO_MKDOCS_2_WARNING=1 mkdocs build --quiet $(ARGS)
+	@echo "The site: $(CURDIR)/site/index.html"
 
 ui: $(INSTALLED)
 	ssl-core ui --port $(PORT)

@@ -34,7 +34,7 @@ EXAMPLES = {
     "adopt": f"{MAKE}mine/backbone.safetensors (an experiment with `weights`)",
     "evaluate": f"{MAKE}ressl_r18/knn.json",
     "detect": f"{MAKE}ressl_r18/detection.json",
-    "finetune": f"{MAKE}ressl_r18/finetune.json",
+    "finetune": f"{MAKE}ressl_r18/finetune.json (with `finetune: {{protocol: finetune}}` in `evaluations`)",
     "export": f"{MAKE}ressl_r18/export/README.md",
     "quantise": f"{MAKE}ressl_r18/export/backbone.int8.onnx",
     "export-device": f"{MAKE}ressl_r18/export/backbone.tflite (or .pte)",
@@ -154,6 +154,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_uses(commands)
     for name, command in commands.choices.items():
         command.epilog = f"example: {EXAMPLES[name]}"
+        command.formatter_class = argparse.RawDescriptionHelpFormatter  # keeps the example on one line, to be copied
         command.add_argument("--log", type=Path, help="also write the terminal's output to this file")
     return parser
 
@@ -306,7 +307,7 @@ def _add_uses(commands: Any) -> None:
         command.add_argument("--threads", **threads, help="processor threads (default: all cores)")
         return command
 
-    images = "a folder; all images below it, sorted by name"
+    images = "a folder, for all images below it, sorted by name; or one image"
     embed = add("embed", "write the features of images", "folder", images)
     output = "a new file that ends in .parquet or .npz, with the names and the features"
     embed.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help=output)

@@ -116,6 +116,7 @@ def parsers() -> dict[str, argparse.ArgumentParser]:
 @pytest.mark.parametrize("name", parsers())
 def test_the_help_of_each_command_has_an_example_that_can_be_parsed(name: str) -> None:
     _, _, example = str(parsers()[name].epilog).partition("example: ")
+    assert example in parsers()[name].format_help().splitlines()[-1]
     example = example.removeprefix("SSL_RENDEZVOUS=10.0.0.1:29500 ")
     if example.startswith("ssl-core "):
         words = shlex.split(example.partition(" > ")[0])[1:]

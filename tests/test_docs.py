@@ -273,7 +273,7 @@ def a_table(project: Path) -> None:
         (
             TUTORIALS / "use_the_network.md",
             your_images,
-            ["features.parquet", "predictions.csv", "results/birds/finetune/classifier.onnx"],
+            ["features.parquet", "predictions.csv", "results/birds/finetune/classifier.int8.onnx"],
         ),
         (TUTORIALS / "compare_methods.md", None, ["results/simsiam-seed1/knn.json", "results/sweeps/ressl_rates.csv"]),
         (TUTORIALS / "add_a_dataset.md", a_table, ["results/garden/transfer.json", "results/table.html", "views.png"]),

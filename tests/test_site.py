@@ -46,6 +46,11 @@ def test_diagrams_and_formulas_are_rendered(html: dict[str, str]) -> None:
     assert without == []
 
 
+def test_placeholders_are_not_taken_for_html(html: dict[str, str]) -> None:
+    placeholders = re.compile(r"<(?:experiment|evaluation|finetune|run|name|class|anchor|revision|n)>")
+    assert {name: found for name, text in html.items() if (found := placeholders.findall(text))} == {}
+
+
 def test_every_key_of_the_schema_has_an_entry(html: dict[str, str]) -> None:
     structure = json.loads((ROOT / "workflow/schemas/config.schema.json").read_text())
     sections = structure["$defs"] | {

@@ -42,6 +42,13 @@ def test_pauses_are_shortened_and_the_clock_shows_the_real_time(recording: Modul
     ]
 
 
+def test_the_end_is_shown_first(recording: ModuleType) -> None:
+    events = [recording.Event(1, "begin\n"), recording.Event(2, "end\n")]
+    end = recording.play(events)[-1]
+    assert f"animation-delay: {5 - end:.1f}s" in recording.draw("true", events)
+    assert "animation-delay: -48.4s" in (ROOT / "docs/terminal.svg").read_text(encoding="utf-8")
+
+
 def test_the_picture_of_the_readme_is_small_and_has_no_path_of_a_machine() -> None:
     text = Path(ROOT / "docs/terminal.svg").read_text(encoding="utf-8")
     assert len(text) < 200_000

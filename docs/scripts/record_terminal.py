@@ -21,6 +21,7 @@ COLUMNS, ROWS = 110, 26
 ROW, CHARACTER, MARGIN, BAR = 18, 7.85, 14, 30  # pixels; BAR is the height of the title
 PAUSE, REDRAWN, FRAME = 1.0, 0.1, 0.4  # seconds: longest pause after a line, after a redrawn line, shortest frame
 TYPING, END = 1.5, 12.0  # seconds that the command alone and the end are shown
+FIRST = 5.0  # seconds of the end that a reader sees first, instead of an empty terminal
 ESCAPES = re.compile(r"\x1b\[([0-9;?]*)([A-Za-z])")
 COLOURS = {31: "red", 32: "green", 33: "yellow", 34: "blue", 35: "red", 36: "blue"}
 CLOCK = "waiting is shortened; real time"
@@ -175,6 +176,7 @@ def draw(command: str, events: list[Event]) -> str:
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height}" width="{width:.0f}">',
             f"<title>{title}</title>",
             STYLE + "\n".join(rules),
+            f"text, #lines {{ animation-delay: {FIRST - end:.1f}s !important }}",
             "@media (prefers-reduced-motion) { * { animation: none !important } }",
             "</style>",
             f'<rect width="{width:.0f}" height="{height}" rx="8" fill="#161b22"/>',

@@ -61,6 +61,12 @@ def all_pairs(config: Config) -> list[tuple[str, str]]:
     return [pair for way in ways(config) for pair in pairs(way, config)]
 
 
+def of_other_seeds(experiment: str, config: Config) -> set[str]:
+    """Return the evaluations of the comparison that an experiment has no part in, since its seed is another."""
+    own = {evaluation for name, evaluation in all_pairs(config) if name == experiment}
+    return _evaluations(config).keys() - own if own else set()
+
+
 def plan(config: Config) -> dict[str, Any]:
     """Return all seeds of `pretrained` and its evaluations, and each way's experiments and those it starts from."""
     seeds = {settings.get("seed", 0) for settings in _evaluations(config).values()}

@@ -46,11 +46,11 @@ def embed(
     skip_unreadable: bool = False,
     threads: int | None = None,
 ) -> Embeddings:
-    """Return the features of all images below a folder, sorted by name, or of a list of files or PIL images.
+    """Return the features of all images below a folder, sorted by name, of one file, or of a list.
 
-    They equal those that the evaluations read from shards. Names are paths inside the folder, the listed paths, or the
-    numbers of PIL images. An unreadable image is a `ValueError` with its name, or is skipped. Features beyond 4 GB are
-    in a memory-mapped temporary file.
+    A list has files or PIL images. The features equal those that the evaluations read from shards. Names are paths
+    inside the folder, the given paths, or the numbers of PIL images. An unreadable image is a `ValueError` with its
+    name, or is skipped. Features beyond 4 GB are in a memory-mapped temporary file.
     """
     source = open_images(images)
     features = allocate(source.size, network.num_features)
@@ -63,9 +63,11 @@ def embed(
 
 
 def open_images(images: str | Path | Sequence[ImageLike]) -> SourceSplit:
-    """List the images below a folder, sorted by name, or those of a list; raise `ValueError` if there are none."""
+    """List the images below a folder, sorted by name, one file, or a list; raise `ValueError` if there are none."""
     if isinstance(images, str | Path):
-        return _open_folder(Path(images))
+        if not Path(images).is_file():
+            return _open_folder(Path(images))
+        images = [images]
     if not images:
         raise ValueError("the list of images is empty: give at least one")
 
@@ -82,8 +84,7 @@ def open_images(images: str | Path | Sequence[ImageLike]) -> SourceSplit:
 
 def _open_folder(path: Path) -> SourceSplit:
     if not path.is_dir():
-        remedy = "give its folder, or a list of files from Python" if path.exists() else "correct the path"
-        raise ValueError(f"{path} is no folder: {remedy}")
+        raise ValueError(f"{path} {'is no' if path.exists() else 'is no image and no'} folder: correct the path")
     scratch = Path(tempfile.gettempdir())
     folder = Folder(path, scratch=scratch)
     files = folder.files("")

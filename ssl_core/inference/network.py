@@ -55,7 +55,7 @@ class LoadedNetwork(nn.Module):
 def load(path: str | Path) -> LoadedNetwork:
     """Load a network in eval mode, on the GPU if there is one.
 
-    `path` is a backbone.safetensors or a folder with one: results/<experiment>, its export, or a fine-tuned network's
+    `path` is a backbone.safetensors or a folder with one: `results/<experiment>`, its export, or a fine-tuned network's
     folder. Raises `ValueError` if there is none or it is damaged.
     """
     file = find_backbone(Path(path))

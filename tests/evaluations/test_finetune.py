@@ -99,7 +99,7 @@ def test_schedules_have_their_shape():
 @pytest.mark.parametrize(
     ("variant", "fraction", "backbone", "classifier", "epochs"),
     [
-        ("full", 1.0, 0.02, 0.2, 20),
+        ("full", 1.0, 0.02, 0.02, 20),
         ("ressl_1", 0.01, 0, 0.1, 60),
         ("ressl_10", 0.1, 0.02, 0.2, 20),
         ("swav_1", 0.01, 0.02, 5.0, 20),

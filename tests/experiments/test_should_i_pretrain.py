@@ -51,6 +51,12 @@ def test_a_run_has_the_labels_of_its_seed_and_given_weights_have_those_of_all() 
     assert should_i_pretrain.all_pairs(CONFIG) == [*every, *pretrained, *others]
 
 
+def test_evaluations_of_other_seeds_are_those_of_the_comparison_alone() -> None:
+    assert should_i_pretrain.of_other_seeds("pretrained-seed0", CONFIG) == {"labels_1-seed1", "labels_100-seed3"}
+    assert should_i_pretrain.of_other_seeds("given", CONFIG) == set()
+    assert should_i_pretrain.of_other_seeds("unrelated", CONFIG) == set()
+
+
 def test_the_plan_has_all_seeds_and_the_networks_that_a_way_starts_from() -> None:
     plan = should_i_pretrain.plan(CONFIG)
     assert plan["seeds"] == [0, 1, 2, 3]

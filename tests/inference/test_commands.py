@@ -150,7 +150,7 @@ def test_features_of_another_network_are_refused(run, tmp_path, capsys):
     [
         (["embed", "photos", "-o", "features.csv"], "features.csv: expected a name that ends in .parquet or .npz"),
         (["embed", "photos", "-o", "photos"], "photos: expected a name that ends"),
-        (["embed", "absent", "-o", "x.npz"], "absent is no folder: correct the path"),
+        (["embed", "absent", "-o", "x.npz"], "absent is no image and no folder: correct the path"),
         (["neighbours", "absent.jpg", "--in", "photos"], "absent.jpg is no file: give the path of one image"),
         (["neighbours", "photos/a/1.jpg", "--in", "x.npz"], "x.npz does not exist: write it with `ssl-core embed`"),
         (["neighbours", "photos/a/1.jpg", "--in", "bad.npz"], "bad.npz is no file of features"),

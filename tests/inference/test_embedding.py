@@ -61,6 +61,14 @@ def test_a_list_keeps_its_order_and_takes_pictures_of_pil(photos, loaded):
     torch.testing.assert_close(features[5:], ordered[[3, 1]], atol=1e-6, rtol=0)
 
 
+def test_one_file_is_a_list_of_one(photos, loaded):
+    file = photos.folder / NAMES[0]
+    for images in (file, str(file)):
+        names, features, _ = ssl_core.embed(loaded, images, threads=1)
+        assert names == [str(file)]
+        torch.testing.assert_close(features, ssl_core.embed(loaded, [file], threads=1).features)
+
+
 def test_batches_move_no_feature(photos, loaded, monkeypatch):
     whole = ssl_core.embed(loaded, photos.folder, threads=1)
     monkeypatch.setattr(embedding, "BATCH_SIZE", 2)
@@ -100,10 +108,10 @@ def test_a_folder_without_a_readable_image_is_refused(damaged, loaded):
 @pytest.mark.parametrize(
     ("images", "message"),
     [
-        ("absent", "absent is no folder: correct the path"),
+        ("absent", "absent is no image and no folder: correct the path"),
         ("empty", r"empty has no images, expected files such as 1\.jpg or 1\.png in it or in its folders$"),
         ("phone", "phone has no images.*; convert its 1 .heic"),
-        ("file.jpg", "file.jpg is no folder: give its folder, or a list"),
+        ("file.jpg", "file.jpg: it cannot be decoded: the file is empty; give another image"),
         ([], "the list of images is empty"),
     ],
 )

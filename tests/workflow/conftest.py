@@ -35,7 +35,7 @@ draw) for name in tsne triangles neighbours confusion spectrum; do
     echo > "$output/$name.png"; echo > "$output/$name.svg"; done ;;
 export) mkdir -p "$output"; for file in backbone.safetensors backbone.onnx config.json README.md; do
     echo "$output" > "$output/$file"; done ;;
-quantise|export-device|quantise-device) echo "$output" > "$output" ;;
+quantise|export-device|quantise-device|export-classifier) echo "$output" > "$output" ;;
 curves) echo > "$output"; echo > "${output%.png}.svg" ;;
 table) echo > "$output"; echo > "${output%.csv}.html" ;;
 esac

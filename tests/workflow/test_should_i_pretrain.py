@@ -59,3 +59,5 @@ def test_the_rule_writes_the_page(tmp_path: Path) -> None:
     assert f"Pre-training here is better than training from scratch {places}" in page
     assert page.count("61.0") >= 2  # both ways, mean of three seeds
     assert "Nothing to be done" in finish(folder, "-n", TARGET, "--configfile", RECIPE, "mine.yaml")
+    card = "results/pretrained-seed1/export/README.md"
+    assert jobs(finish(folder, "-n", card, "--configfile", RECIPE, "mine.yaml")) == {"export"}

@@ -198,6 +198,15 @@ def test_an_8_bit_file_is_made_of_the_export_and_the_images_of_the_pretraining(f
     assert f"--int8 {target} --manifest shards/tiny/manifest.json" in quantised
 
 
+def test_an_8_bit_classifier_is_made_of_the_classifier_and_the_images_of_the_fine_tuning(fresh: Project) -> None:
+    fresh.change("evaluations/few", {"protocol": "finetune", "dataset": {"name": "tiny", "split": "train"}})
+    run = fresh.snakemake("results/first/few/classifier.int8.onnx")
+    assert run.returncode == 0, run.stderr
+    (quantise,) = [call for call in fresh.calls() if call.startswith("quantise first")]
+    assert '--dataset {"name":"tiny","split":"train"} --onnx results/first/few/classifier.onnx' in quantise
+    assert "--manifest shards/tiny/manifest.json --output results/first/few/classifier.int8.onnx" in quantise
+
+
 @pytest.mark.parametrize("format", ["tflite", "pte"])
 def test_files_for_phones_are_made_of_the_backbone(fresh: Project, format: str) -> None:
     fresh.change("evaluations/small", {"protocol": "quantised", "format": format})

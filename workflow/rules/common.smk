@@ -195,7 +195,20 @@ def results_of(experiments):
     """Return the results of all evaluations of these experiments, or their weights if there are no evaluations."""
     if not EVALUATIONS:
         return [f"results/{experiment}/backbone.safetensors" for experiment in experiments]
-    return [f"results/{experiment}/{evaluation}.json" for experiment in experiments for evaluation in EVALUATIONS]
+    return [f"results/{name}/{evaluation}.json" for name in experiments for evaluation in evaluations_on(name)]
+
+
+def evaluations_on(experiment):
+    """Return the evaluations that run on an experiment: all, but for those of the page "Should I pre-train?" of other
+    seeds."""
+    others = should_i_pretrain.of_other_seeds(experiment, CONFIG)
+    return [name for name in EVALUATIONS if name not in others]
+
+
+def measured(experiment):
+    """Return the results for the model card of an experiment: without those of its exported files."""
+    later = evaluations_of("cost") + evaluations_of("quantised")
+    return [f"results/{experiment}/{name}.json" for name in evaluations_on(experiment) if name not in later]
 
 
 def compared(file):

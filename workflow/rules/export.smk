@@ -2,11 +2,7 @@
 rule export:
     input:
         backbone="results/{experiment}/backbone.safetensors",
-        results=[
-            f"results/{{experiment}}/{evaluation}.json"
-            for evaluation in EVALUATIONS
-            if evaluation not in evaluations_of("cost") + evaluations_of("quantised")
-        ],
+        results=lambda wildcards: measured(wildcards.experiment),
     output:
         weights="results/{experiment}/export/backbone.safetensors",
         onnx="results/{experiment}/export/backbone.onnx",
@@ -104,6 +100,23 @@ rule export_classifier:
     shell:
         "ssl-core export-classifier {wildcards.experiment:q} {wildcards.evaluation:q} --backbone {input.backbone:q}"
         " --classifier {input.classifier:q} --output {output:q} --threads {threads} --log {log:q}"
+
+
+# Calibrated on the images of the fine-tuning, labelled or not.
+use rule quantise as quantise_classifier with:
+    input:
+        onnx="results/{experiment}/{evaluation}/classifier.onnx",
+        manifest=lambda wildcards: manifest_of(evaluate_spec(wildcards)),
+    output:
+        "results/{experiment}/{evaluation}/classifier.int8.onnx",
+    log:
+        "logs/quantise_classifier/{experiment}/{evaluation}.log",
+    wildcard_constraints:
+        evaluation=one_of(evaluations_of("finetune")),
+    params:
+        spec=canonical(CONFIG.get("quantise") or {}),
+        dataset=lambda wildcards: canonical(evaluate_spec(wildcards)["dataset"]),
+        code=lambda wildcards: stage_code("quantise"),
 
 
 # Timings differ from run to run: only the table may have this result as an input. The job takes all threads, so that no
