@@ -18,6 +18,7 @@ from ssl_core.data.loader import Loader
 from ssl_core.data.shards import Manifest
 from ssl_core.evaluations import base
 from ssl_core.experiments import checks, overlays, sweeps
+from ssl_core.methods import dino
 from ssl_core.methods.base import load_method_module, method_class, method_names, resolve, views_of
 from ssl_core.networks.backbones import build_backbone, save_backbone, write_tensors
 from ssl_core.training.loop import Trainer
@@ -251,6 +252,9 @@ def weights(tmp_path_factory):
     save_backbone(folder / "backbone.safetensors", backbone, STAND_IN, 64, {})
     model = {f"backbone.{name}": weight for name, weight in backbone.state_dict().items()}
     write_tensors(folder / "model.safetensors", model, {"experiment": "stand-in"})
+    head = dino.Head(backbone.num_features, dino.Config(num_outputs=256, head_hidden=8, bottleneck_dim=8))
+    outputs = {f"head.{name}": weight for name, weight in head.state_dict().items()}
+    write_tensors(folder / "head.safetensors", outputs, {"experiment": "stand-in"})
     return folder
 
 
@@ -267,6 +271,8 @@ def test_a_shipped_experiment_trains_two_steps(experiment, demo, weights):
         section["local_size"] = 32
     if "teacher" in section:
         section["teacher"] = {"weights": str(weights / "backbone.safetensors")}
+        if section["name"] == "dino":  # which learns the outputs of a head
+            section["teacher"]["projector"] = str(weights / "head.safetensors")
     training = {**experiment.get("training", {}), "batch_size": 8, "precision": "fp32"}
     dataset = {"name": "demo", "subset": {"images": 64}}
     backbone = STAND_IN.model_dump()

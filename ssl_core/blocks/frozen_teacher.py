@@ -1,7 +1,7 @@
 """The frozen teacher of distillation: a pre-trained network from a file, in evaluation mode, without gradient."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -43,20 +43,21 @@ class Teacher(Strict):
 class FrozenTeacher(nn.Module):
     """Backbone and optional projector: views as the student sees them -> embeddings (batch, dim), in float32.
 
-    The network is not part of the state dict, since its file is part of the run's identity.
+    The network is not part of the state dict, since its file is part of the run's identity. `load_head` reads another
+    head than a plain projector: (file, num_features) -> (head, width of its output).
     """
 
     scale: Tensor
     shift: Tensor
 
-    def __init__(self, config: Teacher) -> None:
+    def __init__(self, config: Teacher, load_head: Callable[[Path, int], tuple[nn.Module, int]] | None = None) -> None:
         super().__init__()
         self.size = config.size
         backbone, self.normalisation = _load_backbone(config)
         self.num_features = self.dim = backbone.num_features
         projector: nn.Module = nn.Identity()
         if config.projector is not None:
-            projector, self.dim = load_projector(Path(config.projector), backbone.num_features)
+            projector, self.dim = (load_head or load_projector)(Path(config.projector), backbone.num_features)
         self.network = nn.Sequential(backbone, projector).requires_grad_(False)
         self.network.register_state_dict_post_hook(_remove_network)
         self.network.register_load_state_dict_pre_hook(_add_network)

@@ -2,9 +2,11 @@
 
 The student learns, from every view of an image, the momentum teacher's distribution over learned outputs for the global
 views. Centring the teacher's outputs prevents a single output from dominating; sharpening prevents a uniform output.
+A frozen DINO network with its head can replace the momentum teacher (docs/sources.md#frozen-teacher).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
@@ -13,6 +15,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from ssl_core.blocks import distributed
+from ssl_core.blocks.frozen_teacher import FrozenTeacher, Teacher
 from ssl_core.blocks.momentum import MomentumTeacher
 from ssl_core.blocks.multicrop import (
     SIX_LOCALS,
@@ -24,11 +27,11 @@ from ssl_core.blocks.multicrop import (
     encode,
     local_views,
 )
-from ssl_core.data.batch import Batch
+from ssl_core.data.batch import Batch, BatchSource
 from ssl_core.data.views import POLICIES, Augmentation, View, Views
 from ssl_core.methods.base import Losses, Memory, Method, MethodConfig, Preset, Progress, full_precision
-from ssl_core.networks.backbones import Network
-from ssl_core.networks.heads import mlp
+from ssl_core.networks.backbones import Network, read_tensors
+from ssl_core.networks.heads import PROJECTOR, mlp, select
 
 
 class Config(MultiCrop, MethodConfig):
@@ -39,6 +42,8 @@ class Config(MultiCrop, MethodConfig):
 
     name: Literal["dino"] = "dino"
     preset: Literal["small", "official", "sslight_baseline", "sslight", "sslight_vit_baseline", "sslight_vit"] = "small"
+    # A frozen network with DINO's head instead of the moving average of the student; `projector` is the head's file.
+    teacher: Teacher | None = None
     student_temperature: PositiveFloat = 0.1
     teacher_temperature: PositiveFloat = 0.07
     initial_teacher_temperature: PositiveFloat = 0.04
@@ -65,6 +70,19 @@ class Config(MultiCrop, MethodConfig):
                 f"{self.student_temperature}: a target as flat as the prediction ends in a uniform output"
             )
         return self
+
+    @model_validator(mode="after")
+    def _teacher_has_a_head(self) -> Self:
+        if self.teacher is not None and self.teacher.projector is None:
+            raise ValueError(
+                "teacher.projector is missing: DINO learns the outputs of the teacher's head; give the "
+                "model.safetensors of its DINO run or its converted checkpoint, or use ressl, seed or simreg"
+            )
+        return self
+
+    def ineffective(self) -> Mapping[str, str]:
+        """Return the key that a frozen teacher replaces."""
+        return {} if self.teacher is None else {"teacher_momentum": "a frozen teacher does not move"}
 
 
 _LARGE = {
@@ -151,7 +169,7 @@ class Head(nn.Module):
 
 
 class DINO(Method):
-    """Student, momentum teacher, and the centre of the teacher's outputs."""
+    """Student, momentum or frozen teacher, and the centre of the teacher's outputs."""
 
     Config = Config
     fixed_views = ("global_first", "global_second")
@@ -161,7 +179,16 @@ class DINO(Method):
         super().__init__(config, backbone, num_images=num_images, batch_size=batch_size, seed=seed)
         self.config = config
         self.head = Head(backbone.num_features, config)
-        self.teacher = MomentumTeacher(self.backbone, self.head, momentum=config.teacher_momentum, final_momentum=1.0)
+        if config.teacher is None:
+            momentum = config.teacher_momentum
+            self.teacher = MomentumTeacher(self.backbone, self.head, momentum=momentum, final_momentum=1.0)
+        else:
+            self.teacher = FrozenTeacher(config.teacher, load_head)
+            if self.teacher.dim != config.num_outputs:
+                raise ValueError(
+                    f"method.num_outputs: the head in {config.teacher.projector} has {self.teacher.dim} outputs, found "
+                    f"{config.num_outputs}: set num_outputs: {self.teacher.dim}"
+                )
         self.register_buffer("centre", torch.zeros(config.num_outputs))
 
     @staticmethod
@@ -174,6 +201,11 @@ class DINO(Method):
             "global_second": View(augmentation=config.second_augmentation, **shared),
             **local_views(config, image_size, config.local_augmentation, interpolation="cubic"),
         }
+
+    def prepare(self, loader: BatchSource, device: torch.device) -> None:
+        """Fit the input of a frozen teacher to the data's normalisation."""
+        if isinstance(self.teacher, FrozenTeacher):
+            self.teacher.prepare(loader, device)
 
     def forward(self, batch: Batch, progress: Progress) -> Losses:
         """Return the loss of predicting, from every view, the teacher's outputs for the other global views."""
@@ -196,6 +228,8 @@ class DINO(Method):
 
     @torch.no_grad()
     def _teach(self, views: list[Tensor]) -> Tensor:
+        if isinstance(self.teacher, FrozenTeacher):
+            return torch.stack([self.teacher(view) for view in views])
         backbone, head = self.teacher
         return head(encode(backbone, views)).unflatten(0, (len(views), -1))  # (global views, batch, outputs)
 
@@ -214,10 +248,41 @@ class DINO(Method):
 
     @torch.no_grad()
     def after_step(self, progress: Progress, memories: Sequence[Memory]) -> None:
-        """Move the centre towards the mean of this step's teacher outputs, and the teacher towards the student."""
+        """Move the centre towards the mean of the teacher's outputs, and a momentum teacher towards the student."""
         means = torch.stack([memory["mean"] for memory in memories])
         self.centre.lerp_(distributed.gather(means).mean(dim=0), 1 - self.config.centre_momentum)
-        self.teacher.update(self.backbone, self.head, fraction=progress.fraction)
+        if isinstance(self.teacher, MomentumTeacher):
+            self.teacher.update(self.backbone, self.head, fraction=progress.fraction)
+
+
+def load_head(path: Path, num_features: int) -> tuple[Head, int]:
+    """Rebuild the head of a DINO run's model.safetensors or of a converted file; return it with its number of outputs.
+
+    Raises ValueError if there is none, or none for `num_features` features.
+    """
+    tensors, _ = read_tensors(path)
+    weights = select(tensors, "head.") or select(tensors, PROJECTOR)
+    if not {"direction", "length", "layers.0.weight"} <= weights.keys():
+        raise ValueError(
+            f"{path} has no head of DINO, expected the model.safetensors of a DINO run or a checkpoint converted with "
+            "its head"
+        )
+    hidden, width = weights["layers.0.weight"].shape
+    if width != num_features:
+        raise ValueError(f"{path}: its head takes {width} features, the teacher's backbone gives {num_features}")
+    num_outputs, bottleneck = weights["direction"].shape
+    config = Config(
+        head_hidden=hidden,
+        head_batchnorm="layers.1.running_mean" in weights,
+        bottleneck_dim=bottleneck,
+        num_outputs=num_outputs,
+    )
+    head = Head(num_features, config)
+    try:
+        head.load_state_dict(weights)
+    except RuntimeError:
+        raise ValueError(f"{path}: its head does not have the three layers of DINO's") from None
+    return head, num_outputs
 
 
 def distillation_loss(

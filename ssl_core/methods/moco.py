@@ -2,17 +2,18 @@
 
 The student's query must match the momentum teacher's key of the same image among the keys of a queue. Presets add
 multi-crop with SSLight's view sampling (Tan et al., 2023, https://arxiv.org/abs/2210.02808) and the settings for small
-networks of Shi et al. (2022, https://arxiv.org/abs/2107.14762).
+networks of Shi et al. (2022, https://arxiv.org/abs/2107.14762). `smoothing` gives the loss of light-moco (Lin et al.,
+2023, https://arxiv.org/abs/2212.07158).
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from ssl_core.blocks import distributed
@@ -31,8 +32,11 @@ class Config(MultiCrop, MethodConfig):
     """Defaults: the CIFAR baseline of SSQL and Cao & Wu (docs/sources.md#moco); local views are further queries."""
 
     name: Literal["moco"] = "moco"
-    preset: Literal["small", "moco_v2", "notebook", "sslight_baseline", "sslight", "shi"] = "small"
+    preset: Literal["small", "moco_v2", "notebook", "sslight_baseline", "sslight", "shi", "light"] = "small"
     temperature: PositiveFloat = 0.2
+    # Share of the target that the keys of the queue nearest to the query get, and their number (light-moco).
+    smoothing: float = Field(default=0.0, ge=0, lt=1)
+    smoothing_neighbours: PositiveInt = 20
     queue_size: PositiveInt = 2048
     teacher_momentum: Probability = 0.999
     final_teacher_momentum: Probability | None = None  # at the end of a cosine; None: constant
@@ -52,6 +56,18 @@ class Config(MultiCrop, MethodConfig):
     local_augmentation: Augmentation = POLICIES["contrastive_no_blur"]
     # A backbone.safetensors or model.safetensors with initial weights, e.g. distilled ones (Shi et al., section 3.4).
     initial: Path | None = None
+
+    @model_validator(mode="after")
+    def _queue_has_the_neighbours(self) -> Self:
+        if self.smoothing and self.smoothing_neighbours > self.queue_size:
+            raise ValueError(
+                f"smoothing_neighbours {self.smoothing_neighbours} must not be above queue_size {self.queue_size}"
+            )
+        return self
+
+    def ineffective(self) -> Mapping[str, str]:
+        """Return the key that a target without smoothing does not use."""
+        return {} if self.smoothing else {"smoothing_neighbours": "smoothing is 0; set it, for example to 0.2"}
 
 
 _OFFICIAL = {
@@ -101,6 +117,13 @@ PRESETS = {
         },
         training={**_SGD, "learning_rate": 0.06, "batch_size": 512, "epochs": 800},
         source="Shi et al., improved, 800 epochs (docs/sources.md#shi)",
+    ),
+    "light": Preset(  # the code has the loss and these options, the paper's settings are not known here
+        method={
+            **_OFFICIAL, "temperature": 0.1, "projector_hidden": 2048, "symmetric": "sum", "smoothing": 0.2,
+        },
+        training={**_SGD, "learning_rate": 0.12, "batch_size": 512, "epochs": 200, "warmup_epochs": 3},
+        source="chosen here: light-moco's loss with the options of its code (docs/sources.md#light-moco)",
     ),
 }  # fmt: skip
 
@@ -167,10 +190,18 @@ class MoCo(Method):
         return total, parts
 
     def _contrast(self, queries: list[Tensor], keys: list[Tensor]) -> Tensor:
-        """Return InfoNCE against the queue of earlier batches, over the directions."""
+        """Return InfoNCE, smoothed if so set, against the queue of earlier batches, over the directions."""
+        temperature, smoothing = self.config.temperature, self.config.smoothing
         losses = []
         for query, key in zip(queries, keys, strict=True):
-            losses.append(info_nce(query, key, self.queue.rows, temperature=self.config.temperature))
+            if smoothing:
+                neighbours = self.config.smoothing_neighbours
+                loss = smoothed_info_nce(
+                    query, key, self.queue.rows, temperature=temperature, smoothing=smoothing, neighbours=neighbours
+                )
+            else:
+                loss = info_nce(query, key, self.queue.rows, temperature=temperature)
+            losses.append(loss)
         directions = torch.stack(losses)
         return directions.sum() if self.config.symmetric == "sum" else directions.mean()
 
@@ -189,6 +220,22 @@ class MoCo(Method):
         for memory in memories:
             for keys in memory["keys"]:
                 self.queue.enqueue(distributed.gather(keys))
+
+
+def smoothed_info_nce(
+    query: Tensor, key: Tensor, queue: Tensor, *, temperature: float, smoothing: float, neighbours: int
+) -> Tensor:
+    """Return InfoNCE whose target is shared: 1 - smoothing for the key, the rest for the nearest keys of the queue.
+
+    `query` and `key` are (batch, dim), `queue` (size, dim), all with unit rows. The `neighbours` keys of the queue that
+    are most similar to the query get equal shares (docs/sources.md#light-moco).
+    """
+    positive = (query * key).sum(dim=1, keepdim=True)
+    negatives = query @ queue.T
+    log_prediction = F.log_softmax(torch.cat([positive, negatives], dim=1) / temperature, dim=1)  # (batch, 1 + size)
+    nearest = negatives.topk(neighbours, dim=1).indices
+    shared = log_prediction[:, 1:].gather(1, nearest).mean(dim=1)
+    return -((1 - smoothing) * log_prediction[:, 0] + smoothing * shared).mean()
 
 
 def start_from(path: Path, backbone: nn.Module, projector: nn.Module) -> None:

@@ -1,7 +1,8 @@
 """ReSSL: relational self-supervised learning (Zheng et al., 2021), https://arxiv.org/abs/2107.09282.
 
 The student, on a strongly augmented view, learns the momentum teacher's similarities of a weak view to a queue of other
-images. Unlike with a contrastive loss, similar images are not pushed apart.
+images. Unlike with a contrastive loss, similar images are not pushed apart. A frozen network can replace the momentum
+teacher (docs/sources.md#frozen-teacher).
 """
 
 import sys
@@ -14,10 +15,11 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from ssl_core.blocks import distributed
+from ssl_core.blocks.frozen_teacher import FrozenTeacher, Teacher
 from ssl_core.blocks.losses import info_nce
 from ssl_core.blocks.momentum import MomentumTeacher, shuffled_embedding
 from ssl_core.blocks.queue import Queue, check_queue_size
-from ssl_core.data.batch import Batch
+from ssl_core.data.batch import Batch, BatchSource
 from ssl_core.data.views import POLICIES, Augmentation, View, Views
 from ssl_core.methods.base import Losses, Memory, Method, MethodConfig, Preset, Progress, full_precision
 from ssl_core.networks.backbones import Network
@@ -29,6 +31,7 @@ class Config(MethodConfig):
 
     name: Literal["ressl"] = "ressl"
     preset: Literal["small", "imagenet", "neurips"] = "small"
+    teacher: Teacher | None = None  # a frozen network instead of the moving average of the student
     crops: Literal["one", "two", "multi"] = "one"
     # As in the released code: CLSA's RandAugment, jitter of strength 1, areas from 0.08 (docs/sources.md#ressl-strong).
     strong: bool = False
@@ -39,7 +42,8 @@ class Config(MethodConfig):
     projector_batchnorm: bool = True
     embedding_dim: PositiveInt = 256
     predictor: bool = True
-    # None: 1 with a predictor, else 8 as in MoCo's CIFAR notebook, so that statistics do not reveal the positive pair.
+    # None: 1 with a predictor or a frozen teacher, else 8 as in MoCo's CIFAR notebook, so that statistics do not reveal
+    # the positive pair.
     batchnorm_splits: PositiveInt | None = None
     teacher_momentum: float = Field(default=0.99, ge=0, le=1)
     final_teacher_momentum: float | None = Field(default=None, ge=0, le=1)  # at the end of a cosine; None: constant
@@ -62,13 +66,20 @@ class Config(MethodConfig):
         return self
 
     def ineffective(self) -> Mapping[str, str]:
-        """Return the areas that the number of crops or `strong` replaces."""
+        """Return the areas that the number of crops or `strong` replaces, and the keys that a frozen teacher does."""
+        replaced = {}
+        if self.teacher is not None:
+            replaced = {
+                "embedding_dim": "with a frozen teacher it is the width of the teacher's embeddings",
+                "teacher_momentum": "a frozen teacher does not move",
+                "final_teacher_momentum": "a frozen teacher does not move",
+            }
         if self.strong:
             reason = f"strong: true has areas from {STRONG_SMALLEST}; change them under views"
-            return {"student_area": reason, "multi_smallest": reason}
+            return {**replaced, "student_area": reason, "multi_smallest": reason}
         if self.crops == "multi":
-            return {"student_area": "crops: multi has the areas of multi_smallest; set that key"}
-        return {"multi_smallest": f"crops: {self.crops} has the area of student_area; set that key"}
+            return {**replaced, "student_area": "crops: multi has the areas of multi_smallest; set that key"}
+        return {**replaced, "multi_smallest": f"crops: {self.crops} has the area of student_area; set that key"}
 
 
 PRESETS = {
@@ -112,7 +123,7 @@ MULTI_CROP = [(224 / 224, 1.0), (192 / 224, 0.86), (160 / 224, 0.715), (128 / 22
 
 
 class ReSSL(Method):
-    """Student, momentum teacher and a queue of the teacher's past embeddings."""
+    """Student, momentum or frozen teacher, and a queue of the teacher's past embeddings."""
 
     Config = Config
     fixed_views = ("teacher",)
@@ -127,12 +138,14 @@ class ReSSL(Method):
                 file=sys.stderr,
             )
         self.config = config
-        hidden, dim, norm = config.projector_hidden, config.embedding_dim, config.projector_batchnorm
+        frozen = None if config.teacher is None else FrozenTeacher(config.teacher)
+        dim = config.embedding_dim if frozen is None else frozen.dim
+        hidden, norm = config.projector_hidden, config.projector_batchnorm
         self.projector = mlp([backbone.num_features, hidden, dim], batch_norm=norm)
         self.predictor = mlp([dim, hidden, dim], batch_norm=norm) if config.predictor else nn.Identity()
-        self.splits = config.batchnorm_splits or (1 if config.predictor else 8)
+        self.splits = config.batchnorm_splits or (1 if config.predictor or frozen else 8)
         self.split_batchnorm(self.splits)
-        self.teacher = MomentumTeacher(
+        self.teacher = frozen or MomentumTeacher(
             self.backbone,
             self.projector,
             momentum=config.teacher_momentum,
@@ -160,6 +173,11 @@ class ReSSL(Method):
             for (share, largest), smallest in zip(MULTI_CROP, smallest_areas, strict=True)
         }
         return {**students, "teacher": teacher}
+
+    def prepare(self, loader: BatchSource, device: torch.device) -> None:
+        """Fit the input of a frozen teacher to the data's normalisation."""
+        if isinstance(self.teacher, FrozenTeacher):
+            self.teacher.prepare(loader, device)
 
     def forward(self, batch: Batch, progress: Progress) -> Losses:
         """Return L = alpha * L_relation + (1 - alpha) * L_InfoNCE (eq. 7), averaged over the student's views."""
@@ -197,8 +215,9 @@ class ReSSL(Method):
 
     @torch.no_grad()
     def after_step(self, progress: Progress, memories: Sequence[Memory]) -> None:
-        """Move the teacher towards the student and put the teacher's embeddings of this step into the queue."""
-        self.teacher.update(self.backbone, self.projector, fraction=progress.fraction)
+        """Move a momentum teacher towards the student and put the teacher's embeddings of this step into the queue."""
+        if isinstance(self.teacher, MomentumTeacher):
+            self.teacher.update(self.backbone, self.projector, fraction=progress.fraction)
         for memory in memories:
             self.queue.enqueue(distributed.gather(memory["keys"]))
 

@@ -2,9 +2,11 @@
 
 Each global view gets a soft assignment to prototypes, all used equally often; every other view of the image predicts
 that assignment. Prototypes are learned with the network. For small batches a queue of embeddings joins the assignment.
+With a frozen teacher, the assignments are those of its embeddings (docs/sources.md#frozen-teacher).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -13,6 +15,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from ssl_core.blocks import distributed
+from ssl_core.blocks.frozen_teacher import FrozenTeacher, Teacher
 from ssl_core.blocks.multicrop import (
     SIX_LOCALS,
     SSLIGHT,
@@ -24,11 +27,11 @@ from ssl_core.blocks.multicrop import (
     local_views,
 )
 from ssl_core.blocks.queue import Queue
-from ssl_core.data.batch import Batch
+from ssl_core.data.batch import Batch, BatchSource
 from ssl_core.data.views import POLICIES, Augmentation, View, Views
 from ssl_core.methods.base import Losses, Memory, Method, MethodConfig, Preset, Progress, full_precision
-from ssl_core.networks.backbones import Network
-from ssl_core.networks.heads import mlp
+from ssl_core.networks.backbones import Network, read_tensors
+from ssl_core.networks.heads import PROJECTOR, PROTOTYPES, mlp
 
 
 class Config(MultiCrop, MethodConfig):
@@ -36,6 +39,9 @@ class Config(MultiCrop, MethodConfig):
 
     name: Literal["swav"] = "swav"
     preset: Literal["small", "official", "large_batch", "sslight_baseline", "sslight"] = "small"
+    # A frozen network whose embeddings of the global views are assigned instead of the student's. Prototypes in its
+    # projector's file are kept, otherwise they are learned.
+    teacher: Teacher | None = None
     temperature: PositiveFloat = 0.1
     epsilon: PositiveFloat = 0.05  # smoothness of the assignment
     sinkhorn_iterations: PositiveInt = 3
@@ -48,6 +54,12 @@ class Config(MultiCrop, MethodConfig):
     area: tuple[float, float] = (0.08, 1.0)  # solo-learn's on CIFAR (docs/sources.md#solo-learn)
     interpolation: Literal["linear", "cubic"] = "linear"
     augmentation: Augmentation = POLICIES["swav"]
+
+    def ineffective(self) -> Mapping[str, str]:
+        """Return the key that a frozen teacher replaces."""
+        if self.teacher is None:
+            return {}
+        return {"embedding_dim": "with a frozen teacher it is the width of the teacher's embeddings"}
 
 
 # SSLight's LARS equals the paper's SGD with LARC up to rounding; the latter decays all parameters.
@@ -91,7 +103,7 @@ PRESETS = {
 
 
 class SwAV(Method):
-    """A network, unit prototypes, and a queue of past embeddings for each global view."""
+    """A network, unit prototypes, a queue of past embeddings for each global view, and optionally a frozen teacher."""
 
     Config = Config
     fixed_views = ("global",)
@@ -99,25 +111,49 @@ class SwAV(Method):
     def __init__(self, config: Config, backbone: Network, *, num_images: int, batch_size: int, seed: int) -> None:
         super().__init__(config, backbone, num_images=num_images, batch_size=batch_size, seed=seed)
         self.config, self.batch_size = config, batch_size
-        self.projector = mlp([backbone.num_features, config.projector_hidden, config.embedding_dim])
-        self.prototypes = nn.Parameter(F.normalize(torch.randn(config.num_prototypes, config.embedding_dim), dim=1))
+        self.teacher = None if config.teacher is None else FrozenTeacher(config.teacher)
+        dim = config.embedding_dim if self.teacher is None else self.teacher.dim
+        self.projector = mlp([backbone.num_features, config.projector_hidden, dim])
+        self.prototypes = nn.Parameter(F.normalize(torch.randn(config.num_prototypes, dim), dim=1))
+        if config.teacher is not None and config.teacher.projector is not None:
+            self._keep_prototypes(Path(config.teacher.projector))
         queues = 2 if config.queue_size else 0
-        self.queues = nn.ModuleList(Queue(config.queue_size, config.embedding_dim) for _ in range(queues))
+        self.queues = nn.ModuleList(Queue(config.queue_size, dim) for _ in range(queues))
+
+    def _keep_prototypes(self, path: Path) -> None:
+        """Replace the prototypes by those of the teacher's file, if it has some, and do not train them."""
+        prototypes = load_prototypes(path)
+        if prototypes is None:
+            return
+        if prototypes.shape != self.prototypes.shape:
+            count, dim = prototypes.shape
+            raise ValueError(
+                f"{path} has {count} prototypes of width {dim}, expected {len(self.prototypes)} of width "
+                f"{self.prototypes.shape[1]}: set method.num_prototypes: {count}"
+            )
+        self.prototypes = nn.Parameter(F.normalize(prototypes.float(), dim=1), requires_grad=False)
 
     @staticmethod
     def views(config: Config, image_size: int) -> Views:
         """Return two global views and the local ones, all with the same augmentation."""
+        networks = ("student",) if config.teacher is None else ("student", "teacher")
         global_views = View(
             count=2,
             size=image_size,
             area=config.area,
             interpolation=config.interpolation,
             augmentation=config.augmentation,
+            seen_by=networks,
         )
         return {
             "global": global_views,
             **local_views(config, image_size, config.augmentation, interpolation=config.interpolation),
         }
+
+    def prepare(self, loader: BatchSource, device: torch.device) -> None:
+        """Fit the input of a frozen teacher to the data's normalisation."""
+        if self.teacher is not None:
+            self.teacher.prepare(loader, device)
 
     def forward(self, batch: Batch, progress: Progress) -> Losses:
         """Return the loss of predicting, from every view, the codes of the other global views."""
@@ -126,10 +162,14 @@ class SwAV(Method):
         embeddings = rows.unflatten(0, (len(views), -1))  # z: (views, batch, dim)
         with full_precision(embeddings):
             scores = embeddings @ self.prototypes.T  # (views, batch, prototypes)
-            codes = self._assign(scores[:2], progress)
+            assigned, to_assign = embeddings[:2], scores[:2]
+            if self.teacher is not None:
+                assigned = torch.stack([F.normalize(self.teacher(view), dim=1) for view in batch.views["global"]])
+                to_assign = assigned @ self.prototypes.T
+            codes = self._assign(to_assign, progress)
             pairs = swapped_prediction(scores, codes, temperature=self.config.temperature)
             total, parts = balance(pairs, self.config.alpha)
-        memory = {"embeddings": embeddings[:2].detach()}
+        memory = {"embeddings": assigned.detach()}
         return Losses(total, parts, embedding=embeddings[0].detach(), memory=memory)
 
     @torch.no_grad()
@@ -154,7 +194,8 @@ class SwAV(Method):
         return round(self.config.queue_start * progress.total_steps)
 
     def _frozen(self, progress: Progress) -> bool:
-        return progress.step < round(self.config.freeze * progress.total_steps)
+        start = round(self.config.freeze * progress.total_steps)
+        return progress.step < start or not self.prototypes.requires_grad
 
     def before_step(self, progress: Progress) -> None:
         """Freeze the prototypes for the first part of the run, including weight decay and momentum."""
@@ -171,6 +212,12 @@ class SwAV(Method):
         for view, queue in enumerate(self.queues):
             for memory in memories:
                 queue.enqueue(distributed.gather(memory["embeddings"][view]))  # pyright: ignore[reportCallIssue]
+
+
+def load_prototypes(path: Path) -> Tensor | None:
+    """Return the prototypes (prototypes, dim) of a SwAV run's model.safetensors or a converted file; None without."""
+    tensors, _ = read_tensors(path)
+    return tensors.get(PROTOTYPES, tensors.get(f"{PROJECTOR}{PROTOTYPES}"))
 
 
 @torch.no_grad()

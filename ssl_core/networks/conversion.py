@@ -17,7 +17,7 @@ from ssl_core.config import IMAGENET, Backbone, Normalisation
 from ssl_core.files import check_output
 from ssl_core.mistakes import excerpt
 from ssl_core.networks.backbones import build_backbone, load_strictly, save_backbone
-from ssl_core.networks.heads import rebuild_mlp
+from ssl_core.networks.heads import PROTOTYPES, rebuild_mlp
 from ssl_core.networks.pickles import is_state_dict, read_pickled
 from ssl_core.provenance import file_digest
 
@@ -31,7 +31,8 @@ class Layout:
 
     sections: tuple[str, ...]  # keys of the checkpoint that may contain the tensors; without them it is a state dict
     prefix: str  # regular expression: start of the names of the network
-    projector: str | None  # regular expression: start of the projector's names after `prefix`; None: not converted
+    projector: str  # regular expression: start of the projector's names after `prefix`
+    plain: bool = True  # whether the projector consists of plain layers; another head may be missing in a file
     ignored: str | None = None  # regular expression: names after `prefix` that belong to neither
     renamed: Mapping[str, str] | None = None  # start of a name after `prefix` -> its replacement
     normalisation: Normalisation = IMAGENET
@@ -45,6 +46,7 @@ LAYOUTS = {
         prefix=r"(module\.)?",
         projector=r"projection_head\.",
         ignored=r"prototypes",
+        renamed={"prototypes.weight": "projection_head.prototypes"},
         normalisation=Normalisation(mean=IMAGENET.mean, std=(0.228, 0.224, 0.225)),  # as in SwAV's code
     ),
     # No release by the authors: the names of yaox12/BYOL-PyTorch, whose encoder is a sequence of a ResNet's children.
@@ -65,12 +67,19 @@ LAYOUTS = {
         },
     ),
     "simsiam": Layout(sections=("state_dict",), prefix=r"(module\.)?encoder\.", projector=r"fc\."),
-    # Its head has GELU between its layers and weight-normalised outputs. The last, since it accepts plain networks.
+    # Its head has GELU between its layers and weight-normalised outputs (`Head` of ssl_core/methods/dino.py). The last
+    # layout, since it accepts plain networks.
     "dino": Layout(
         sections=("teacher",),
         prefix=r"(module\.)?(backbone\.)?",
-        projector=None,
+        projector=r"head\.(?=layers\.|direction$|length$)",
+        plain=False,
         ignored=r"head\.|fc\.",
+        renamed={
+            "head.mlp.": "head.layers.",
+            "head.last_layer.weight_v": "head.direction",
+            "head.last_layer.weight_g": "head.length",
+        },
         classes=(Namespace,),
     ),
 }
@@ -101,7 +110,7 @@ def convert(
     network, projector = split(content, form)
     if not is_network(network):
         raise ValueError(f"{checkpoint} does not have the layout {layout}: {_advice(content)}")
-    if backbone_only or form.projector is None:
+    if backbone_only or (not form.plain and "direction" not in projector):
         projector = {}
     elif not projector:
         raise ValueError(
@@ -126,11 +135,14 @@ def convert(
 def _describe_projector(projector: Mapping[str, Tensor], num_features: int, checkpoint: Path) -> str:
     if not projector:
         return "no projector"
+    if "direction" in projector:
+        return f"DINO's head with {len(projector['direction'])} outputs"
     try:
         _, dim = rebuild_mlp(projector, num_features)
     except ValueError as error:
         raise ValueError(f"{checkpoint}: {error}: add --backbone-only to convert the backbone alone") from error
-    return f"projector to {dim} dimensions"
+    prototypes = f" and {len(projector[PROTOTYPES])} prototypes" if PROTOTYPES in projector else ""
+    return f"projector to {dim} dimensions{prototypes}"
 
 
 def split(content: Any, layout: Layout) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -145,7 +157,7 @@ def split(content: Any, layout: Layout) -> tuple[dict[str, Tensor], dict[str, Te
         for old, new in (layout.renamed or {}).items():
             if name.startswith(old):
                 name = new + name.removeprefix(old)
-        head = re.match(layout.projector, name) if layout.projector else None
+        head = re.match(layout.projector, name)
         if head is not None:
             projector[name[head.end() :]] = tensor
         elif layout.ignored is None or re.match(layout.ignored, name) is None:
@@ -172,7 +184,7 @@ def _advice(content: Any) -> str:
     """Name the layout that fits, or the names in the file."""
     for name, layout in LAYOUTS.items():
         network, projector = split(content, layout)
-        if is_network(network) and (projector or layout.projector is None):
+        if is_network(network) and (projector or not layout.plain):
             return f"use --layout {name}"
     names = ", ".join(map(str, content)) if isinstance(content, dict) else type(content).__name__
     return f"it contains {excerpt(names, 100)}, expected a checkpoint of one of {', '.join(LAYOUTS)}"

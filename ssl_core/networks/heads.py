@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 PROJECTOR = "projector."  # prefix of a projector's tensors in files
+PROTOTYPES = "prototypes"  # SwAV's, beside the layers of its projector in a converted file
 NOT_PLAIN = "its projector does not consist of plain layers"
 
 
@@ -55,8 +56,10 @@ def select(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 def rebuild_mlp(weights: Mapping[str, Tensor], num_features: int) -> tuple[nn.Sequential, int]:
     """Rebuild a projector from its tensors: linear layers and BatchNorms, ReLU in between; return it and its width.
 
-    Raises ValueError for other layers, and for a projector that does not take `num_features` features.
+    Prototypes are left out. Raises ValueError for other layers, and for a projector that does not take `num_features`
+    features.
     """
+    weights = {name: weight for name, weight in weights.items() if name != PROTOTYPES}
     if any(re.fullmatch(r"\d\d?\.\w+", name) is None for name in weights):  # a projector has below 100 layers
         raise ValueError(NOT_PLAIN)
     layers: list[nn.Module] = []

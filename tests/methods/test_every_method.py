@@ -1,7 +1,8 @@
 """The contract of a method, tested for every file in `ssl_core/methods/` with all its presets.
 
 A new method needs no entry here. Sizes are reduced by a rule: integers above 64 become 24. A required setting with a
-file of weights (SEED's teacher) gets a small pre-trained network.
+file of weights (SEED's teacher) gets a small pre-trained network. A method whose teacher is optional is tested with its
+first preset and such a network as well.
 """
 
 import copy
@@ -15,15 +16,16 @@ from torch import Tensor, nn
 
 from ssl_core.blocks.schedules import cosine
 from ssl_core.config import Backbone, Experiment, Strict
-from ssl_core.methods import base
+from ssl_core.methods import base, dino
 from ssl_core.methods.base import Method, MethodConfig, Progress
-from ssl_core.networks.backbones import build_backbone, save_backbone
+from ssl_core.networks.backbones import build_backbone, save_backbone, write_tensors
+from ssl_core.networks.heads import mlp
 from tests.methods import harness
 from tests.methods.harness import START, batch, make, select, smallest_views
 
 NAMES = base.method_names()
-CASES = [(name, preset) for name in NAMES for preset in base.load_method_module(name).PRESETS]
 SMALL = 24
+WITH_TEACHER = "+teacher"  # behind a preset
 PARTS_OF_A_RUN = [Progress(0, 100), Progress(50, 100), Progress(99, 100)]
 
 
@@ -31,17 +33,33 @@ def with_setting(key: str) -> list[str]:
     return [name for name in NAMES if key in base.method_class(name).Config.model_fields]
 
 
+def presets_of(name: str) -> list[str]:
+    """Return the presets, and the first one with a frozen teacher if the method has it as an option."""
+    presets = list(base.load_method_module(name).PRESETS)
+    teacher = base.method_class(name).Config.model_fields.get("teacher")
+    optional = teacher is not None and not teacher.is_required()
+    return [*presets, f"{presets[0]}{WITH_TEACHER}"] if optional else presets
+
+
+CASES = [(name, preset) for name in NAMES for preset in presets_of(name)]
 each_method = pytest.mark.parametrize("name", NAMES)
 each_preset = pytest.mark.parametrize(("name", "preset"), CASES)
 
 
 @pytest.fixture(scope="session")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A pre-trained backbone, for methods that require one."""
+    """A pre-trained backbone, for methods that require one; beside it the files of heads for those with an option."""
     path = tmp_path_factory.mktemp("weights") / "backbone.safetensors"
     network = Backbone(name="mobilenet_v3_small", stem="small")
     torch.manual_seed(1)
-    save_backbone(path, build_backbone(network, 16), network, 16, {})
+    backbone = build_backbone(network, 16)
+    save_backbone(path, backbone, network, 16, {})
+    projector = {f"projector.{name}": tensor for name, tensor in mlp([backbone.num_features, 5]).state_dict().items()}
+    head = dino.Head(backbone.num_features, dino.Config(num_outputs=SMALL, head_hidden=SMALL, bottleneck_dim=SMALL))
+    write_tensors(path.with_name("ressl.safetensors"), projector, {})
+    write_tensors(path.with_name("swav.safetensors"), {**projector, "prototypes": torch.randn(SMALL, 5)}, {})
+    outputs = {f"head.{name}": tensor for name, tensor in head.state_dict().items()}
+    write_tensors(path.with_name("dino.safetensors"), outputs, {})
     return path
 
 
@@ -61,7 +79,13 @@ def required_settings(config: type[MethodConfig], weights: Path) -> dict[str, An
 def resolve(name: str, weights: Path, preset: str | None = None, **changes: Any) -> Experiment:
     """Resolve an experiment with this method, at its published sizes."""
     settings = {**required_settings(base.method_class(name).Config, weights), **changes}
-    return harness.resolved(name, **settings, **({} if preset is None else {"preset": preset}))
+    if preset is not None:
+        settings["preset"] = preset.removesuffix(WITH_TEACHER)
+        if preset.endswith(WITH_TEACHER):
+            head = weights.with_name(f"{name}.safetensors")
+            settings["teacher"] = {"weights": str(weights), "projector": str(head)}
+            settings.pop("embedding_dim", None)  # that of the teacher
+    return harness.resolved(name, **settings)
 
 
 def small(name: str, weights: Path, preset: str | None = None, **changes: Any) -> Experiment:
@@ -110,7 +134,7 @@ def test_the_presets_are_the_values_of_the_key(name: str) -> None:
 @each_preset
 def test_views_are_valid(name: str, preset: str, weights: Path) -> None:
     experiment = resolve(name, weights, preset)
-    assert experiment.method.preset == preset  # pyright: ignore[reportAttributeAccessIssue]
+    assert experiment.method.preset == preset.removesuffix(WITH_TEACHER)  # pyright: ignore[reportAttributeAccessIssue]
     views = base.views_of(experiment, 224)
     assert any("student" in view.seen_by for view in views.values())
     assert all(view.count >= 1 and 0 < view.size <= 224 for view in views.values())
@@ -306,5 +330,5 @@ def test_a_resumed_run_in_bfloat16_equals_an_uninterrupted_one(name: str, weight
 @each_method
 def test_two_processes_equal_one(name: str, weights: Path, tmp_path: Path) -> None:
     resolved = functools.partial(small, name, weights)
-    configs = [resolved(preset).method for preset in base.load_method_module(name).PRESETS]
+    configs = [resolved(preset).method for preset in presets_of(name)]
     harness.two_processes_equal_one(base.method_class(name), *configs, folder=tmp_path)

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from ssl_core.blocks.losses import info_nce
 from ssl_core.config import Backbone, parse
 from ssl_core.data.loader import Batch
-from ssl_core.methods.moco import Config, MoCo
+from ssl_core.methods.moco import Config, MoCo, smoothed_info_nce
 from ssl_core.networks.backbones import build_backbone, save_backbone
 from tests.methods.harness import START, Tiny, batch, make, resolved, resume_is_exact, two_processes_equal_one
 
@@ -29,6 +29,42 @@ def test_random_unit_vectors_start_near_log_of_queue_size():
     torch.manual_seed(0)
     query, key, queue = (F.normalize(torch.randn(n, 128), dim=1) for n in (256, 256, 4096))
     assert abs(info_nce(query, key, queue, temperature=0.2).item() - 8.42) < 0.1
+
+
+def test_smoothed_infonce_is_the_cross_entropy_to_the_codes_target():
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda n: F.normalize(torch.randn(n, 6, generator=generator, dtype=torch.float64), dim=1)  # noqa: E731
+    query, key, queue = draw(4), draw(4), draw(9)
+    found = smoothed_info_nce(query, key, queue, temperature=0.1, smoothing=0.3, neighbours=3)
+    # As light-moco's code: a target over [positive, negatives], one query at a time.
+    expected = []
+    for q, k in zip(query, key, strict=True):
+        logits = torch.cat([(q @ k)[None], queue @ q])
+        target = torch.zeros(10, dtype=torch.float64)
+        target[0] = 0.7
+        for index in sorted(range(1, 10), key=lambda index: -logits[index])[:3]:
+            target[index] = 0.1
+        expected.append(F.cross_entropy(logits[None] / 0.1, target[None]))
+    torch.testing.assert_close(found, torch.stack(expected).mean())
+
+
+def test_without_smoothing_it_is_infonce_and_with_it_the_method_uses_it():
+    model = build(smoothing=0.2, smoothing_neighbours=4).eval()
+    one = noise(model)
+    losses = model(one, START)
+    (key,) = losses.memory["keys"]
+    arguments = (losses.embedding, key, model.queue.rows)
+    for smoothing, expected in [(0.2, losses.total), (0.0, info_nce(*arguments, temperature=0.2))]:
+        found = smoothed_info_nce(*arguments, temperature=0.2, smoothing=smoothing, neighbours=4)
+        assert torch.allclose(found, expected)
+    assert not torch.allclose(losses.total, info_nce(*arguments, temperature=0.2))
+
+
+def test_neighbours_beyond_the_queue_or_without_smoothing_are_refused():
+    with pytest.raises(ValueError, match=r"method: smoothing_neighbours 33 must not be above queue_size 32"):
+        parse(Config, {**SMALL, "smoothing": 0.2, "smoothing_neighbours": 33}, "method")
+    with pytest.raises(ValueError, match=r"method\.smoothing_neighbours has no effect here: smoothing is 0"):
+        resolved("moco", smoothing_neighbours=5)
 
 
 def test_the_keys_depend_on_the_second_view_only():

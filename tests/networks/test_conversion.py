@@ -8,12 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models import resnet18
 
 from ssl_core import cli
 from ssl_core.blocks.frozen_teacher import FrozenTeacher, Teacher
 from ssl_core.config import Backbone
+from ssl_core.methods.dino import load_head
+from ssl_core.methods.swav import load_prototypes
 from ssl_core.networks.backbones import build_backbone, read_tensors
 from ssl_core.networks.conversion import LAYOUTS
 
@@ -130,6 +133,32 @@ def test_a_converted_checkpoint_computes_what_the_original_did(name: str, tmp_pa
 def test_swavs_normalisation_is_its_codes(tmp_path: Path) -> None:
     convert(tmp_path, swav()[0], "swav")
     assert read_tensors(tmp_path / "out.safetensors")[1]["std"] == "[0.228, 0.224, 0.225]"
+
+
+def test_swavs_prototypes_come_with_its_projector(tmp_path: Path, capsys: Any) -> None:
+    assert convert(tmp_path, swav()[0], "swav") == 0
+    assert "projector to 16 dimensions and 5 prototypes" in capsys.readouterr().out
+    prototypes = load_prototypes(tmp_path / "out.safetensors")
+    assert prototypes is not None
+    assert torch.equal(prototypes, torch.ones(5, 16))
+
+
+def test_dinos_head_computes_what_the_original_did(tmp_path: Path, capsys: Any) -> None:
+    backbone = network(nn.Identity())
+    layers = nn.Sequential(nn.Linear(512, 8), nn.GELU(), nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 4))
+    outputs: Any = nn.utils.weight_norm(nn.Linear(4, 5, bias=False))  # as in DINO's code
+    outputs.weight_g.data.uniform_(0.5, 2)
+    head = {**wrapped("head.mlp.", layers), **wrapped("head.last_layer.", outputs)}
+    teacher = {**wrapped("backbone.", backbone), **head}
+    assert convert(tmp_path, {"teacher": teacher, "epoch": 3}, "dino") == 0
+    assert "DINO's head with 5 outputs" in capsys.readouterr().out
+    rebuilt, num_outputs = load_head(tmp_path / "out.safetensors", 512)
+    rows = torch.randn(3, 512)
+    assert num_outputs == 5
+    torch.testing.assert_close(rebuilt(rows), outputs(F.normalize(layers(rows), dim=1)))
+    out = str(tmp_path / "out.safetensors")
+    with pytest.raises(ValueError, match="its projector does not consist of plain layers: leave out"):
+        FrozenTeacher(Teacher(weights=out, projector=out))  # of a method that embeds
 
 
 def test_a_projector_can_be_left_out_and_one_that_is_missing_is_reported(tmp_path: Path, capsys: Any) -> None:
