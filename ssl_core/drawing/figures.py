@@ -11,7 +11,7 @@ from matplotlib.patches import FancyArrowPatch
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from ssl_core.drawing.style import FAINT, INK, SOFT, colour_of, marker_of, shorten, styled
+from ssl_core.drawing.style import FAINT, INK, SOFT, colour_of, marker_of, panels, shorten, styled
 
 SIZE = (6.4, 4.2)  # inches
 TITLE = 64  # characters in a line
@@ -57,6 +57,40 @@ def draw_lines(
         axes.set_xticks(np.unique(everything))
     axes.grid(color=FAINT, linewidth=0.5)
     axes.legend()
+    return figure
+
+
+class Setting(NamedTuple):
+    """A measure of one setting, a number per seed."""
+
+    values: Sequence[float]
+    untrained: Sequence[float]  # of the same networks before training; empty where it was not measured
+    pixels: float | None  # of the raw pixels
+    difference: str  # from the first setting, on two lines
+
+
+@styled
+def draw_seeds(measures: Mapping[str, Mapping[str, Setting]], *, title: str) -> Figure:
+    """Draw one panel per measure: for each setting a point per seed, the mean, and the untrained networks hollow."""
+    number = max(len(settings) for settings in measures.values())
+    figure, grid = panels(len(measures), len(measures), (max(3.0, 1.15 * number), 3.4), textwrap.fill(title, TITLE))
+    for axes, (measure, settings) in zip(grid, measures.items(), strict=True):
+        for place, setting in enumerate(settings.values()):
+            colour = colour_of(place)
+            axes.scatter([place] * len(setting.values), setting.values, s=26, color=colour, zorder=3)
+            hollow = [place + 0.25] * len(setting.untrained)
+            axes.scatter(hollow, setting.untrained, s=20, facecolors="none", edgecolors=SOFT, linewidths=0.8)
+            mean = float(np.mean(setting.values))
+            axes.plot([place - 0.22, place + 0.22], [mean, mean], color=colour, linewidth=1.6)
+        pixels = next((setting.pixels for setting in settings.values() if setting.pixels is not None), None)
+        if pixels is not None:
+            axes.axhline(pixels, color=INK, linestyle=":", linewidth=1)
+            axes.text(1, pixels, "pixels", transform=axes.get_yaxis_transform(), ha="right", va="bottom", fontsize=7.5)
+        names = [f"{textwrap.fill(name, 16)}\n{setting.difference}" for name, setting in settings.items()]
+        axes.set_xticks(range(len(names)), names, fontsize=7.5)
+        axes.set_xlim(-0.5, len(names) - 0.4)
+        axes.set_title(measure, fontsize=9)
+        axes.grid(axis="y", color=FAINT, linewidth=0.5)
     return figure
 
 

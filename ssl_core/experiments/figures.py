@@ -6,7 +6,7 @@ Torch-free, because each dry run lists these files. `stages/figure.py` draws.
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, ClassVar, Literal, Self
 
-from pydantic import PositiveInt, model_validator
+from pydantic import Field, PositiveInt, model_validator
 
 from ssl_core.config import Strict, nearest, parse
 
@@ -58,6 +58,27 @@ class Lines(Figure):
     def files(self) -> list[str]:
         settings = [f"{experiment}/pretrain.json" for experiment in self.experiments()]
         return super().files() + (settings if isinstance(self.x, str) else [])
+
+
+class Seeds(Figure):
+    """Several settings side by side: a point per seed, and the paired difference from the first setting."""
+
+    draw: Literal["seeds"] = "seeds"
+    measures: tuple[str, ...] = Field(min_length=1)  # evaluations, or metrics of them: [linear, metrics.uniformity]
+    series: Series  # setting -> its experiments, in the same order of seeds
+
+    @model_validator(mode="after")
+    def _as_many_seeds(self) -> Self:
+        counts = {label: len(names) for label, names in self.series.items()}
+        if len(set(counts.values())) > 1:
+            raise ValueError(f"series have {counts} experiments: give one per seed, as many in each")
+        return self
+
+    def experiments(self) -> list[str]:
+        return _all_of(self.series)
+
+    def evaluations(self) -> list[str]:
+        return list(dict.fromkeys(measure.partition(".")[0] for measure in self.measures))
 
 
 class History(Figure):
@@ -136,6 +157,7 @@ class Neighbours(Figure):
 
 KINDS: Mapping[str, type[Figure]] = {
     "lines": Lines,
+    "seeds": Seeds,
     "history": History,
     "costs": Costs,
     "plane": Plane,

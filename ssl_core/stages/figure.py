@@ -2,7 +2,7 @@
 
 import math
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +11,14 @@ from matplotlib.figure import Figure
 from safetensors import safe_open
 
 from ssl_core.drawing.curves import TITLES, read_history
-from ssl_core.drawing.figures import TITLE, Disc, draw_lines, draw_plane
+from ssl_core.drawing.figures import TITLE, Disc, Setting, draw_lines, draw_plane, draw_seeds
 from ssl_core.drawing.representation import Neighbours, draw_neighbours, draw_points
 from ssl_core.drawing.style import render
 from ssl_core.experiments import figures
 from ssl_core.files import read_json, write_bytes
 from ssl_core.report.cost_picture import draw_costs
 from ssl_core.report.results import Priced, Summary, headline, read_result, value
+from ssl_core.report.ways import paired_difference
 from ssl_core.stages.draw import read_arrays
 
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")  # of BatchNorm, no parameters
@@ -47,6 +48,46 @@ def _lines(section: figures.Lines, results: Path) -> Figure:
         series[label] = (across, [score for score, _ in scores])
         y_label = scores[0][1]
     return draw_lines(series, title=section.title, x_label=section.x_label, y_label=y_label)
+
+
+def _seeds(section: figures.Seeds, results: Path) -> Figure:
+    measures = {}
+    for measure in section.measures:
+        evaluation, _, metric = measure.partition(".")
+        settings: dict[str, Setting] = {}
+        label = measure
+        for name, experiments in section.series.items():
+            paths = [results / experiment / f"{evaluation}.json" for experiment in experiments]
+            label = _score(paths[0], metric or None)[1]
+            settings[name] = _setting_of(paths, metric, settings)
+            values = " ".join(f"{number:.4g}" for number in settings[name].values)
+            print(f"{label}, {name}: {values}  {' '.join(settings[name].difference.split())}")
+        measures[label] = settings
+    return draw_seeds(measures, title=section.title)
+
+
+def _setting_of(paths: Sequence[Path], metric: str, before: Mapping[str, Setting]) -> Setting:
+    """Return a metric (empty: the headline) of one setting, a number per seed; `before` are the settings before it."""
+    values = [_score(path, metric or None)[0] for path in paths]
+    found = [read_result(path) for path in paths]
+    decimals = 3 if metric else 1
+    metric = metric or headline(found[0])
+    untrained = [value(result, "untrained", metric) for result in found]
+    known = [number for number in untrained if number is not None]
+    difference = ""
+    if before:
+        difference = _difference(values, next(iter(before.values())).values, decimals=decimals)
+    return Setting(values, known, value(found[0], "pixels", metric), difference)
+
+
+def _difference(values: Sequence[float], first: Sequence[float], *, decimals: int) -> str:
+    """Return the mean paired difference from `first`, and its 95 % interval on a second line."""
+    mean, interval, _ = paired_difference(values, first, range(len(values)))
+    text = f"{mean:+.{decimals}f}"
+    if interval is not None:
+        low, high = interval
+        text += f"\n[{low:+.{decimals}f}, {high:+.{decimals}f}]"
+    return text.replace("-", "−")
 
 
 def _history(section: figures.History, results: Path) -> Figure:
@@ -120,6 +161,7 @@ def _neighbours(section: figures.Neighbours, results: Path) -> Figure:
 
 DRAWN = {
     "lines": _lines,
+    "seeds": _seeds,
     "history": _history,
     "costs": _costs,
     "plane": _plane,

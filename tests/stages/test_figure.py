@@ -110,6 +110,29 @@ def test_a_line_joins_the_metric_of_its_experiments_from_small_to_large_settings
     assert axes.get_ylabel() == "knn/v1 top1, %"
 
 
+SEEDS = {"draw": "seeds", "title": "T", "measures": ["knn"], "series": {"A": ["a0", "a1"], "B": ["b0", "b1"]}}
+
+
+def test_settings_show_each_seed_and_the_paired_difference_from_the_first(tmp_path: Path) -> None:
+    for name, score in {"a0": 60.0, "a1": 70.0, "b0": 61.0, "b1": 72.0}.items():
+        (tmp_path / name).mkdir()
+        names = {"experiment": name, "evaluation": "knn", "protocol": "knn/v1", "dataset": "demo"}
+        content = {**names, "metrics": {"top1": score}, "baselines": {"pixels": {"top1": 20.0}}}
+        (tmp_path / name / "knn.json").write_text(json.dumps(content))
+    (axes,) = figure.DRAWN["seeds"](figures.read(SEEDS, "f"), tmp_path).axes
+    points = [collection.get_offsets()[:, 1].tolist() for collection in axes.collections[::2]]
+    assert points == [[60, 70], [61, 72]]
+    # Differences 1 and 2: mean 1.5, standard error 0.5, Student's t at one degree of freedom 12.71.
+    assert axes.get_xticklabels()[1].get_text() == "B\n+1.5\n[−4.9, +7.9]"
+    (pixels,) = [line for line in axes.lines if list(line.get_ydata()) == [20, 20]]
+    assert pixels.get_linestyle() == ":"
+
+
+def test_settings_with_different_numbers_of_seeds_are_refused() -> None:
+    with pytest.raises(ValueError, match="give one per seed, as many in each"):
+        figures.read({**SEEDS, "series": {"A": ["a0", "a1"], "B": ["b0"]}}, "f")
+
+
 def test_a_figure_becomes_an_svg_and_a_png_the_same_each_time(tmp_path: Path) -> None:
     folder = results(tmp_path)
 
