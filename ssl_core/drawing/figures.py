@@ -72,8 +72,9 @@ class Setting(NamedTuple):
 @styled
 def draw_seeds(measures: Mapping[str, Mapping[str, Setting]], *, title: str) -> Figure:
     """Draw one panel per measure: for each setting a point per seed, the mean, and the untrained networks hollow."""
-    number = max(len(settings) for settings in measures.values())
-    figure, grid = panels(len(measures), len(measures), (max(3.0, 1.15 * number), 3.4), textwrap.fill(title, TITLE))
+    width = max(3.0, 1.15 * max(len(settings) for settings in measures.values()))
+    title = textwrap.fill(title, int(TITLE * len(measures) * width / SIZE[0]))
+    figure, grid = panels(len(measures), len(measures), (width, 3.4), title)
     for axes, (measure, settings) in zip(grid, measures.items(), strict=True):
         for place, setting in enumerate(settings.values()):
             colour = colour_of(place)

@@ -241,7 +241,10 @@ def test_a_default_that_a_stage_reads_is_a_change(package: Path) -> None:
         ("Queue.enqueue", {f"{stage} {name}" for stage in ("pretrain", "views") for name in ("ressl", "moco")}),
         ("Trainer._one_step", PRETRAININGS),  # the loop
         ("Lars.step", PRETRAININGS | {"evaluate linear"}),  # an optimizer
-        ("build_backbone", PRETRAININGS | EVALUATIONS | {f"export {name}" for name in METHODS} | {"adopt", "cost"}),
+        (  # ReSSL's views: its class names the frozen teacher
+            "build_backbone",
+            PRETRAININGS | EVALUATIONS | {f"export {name}" for name in METHODS} | {"adopt", "cost", "views ressl"},
+        ),
         ("_crop", PRETRAININGS | VIEWS | EVALUATIONS),  # the graph of the views
         ("uniformity", {"evaluate metrics"}),  # a protocol
         ("write_shards", {"shard"}),  # sharding, whose result is printed

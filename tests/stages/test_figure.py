@@ -40,7 +40,8 @@ def write(results: Path, file: str, experiments: dict[str, Any]) -> None:
     elif path.name == "backbone.safetensors":
         save_file({"a": np.zeros((10, 1 + int(9 * number))), "norm.running_mean": np.zeros(99)}, path)
     elif path.suffix == ".json":
-        measured = {"intra_class_alignment": 0.9 + number, "uniformity": -3 + number, "top1": 50 + 40 * number}
+        measured = {"intra_class_alignment": 0.9 + number, "alignment": number, "uniformity": -3 + number}
+        measured["top1"] = 50 + 40 * number
         names = {"experiment": experiment, "evaluation": path.stem, "protocol": "linear/v1", "dataset": "demo"}
         path.write_text(json.dumps({**names, "metrics": measured, "headline": "top1"}))
     else:
