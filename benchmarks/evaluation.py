@@ -61,6 +61,9 @@ QUICK = [
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--tasks", nargs="+", choices=("logistic", "knn", "linear"), default=("logistic", "knn", "linear")
+    )
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--quick", action="store_true", help="small sizes, once: to see that all of it runs")
@@ -75,6 +78,8 @@ def main() -> None:
     repeats = 1 if arguments.quick else arguments.repeats
     print(f"{'':10} {'train x test':>16} {'':13} {'CPU s':>8} {'wall s':>8} {'MB':>7} {'top1':>6} {'ratio':>6}")
     for case in QUICK if arguments.quick else FULL:
+        if case.task not in arguments.tasks:
+            continue
         turns = [{side: run(case, side, arguments.threads) for side in case.sides} for _ in range(repeats)]
         for side in case.sides:
             row = summary(turns, side)
