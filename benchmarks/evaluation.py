@@ -46,6 +46,7 @@ class Case(NamedTuple):
     sides: tuple[str, ...]
 
 
+TASKS = ("logistic", "knn", "linear")
 FULL = [
     Case("logistic", 5_000, 1_000, 45, ("ours", "scikit-learn")),
     Case("logistic", 50_000, 10_000, 45, ("ours",)),
