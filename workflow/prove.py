@@ -21,7 +21,10 @@ ROOT = Path(__file__).parent.parent
 STAGE = "from ssl_core.cli import main; import sys; sys.exit(main(sys.argv[1:]))"
 DATASET = "demo"
 BACKBONE = {"name": "resnet18", "stem": "tiny"}
-TRAINING = {"epochs": 2, "batch_size": 64, "warmup_epochs": 0, "precision": "fp32", "accumulation": 2}
+TRAINING = {
+    "epochs": 2, "batch_size": 64, "warmup_epochs": 0, "precision": "fp32", "accumulation": 2,
+    "schedule": "cosine",  # CompRess's milestones are beyond two epochs
+}  # fmt: skip
 SUBSET = {"images": 256, "seed": 0}
 SMALL = {  # methods whose published sizes do not fit the demonstration
     "moco": {"queue_size": 64}, "ressl": {"queue_size": 64}, "swav": {"queue_size": 64, "num_prototypes": 64},
