@@ -1,6 +1,7 @@
 """The last lines of a workflow: finished jobs, failed jobs with reason and log, and where to look next. Torch-free."""
 
 import re
+import shlex
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ FINISHED = re.compile(r"^Finished jobid: (\d+) ")
 STARTED_DETAIL = re.compile(r"^    (output|jobid): ([^,]+)")
 MAX_FILES = 12  # listed
 AGAIN = "The same command runs the failed jobs again and keeps what is finished."
-NEXT = "Look next: {}`ssl-core ui` shows the runs, `snakemake --report report.html` makes one page of all results."
+PAGES = {"results/table.csv": "results/table.html", "results/should_i_pretrain.html": "results/should_i_pretrain.html"}
 DETAIL = re.compile(r"^    (output|log|message): (?!None$)(.+)$")
 # Messages of Snakemake's SLURM plugin for a job that SLURM has not accepted.
 NOT_SUBMITTED = re.compile(r"^(SLURM sbatch failed\. The error message was|Job submission failed with exception:) '?")
@@ -35,8 +36,14 @@ def print_end(logs: Sequence[Path], *, failed: bool) -> None:
         headline, _, lines = summary(logs).partition("\n")
         print(f"{AGAIN}\n{coloured(headline, 'red', sys.stderr)}\n{lines}", file=sys.stderr)
     elif files:
-        table = "results/table.html in a browser, " if "results/table.csv" in files else ""
-        print(NEXT.format(table), file=sys.stderr)
+        print(f"Look next: {look_next(files, sys.argv[1:])}", file=sys.stderr)
+
+
+def look_next(files: Sequence[str], arguments: Sequence[str]) -> str:
+    """Return where to look at the results of Snakemake with these arguments; a report needs the same ones."""
+    pages = [f"{page} in a browser, " for file, page in PAGES.items() if file in files]
+    report = shlex.join(["snakemake", "--report", "report.html", *arguments])
+    return f"{''.join(pages)}`ssl-core ui` shows the runs, `{report}` makes one page of all results."
 
 
 def made(logs: Iterable[Path]) -> list[str]:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from ssl_core.experiments.failures import made, print_end, summary
+from ssl_core.experiments.failures import look_next, made, print_end, summary
 
 JOB = """\
 [Fri Nov 27 19:43:12 2026]
@@ -93,6 +93,11 @@ def test_the_end_of_a_run_lists_the_finished_jobs_and_where_to_look_next(
     *lines, last = capsys.readouterr().err.splitlines()
     assert lines == ["Finished jobs (2):", "  results/x/knn.json", "  results/table.csv"]
     assert last.startswith("Look next: results/table.html in a browser, `ssl-core ui` shows the runs")
+    page = "results/should_i_pretrain.html"
+    assert look_next([page], ["--cores", "1", page, "--configfile", "my data.yaml"]) == (
+        f"{page} in a browser, `ssl-core ui` shows the runs, `snakemake --report report.html --cores 1 {page} "
+        "--configfile 'my data.yaml'` makes one page of all results."
+    )
     log.write_text("Nothing to be done\n")
     print_end([log], failed=False)
     assert capsys.readouterr().err == ""
