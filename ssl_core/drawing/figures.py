@@ -70,12 +70,13 @@ class Setting(NamedTuple):
 
 
 @styled
-def draw_seeds(measures: Mapping[str, Mapping[str, Setting]], *, title: str) -> Figure:
+def draw_seeds(measures: Sequence[tuple[str, Mapping[str, Setting]]], *, title: str) -> Figure:
     """Draw one panel per measure: for each setting a point per seed, the mean, and the untrained networks hollow."""
-    width = max(3.0, 1.15 * max(len(settings) for settings in measures.values()))
-    title = textwrap.fill(title, int(TITLE * len(measures) * width / SIZE[0]))
-    figure, grid = panels(len(measures), len(measures), (width, 3.4), title)
-    for axes, (measure, settings) in zip(grid, measures.items(), strict=True):
+    number = max(len(settings) for _, settings in measures)
+    width = max(3.0, 1.15 * number)  # inches of a panel
+    wrapped = textwrap.fill(title, int(TITLE / SIZE[0] * width * len(measures)))
+    figure, grid = panels(len(measures), len(measures), (width, 3.4), wrapped)
+    for axes, (label, settings) in zip(grid, measures, strict=True):
         for place, setting in enumerate(settings.values()):
             colour = colour_of(place)
             axes.scatter([place] * len(setting.values), setting.values, s=26, color=colour, zorder=3)
@@ -90,7 +91,7 @@ def draw_seeds(measures: Mapping[str, Mapping[str, Setting]], *, title: str) -> 
         names = [f"{textwrap.fill(name, 16)}\n{setting.difference}" for name, setting in settings.items()]
         axes.set_xticks(range(len(names)), names, fontsize=7.5)
         axes.set_xlim(-0.5, len(names) - 0.4)
-        axes.set_title(measure, fontsize=9)
+        axes.set_title(label, fontsize=9)
         axes.grid(axis="y", color=FAINT, linewidth=0.5)
     return figure
 

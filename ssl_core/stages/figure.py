@@ -51,7 +51,7 @@ def _lines(section: figures.Lines, results: Path) -> Figure:
 
 
 def _seeds(section: figures.Seeds, results: Path) -> Figure:
-    measures = {}
+    measures: list[tuple[str, Mapping[str, Setting]]] = []
     for measure in section.measures:
         evaluation, _, metric = measure.partition(".")
         settings: dict[str, Setting] = {}
@@ -62,7 +62,7 @@ def _seeds(section: figures.Seeds, results: Path) -> Figure:
             settings[name] = _setting_of(paths, metric, settings)
             values = " ".join(f"{number:.4g}" for number in settings[name].values)
             print(f"{label}, {name}: {values}  {' '.join(settings[name].difference.split())}")
-        measures[label] = settings
+        measures.append((label, settings))
     return draw_seeds(measures, title=section.title)
 
 
