@@ -80,7 +80,7 @@ def build(
 def build_pairs(
     plan: Plan,
     read: Read,
-    second: Collection[str],
+    partners: Collection[str],
     *,
     batch_size: int,
     threads: int,
@@ -90,7 +90,7 @@ def build_pairs(
     """Build the pipeline of `pair_graph`, in the state of `checkpoint` if given."""
     _keep_freed_memory()
     options = {"batch_size": batch_size, "num_threads": threads, "device_id": device_id, "seed": 0}
-    pipeline = pair_graph(plan, read, second, **options, checkpoint=checkpoint)
+    pipeline = pair_graph(plan, read, partners, **options, checkpoint=checkpoint)
     pipeline.build()
     return pipeline
 
@@ -139,20 +139,26 @@ def _graph(plan: Plan) -> tuple[DataNode, ...]:
 
 
 @pipeline_def(enable_conditionals=True, enable_checkpointing=True)
-def pair_graph(plan: Plan, read: Read, second: Collection[str]) -> tuple[DataNode, ...]:
+def pair_graph(plan: Plan, read: Read, partners: Collection[str]) -> tuple[DataNode, ...]:
     """Return label and dataset index of the first image of each pair, then the views in order, each HWC float.
 
-    Views of the groups `second` are made of the second image. `read` must depend on the iteration alone, so that a
+    Views of the groups `partners` are made of the second image. `read` must depend on the iteration alone, so that a
     restored pipeline continues exactly.
     """
-    *encoded, meta = _read_pairs(read)
-    images = _decode(encoded, plan)
+    first, second, meta = _read_pairs(read)
+    images = _decode_pairs([first, second], plan)
     views = []
     for group, view in plan.views.items():
-        image = images[int(group in second)]
+        image = images[int(group in partners)]
         for index in range(view.count):
             views.append(_view(image, plan, group, view, index))
     return (meta.gpu() if plan.gpu else meta, *views)
+
+
+def _decode_pairs(encoded: Sequence[DataNode], plan: Plan) -> Sequence[DataNode]:
+    """Decode as `_decode` does, by two operators, so without its name."""
+    where = {"device": "mixed", "jpeg_fancy_upsampling": True} if plan.gpu else {"device": "cpu"}
+    return fn.decoders.image(encoded, output_type=types.RGB, **where)
 
 
 @do_not_convert
