@@ -43,7 +43,8 @@ def run(experiment: str, *, spec: dict[str, Any], manifest: Path, output: Path, 
         raise ValueError(f"method.bag_size {size} needs more than {size} images, {dataset.name} has {images}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     table = np.empty((images, size), dtype=np.int32)
-    table[features.indices] = features.indices[nearest(features.by_network["teacher"], size, device=device)]
+    rows = nearest(features.by_network["teacher"], size, device=device)
+    table[features.indices.numpy()] = features.indices[rows].numpy()
     with atomic(output) as temporary, open(temporary, "wb") as file:
         np.save(file, table)
     print(f"{experiment}: the {size} nearest of {images} images -> {output}")
@@ -52,7 +53,7 @@ def run(experiment: str, *, spec: dict[str, Any], manifest: Path, output: Path, 
 def _features(config: Config, manifest: Manifest, dataset: Dataset, threads: int) -> Features:
     """Return the teacher's pooled features of center crops, in the order of the shards."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    teacher = FrozenTeacher(config.teacher)
+    teacher = FrozenTeacher(config.teacher.model_copy(update={"projector": None}))  # pooled features
     teacher.to(device=device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     view = center_view(config.teacher.size or manifest.image_size, resize=RESIZE)
     options: dict[str, Any] = {"shuffle": False, "device": device, "threads": 1 if device == "cpu" else threads}

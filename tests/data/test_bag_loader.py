@@ -143,4 +143,4 @@ def test_the_graph_for_gpus_decodes_both_images_there(tiny: Manifest, tmp_path: 
     loader: Any = make(tiny, write_bags(tmp_path)[0], AUGMENTED, device="cuda")
     options: dict[str, Any] = {"batch_size": 10, "num_threads": 1, "device_id": None, "seed": 0}
     graph = pipeline.pair_graph(loader._plan, loader._read, loader._neighbours, **options).serialize()
-    assert graph.count(b"mixed") == 2
+    assert graph.count(b"mixed") == 2 * pipeline.serialize(loader._plan, batch_size=10).count(b"mixed") > 0
