@@ -101,6 +101,7 @@ def train(weights: Path, demo: Path, folder: Path) -> Path:
     return output
 
 
+@pytest.mark.long
 def test_an_interrupted_training_continues_to_the_same_bytes(weights: Path, demo: Path, tmp_path: Path) -> None:
     whole = train(weights, demo, tmp_path / "whole")
     step = Trainer._one_step
