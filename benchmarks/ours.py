@@ -32,7 +32,7 @@ class Training:
         manifest = Manifest.load(folder / "shards" / "manifest.json")
         if method["name"] == "dino":
             method = {**method, "local_size": manifest.image_size // 2}
-        if method["name"] in ("seed", "simreg", "compress", "disco", "feature_distillation"):
+        if method["name"] in ("seed", "simreg", "compress", "disco", "bingo", "feature_distillation"):
             weights, teacher = folder / "teacher.safetensors", Backbone.model_validate(backbone)
             save_backbone(weights, build_backbone(teacher, manifest.image_size), teacher, manifest.image_size, {})
             method = {**method, "teacher": {"weights": str(weights)}}

@@ -29,6 +29,7 @@ MAKE = "snakemake --cores all results/"  # Snakemake calls the stages with all t
 EXAMPLES = {
     "shard": "ssl-core shard demo --output shards/demo",
     "pretrain": f"{MAKE}ressl_r18/backbone.safetensors",
+    "bags": f"{MAKE}bingo_r18/bags.npy (an experiment with method bingo)",
     "join": "SSL_RENDEZVOUS=10.0.0.1:29500 ssl-core join --threads 8",
     "sample-views": f"{MAKE}ressl_r18/views.png",
     "adopt": f"{MAKE}mine/backbone.safetensors (an experiment with `weights`)",
@@ -175,6 +176,7 @@ def _add_stages(commands: Any) -> None:
     shard = add("shard", "write a data set as shards", output="FOLDER")
     shard.add_argument("card", type=_card, help=CARD)
     pretrain = add("pretrain", "train a backbone", "experiment", manifest="JSON", output="FOLDER", checkpoint="FILE")
+    bags = add("bags", "find the neighbours of each image by a teacher", "experiment", manifest="JSON", output="NPY")
     join = add("join", "train as a further node of a training that another node leads (SSL_RENDEZVOUS=host:port)")
     views = add("sample-views", "draw the views of an experiment", "experiment", manifest="JSON", output="PNG")
     adopt = add("adopt", "make a backbone of weights trained elsewhere", "experiment", manifest="JSON", output="FILE")
@@ -229,11 +231,12 @@ def _add_stages(commands: Any) -> None:
     should.add_argument("--tunings", type=Path, nargs="*", default=[], metavar="JSON", help="their files cost.json")
     should.add_argument("--pretrainings", type=Path, nargs="*", default=[], metavar="JSON", help="files pretrain.json")
     should.add_argument("--plan", type=_json, required=True, help="the seeds and the experiments of each way, as JSON")
+    bags.add_argument("--spec", type=_json, required=True, help="data set, teacher and bag size, as JSON")
     for stage in (pretrain, views, adopt, evaluate, detect, finetune, export, quantise, small, cost, quantised, figure):
         stage.add_argument("--spec", type=_json, required=True, help="settings of the stage's section, as JSON")
     for stage in (pretrain, adopt, evaluate, detect, finetune, cost, quantised):
         stage.add_argument("--code", required=True, help="digest of the code that the stage runs")
-    for stage in (shard, pretrain, join, evaluate, detect, finetune, export, for_device, small, classifier):
+    for stage in (shard, pretrain, bags, join, evaluate, detect, finetune, export, for_device, small, classifier):
         stage.add_argument("--threads", type=_positive, default=1)
 
 

@@ -91,6 +91,10 @@ def compare(before: Tree, now: Tree, revision: str, *, only: list[str] | None, w
     for name, roots, spec in jobs():
         if only and name not in only:
             continue
+        method = spec.get("method", {}).get("name")
+        if method and not Path(before.folder, "ssl_core", "methods", f"{method}.py").exists():
+            print(f"{name}: new", flush=True)
+            continue
         old, new = before.code(roots, spec), now.code(roots, spec)
         if old.keys() == new.keys():
             print(f"{name}: same code", flush=True)
@@ -127,7 +131,7 @@ def jobs() -> Iterable[tuple[str, str, dict[str, Any]]]:
             continue
         if "    teacher: Teacher\n" in path.read_text():
             method["teacher"] = {"weights": "start/backbone.safetensors"}
-        if path.stem in ("seed", "compress", "disco"):
+        if path.stem in ("seed", "compress", "disco", "bingo"):
             method["queue_size"] = 64
         dataset = {"name": DATASET, "subset": SUBSET}
         spec = {"dataset": dataset, "backbone": BACKBONE, "method": method, "training": TRAINING}
@@ -178,6 +182,9 @@ def settings(spec: dict[str, Any]) -> list[str]:
 def pretrain(tree: Tree, name: str, spec: dict[str, Any]) -> dict[str, str]:
     """Pre-train and digest weights and history."""
     files = ["--output", name, "--checkpoint", f"checkpoints/{name}.pt"]
+    if spec["method"]["name"] == "bingo":
+        shards = f"shards/{DATASET}/manifest.json"
+        tree.stage("bags", name, "--spec", json.dumps(spec), "--manifest", shards, "--output", f"{name}/bags.npy")
     tree.stage("pretrain", name, *settings(spec), *files)
     content = (tree.work / name / "model.safetensors").read_bytes()
     header = int.from_bytes(content[:8], "little")  # names digests and versions

@@ -36,6 +36,22 @@ def cutmix(images: Tensor, *, alpha: float | None, generator: np.random.Generato
     return Mixed(mixed, partner, 1 - area / (images.shape[2] * images.shape[3]))
 
 
+def cutmix_pairs(
+    images: Tensor, others: Tensor, *, alpha: float, generator: np.random.Generator
+) -> tuple[Tensor, float]:
+    """Replace the same box in every image by that of the other image in the same place of `others`.
+
+    Returns the mixed images (batch, 3, height, width) and the share of their pixels that is left of `images`. The share
+    is l ~ Beta(alpha, alpha), corrected for a box that is cut at the image's border.
+    """
+    side = math.sqrt(1 - generator.beta(alpha, alpha))
+    rows, columns = (_span(length, side, generator.random()) for length in images.shape[2:])
+    mixed = images.clone()
+    mixed[:, :, rows, columns] = others[:, :, rows, columns]
+    area = (rows.stop - rows.start) * (columns.stop - columns.start)
+    return mixed, 1 - area / (images.shape[2] * images.shape[3])
+
+
 def _span(length: int, share: float, place: float) -> slice:
     """Return a span of about `share` of `length` pixels around `place` in [0, 1), cut at the border."""
     half, centre = int(length * share) // 2, int(place * length)

@@ -17,7 +17,7 @@ the operations.
 import ctypes
 import math
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +40,8 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # from malloc.h
 RANDOM = ("crop", "flip", "colour", "blur", "sigma", "solarize")
 FILES = "files"
 NARROW = 8  # a longer side of more than so many shorter sides
+# For DALI's BatchInfo: the files of first images, those of second images, label and index of the first, as arrays.
+Read = Callable[[Any], tuple[list[np.ndarray], list[np.ndarray], list[np.ndarray]]]
 INTERPOLATION = {"linear": types.INTERP_LINEAR, "cubic": types.INTERP_CUBIC}
 
 
@@ -71,6 +73,24 @@ def build(
     pipeline = _graph(
         plan, batch_size=batch_size, num_threads=threads, device_id=device_id, seed=0, checkpoint=checkpoint
     )
+    pipeline.build()
+    return pipeline
+
+
+def build_pairs(
+    plan: Plan,
+    read: Read,
+    partners: Collection[str],
+    *,
+    batch_size: int,
+    threads: int,
+    device_id: int | None = None,
+    checkpoint: bytes | None = None,
+) -> Pipeline:
+    """Build the pipeline of `pair_graph`, in the state of `checkpoint` if given."""
+    _keep_freed_memory()
+    options = {"batch_size": batch_size, "num_threads": threads, "device_id": device_id, "seed": 0}
+    pipeline = pair_graph(plan, read, partners, **options, checkpoint=checkpoint)
     pipeline.build()
     return pipeline
 
@@ -116,6 +136,36 @@ def _graph(plan: Plan) -> tuple[DataNode, ...]:
         for index in range(view.count):
             views.append(_view(image, plan, group, view, index))
     return (meta.gpu() if plan.gpu else meta, *views)
+
+
+@pipeline_def(enable_conditionals=True, enable_checkpointing=True)
+def pair_graph(plan: Plan, read: Read, partners: Collection[str]) -> tuple[DataNode, ...]:
+    """Return label and dataset index of the first image of each pair, then the views in order, each HWC float.
+
+    Views of the groups `partners` are made of the second image. `read` must depend on the iteration alone, so that a
+    restored pipeline continues exactly.
+    """
+    first, second, meta = _read_pairs(read)
+    images = _decode_pairs([first, second], plan)
+    views = []
+    for group, view in plan.views.items():
+        image = images[int(group in partners)]
+        for index in range(view.count):
+            views.append(_view(image, plan, group, view, index))
+    return (meta.gpu() if plan.gpu else meta, *views)
+
+
+def _decode_pairs(encoded: Sequence[DataNode], plan: Plan) -> Sequence[DataNode]:
+    """Decode as `_decode` does, by two operators, so without its name."""
+    where = {"device": "mixed", "jpeg_fancy_upsampling": True} if plan.gpu else {"device": "cpu"}
+    return fn.decoders.image(encoded, output_type=types.RGB, **where)
+
+
+@do_not_convert
+def _read_pairs(read: Read) -> Sequence[DataNode]:
+    return fn.external_source(
+        source=read, num_outputs=3, batch_info=True, dtype=[types.UINT8, types.UINT8, types.INT64], ndim=[1, 1, 1]
+    )
 
 
 @pipeline_def(enable_conditionals=True)

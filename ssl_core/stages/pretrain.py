@@ -22,6 +22,7 @@ from ssl_core.blocks import distributed
 from ssl_core.blocks.schedules import forward_batch_size, learning_rate
 from ssl_core.config import Dataset, Experiment, Subset, Training
 from ssl_core.data import remote_shards
+from ssl_core.data.bag_loader import BagLoader
 from ssl_core.data.loader import Loader
 from ssl_core.data.shards import Manifest, verify
 from ssl_core.data.views import POLICIES, View, Views
@@ -45,6 +46,8 @@ HEADLINES = ("loss/total", "embedding/rankme", "online/knn")  # beside the evalu
 PROBE_IMAGES = 5000  # of the online kNN at most
 MEASURED_IMAGES = 8  # of the pass whose memory is measured
 KEPT = "kept"  # folder of the backbones of `training.keep_epochs`, from which the rule `keep` copies them
+BAGS = "bags.npy"  # which the stage `bags` writes into the folder of the outputs
+LOADERS = {"bingo": BagLoader}  # methods that read bags; a table, so that the digests of others leave out this code
 OUTPUTS = ("model.safetensors", "history.csv", "pretrain.json", "backbone.safetensors")
 
 
@@ -216,8 +219,9 @@ def _check_same_start(checkpoint: Path, state: dict[str, Any] | None) -> None:
 
 
 def _data_digest(job: Job) -> str:
-    """Digest the data set and the files of weights that the experiment names."""
+    """Digest the data set, the files of weights that the experiment names, and its bags."""
     files = [Path(file) for file in sweeps.weight_files(job.spec).values()]
+    files += [job.output / BAGS] if job.spec["method"]["name"] in LOADERS else []
     for missing in (file for file in files if not file.is_file()):
         raise ValueError(f"{missing} does not exist")
     first, *more = [provenance.file_digest(file) for file in (job.manifest, *files)]
@@ -320,18 +324,18 @@ def set_determinism(*, compiled: bool) -> None:
 
 
 def _loader(job: Job, resolved: Experiment, manifest: Manifest, views: Views, device: torch.device) -> Loader:
-    training = resolved.training
-    return Loader(
-        manifest,
-        resolved.dataset,
-        views,
-        batch_size=forward_batch_size(training),
-        seed=training.seed,
-        rank=distributed.rank(),
-        world_size=distributed.world_size(),
-        device=device.type,
-        threads=max(1, job.threads // training.gpus),
-    )
+    training, method = resolved.training, resolved.method.name
+    options: dict[str, Any] = {
+        "batch_size": forward_batch_size(training),
+        "seed": training.seed,
+        "rank": distributed.rank(),
+        "world_size": distributed.world_size(),
+        "device": device.type,
+        "threads": max(1, job.threads // training.gpus),
+    }
+    if method in LOADERS:
+        return LOADERS[method](manifest, resolved.dataset, views, bags=job.output / BAGS, **options)
+    return Loader(manifest, resolved.dataset, views, **options)
 
 
 def _probe(resolved: Experiment, manifest: Manifest, threads: int) -> Loader | None:

@@ -255,6 +255,16 @@ def test_a_statement_runs_again_what_it_moves(package: Path, function: str, expe
     assert changed_by(lambda: add_statement(package, function)) == expected
 
 
+def test_the_loader_of_pairs_counts_only_for_methods_that_use_it(package: Path) -> None:
+    spec = {"method": {"name": "bingo"}, "backbone": {"name": "resnet18"}}
+    forget()
+    before = code.pretraining_code(spec)
+    for function in ("BagLoader._run", "pair_graph", "_read_pairs"):
+        assert changed_by(lambda function=function: add_statement(package, function)) == set()
+        assert code.pretraining_code(spec) != before
+        before = code.pretraining_code(spec)
+
+
 def test_statements_that_move_no_result_run_nothing_again(package: Path) -> None:
     def edit() -> None:
         # Another kind of source, the tracking, files that appear whole, checks of the configuration

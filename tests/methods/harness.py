@@ -278,5 +278,6 @@ def _train_in_default_type(kind: type[Method], config: MethodConfig, steps: int)
     state = {name: value.detach().clone() for name, value in method.state_dict().items()}
     for path, layer in method.named_modules():
         if isinstance(layer, SplitBatchNorm1d | SplitBatchNorm2d):  # each process has those of its own parts
-            del state[f"{path}.running_mean"], state[f"{path}.running_var"]
+            for statistic in ("running_mean", "running_var"):
+                state.pop(f"{path}.{statistic}", None)  # a frozen teacher's are not in the state
     return {"losses": torch.stack(losses), **gradients, **state}

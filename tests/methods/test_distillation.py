@@ -1,4 +1,4 @@
-"""SimReg, CompRess, DisCo and the distillation of features: losses against formulas written independently."""
+"""SimReg, CompRess, DisCo, BINGO and the distillation of features: losses against formulas written independently."""
 
 import math
 from pathlib import Path
@@ -11,8 +11,10 @@ import torch.nn.functional as F
 from scipy.special import log_softmax, softmax
 from torch import nn
 
+from ssl_core.blocks.cutmix import cutmix_pairs
 from ssl_core.config import Backbone
-from ssl_core.methods import compress, disco, feature_distillation, simreg
+from ssl_core.methods import bingo, compress, disco, feature_distillation, simreg
+from ssl_core.methods.base import Progress
 from ssl_core.networks.backbones import build_backbone, save_backbone
 from tests.methods.harness import START, Tiny, batch, make, remember, resolved, smallest_views
 
@@ -30,7 +32,8 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> str:
 def build(module: Any, weights: str, **settings: Any) -> tuple[Any, Any]:
     """Return a method around `Tiny` and a batch of its views."""
     config = module.Config(teacher={"weights": weights}, **settings)
-    kind = {"simreg": "SimReg", "compress": "CompRess", "disco": "DisCo"}.get(config.name, "FeatureDistillation")
+    names = {"simreg": "SimReg", "compress": "CompRess", "disco": "DisCo", "bingo": "BINGO"}
+    kind = names.get(config.name, "FeatureDistillation")
     method = getattr(module, kind)
     return make(method, config), batch(smallest_views(method, config))
 
@@ -119,6 +122,54 @@ def test_disco_is_moco_and_the_codes_sum_of_squares(weights: str) -> None:
     assert math.isclose(losses.total.item(), expected.item(), rel_tol=1e-4)
 
 
+# BINGO
+
+
+@pytest.mark.parametrize(("fraction", "across"), [(0, 0.0), (10.99 / 200, 0.0), (11 / 200, 0.5), (0.9, 0.5)])
+def test_bingo_is_the_codes_sum_of_cross_entropies(fraction: float, across: float, weights: str) -> None:
+    model, one = build(bingo, weights, queue_size=24, batchnorm_splits=1, teacher_mode="eval")
+    progress = Progress(round(20_000 * fraction), 20_000)
+    image, neighbour = one.views["query"][0], one.views["neighbour_query"][0]
+    mixed, share = cutmix_pairs(image, neighbour, alpha=2.0, generator=np.random.default_rng([0, progress.step, 0]))
+    queries = [F.normalize(model.projector(model.backbone(view)), dim=1) for view in (image, neighbour, mixed)]
+    keys = [F.normalize(model.teacher(one.views[group][0]), dim=1) for group in ("key", "neighbour_key")]
+    queries, keys = ([rows.detach().double().numpy() for rows in many] for many in (queries, keys))
+    queue = model.queue.rows.double().numpy()
+    weights_of = [(1 - across, across), (across, 1 - across), (share, 1 - share)]
+    expected = 0.0
+    for query, pair in zip(queries, weights_of, strict=True):
+        for key, weight in zip(keys, pair, strict=True):
+            logits = np.concatenate([(query * key).sum(axis=1)[:, None], query @ queue.T], axis=1) / 0.2
+            expected -= weight * log_softmax(logits, axis=1)[:, 0].mean() / 3
+    losses = model(one, progress)
+    assert math.isclose(losses.total.item(), expected, rel_tol=1e-5)
+    remember(model, losses)
+    np.testing.assert_allclose(model.queue.rows[: len(image)].numpy(), keys[0], atol=1e-6)  # none of the neighbours
+
+
+def test_cutmix_of_pairs_keeps_the_share_of_pixels_that_it_returns() -> None:
+    images, others = torch.zeros(1, 3, 90, 100), torch.ones(1, 3, 90, 100)
+    shares = []
+    for seed in range(400):
+        mixed, share = cutmix_pairs(images, others, alpha=2.0, generator=np.random.default_rng(seed))
+        assert math.isclose(1 - mixed.mean().item(), share, rel_tol=1e-5, abs_tol=1e-6)
+        shares.append(share)
+    # Of a side s, with s^2 ~ Beta(2, 2), the part s / 4 is outside on average: 1 - E[s^2 (1 - s / 4)^2].
+    assert math.isclose(float(np.mean(shares)), 1 - (0.5 - 0.381 / 2 + 0.3 / 16), abs_tol=0.03)
+
+
+def test_the_teachers_batch_normalisation_follows_its_mode(weights: str) -> None:
+    """In train mode a key depends on the other images; the loss is then that of shuffled parts of the batch."""
+    for mode, same in (("eval", True), ("train", False)):
+        model, one = build(bingo, weights, queue_size=24, batchnorm_splits=2, teacher_mode=mode)
+        model.train()
+        view = one.views["key"][0]
+        first, second = model._key(view, 0), model._key(torch.cat([view[:8], 5 * view[8:]]), 0)
+        assert torch.allclose(first[:8], second[:8], atol=1e-5) == same
+        model.eval()
+        torch.testing.assert_close(model._key(view, 0)[:8], model._key(view[:8], 0), atol=1e-5, rtol=1e-5)
+
+
 # Features and maps
 
 
@@ -186,6 +237,7 @@ def test_settings_that_distil_nothing_are_refused(weights: str) -> None:
     [
         ("simreg", {"learning_rate": 0.05, "epochs": 130, "schedule": "cosine", "weight_decay": 1e-4}),
         ("compress", {"learning_rate": 0.01, "milestones": (90, 120), "decay_factor": 0.2, "schedule": "step"}),
+        ("bingo", {"learning_rate": 0.03, "epochs": 200, "learning_rate_scaling": "none", "batch_size": 256}),
         ("disco", {"learning_rate": 0.03, "epochs": 200, "learning_rate_scaling": "none", "batch_size": 256}),
     ],
 )

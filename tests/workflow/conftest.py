@@ -24,6 +24,7 @@ case $stage in
 shard) mkdir -p "$output"; echo '{}' > "$output/manifest.json" ;;
 pretrain) for file in backbone.safetensors model.safetensors pretrain.json history.csv; do
     mkdir -p "$output"; echo "$output" > "$output/$file"; done ;;
+bags) mkdir -p "${output%/*}"; echo "$output" > "$output" ;;
 sample-views) mkdir -p "${output%/*}"; echo > "$output" ;;
 adopt) mkdir -p "${output%/*}"; echo "$output" > "$output" ;;
 evaluate) mkdir -p "${output%.json}"; echo '{}' > "$output"; echo > "${output%.json}/pictures.npz" ;;

@@ -84,6 +84,29 @@ def test_a_file_of_weights_runs_its_experiments_again(fresh: Project) -> None:
     assert fresh.pending(*backbones) == backbones - {"results/first/backbone.safetensors"}
 
 
+def test_another_teacher_makes_the_bags_again_and_other_settings_do_not(fresh: Project) -> None:
+    teacher = {"weights": "teacher.safetensors", "projector": "head.safetensors"}
+    config = fresh.config
+    config["experiments"]["second"]["method"] = {"name": "bingo", "teacher": teacher, "queue_size": 16}
+    fresh.configure(config)
+    for file in teacher.values():
+        (fresh.folder / file).write_text("weights", encoding="utf-8")
+    targets = ["results/first/backbone.safetensors", "results/second/backbone.safetensors"]
+    run = fresh.snakemake(*targets)
+    assert run.returncode == 0, run.stderr
+    assert sorted(call.split()[0] for call in fresh.calls()) == ["bags", "pretrain", "pretrain", "shard"]
+    bags, student = {"results/second/bags.npy"}, {"results/second/backbone.safetensors"}
+    fresh.change("experiments/second/method/queue_size", 8)
+    assert fresh.pending(*targets) == student
+    fresh.change("experiments/second/method/bag_size", 3)
+    assert fresh.pending(*targets) == bags | student
+    fresh.configure(config)
+    (fresh.folder / "head.safetensors").write_text("other weights", encoding="utf-8")
+    assert fresh.pending(*targets) == student
+    (fresh.folder / "teacher.safetensors").write_text("other weights", encoding="utf-8")
+    assert fresh.pending(*targets) == bags | student
+
+
 def add_statement(path: Path, function: str) -> None:
     """Let a function that has a docstring of one line do one thing more."""
     text = path.read_text()

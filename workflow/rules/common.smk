@@ -173,6 +173,19 @@ def files_of(wildcards):
     return list(sweeps.weight_files(pretrain_spec(wildcards)).values())
 
 
+def bags_of(wildcards):
+    """Return the bags of neighbours for experiments whose method reads them, else nothing."""
+    return [f"results/{wildcards.experiment}/bags.npy"] if wildcards.experiment in BAGGED else []
+
+
+def bags_spec(wildcards):
+    """Return the settings of an experiment that its bags depend on."""
+    section = pretrain_spec(wildcards)
+    method = {key: section["method"][key] for key in ("name", "teacher", "bag_size") if key in section["method"]}
+    method["teacher"] = {key: value for key, value in method["teacher"].items() if key != "projector"}
+    return {"dataset": section["dataset"], "method": method}
+
+
 def model_of(wildcards):
     """Return the whole pre-trained model for evaluations that need its projector, else nothing."""
     section = EVALUATIONS[wildcards.evaluation]
@@ -273,6 +286,7 @@ CONTRACTS = needs.contracts(SCHEMA)
 CONFIG = overlays.without_nulls(config)
 EXPERIMENTS = checked(CONFIG)
 ADOPTED = [experiment for experiment, section in EXPERIMENTS.items() if "weights" in section]
+BAGGED = [name for name, section in EXPERIMENTS.items() if section.get("method", {}).get("name") == "bingo"]
 WRITTEN = sweeps.written_experiments(CONFIG)  # without those of sweeps, which run only as targets
 EVALUATIONS = CONFIG.get("evaluations") or {}
 SWEEPS = CONFIG.get("sweeps") or {}

@@ -7,6 +7,7 @@ rule pretrain:
     input:
         manifest=lambda wildcards: manifest_of(pretrain_spec(wildcards)),
         weights=files_of,
+        bags=bags_of,
     output:
         backbone="results/{experiment}/backbone.safetensors",
         model="results/{experiment}/model.safetensors",
@@ -31,6 +32,30 @@ rule pretrain:
         "ssl-core pretrain {wildcards.experiment:q} --spec {params.spec:q} --code {params.code}"
         " --manifest {input.manifest:q} --output {params.folder:q}"
         " --checkpoint checkpoints/{wildcards.experiment:q}.pt --threads {threads} --log {log:q}"
+
+
+# The neighbours of each image by the teacher, which the pre-training reads from the folder of its outputs.
+rule bags:
+    input:
+        manifest=lambda wildcards: manifest_of(pretrain_spec(wildcards)),
+        weights=lambda wildcards: bags_spec(wildcards)["method"]["teacher"]["weights"],
+    output:
+        "results/{experiment}/bags.npy",
+    log:
+        "logs/bags/{experiment}.log",
+    wildcard_constraints:
+        experiment=one_of(BAGGED),
+    threads: 16
+    resources:
+        gpu=1,
+        runtime=12 * 60,
+        mem_mb=32000,
+    params:
+        spec=lambda wildcards: canonical(bags_spec(wildcards)),
+        code=lambda wildcards: stage_code("bags", bags_spec(wildcards)),
+    shell:
+        "ssl-core bags {wildcards.experiment:q} --spec {params.spec:q} --manifest {input.manifest:q} --output {output:q}"
+        " --threads {threads} --log {log:q}"
 
 
 # The pre-training leaves the backbones of `training.keep_epochs` in kept/, as no declared outputs: their names depend on
