@@ -96,7 +96,7 @@ def test_a_batch_that_cannot_fit_is_refused_before_the_data_are_read(demo, tmp_p
 def test_files_of_weights_are_part_of_the_data_digest(demo, tmp_path):
     def digest(**method):
         job = pretrain.Job(
-            experiment="tiny", spec={"method": method}, code="c", manifest=demo, output=tmp_path,
+            experiment="tiny", spec={"method": {"name": "ressl", **method}}, code="c", manifest=demo, output=tmp_path,
             checkpoint=tmp_path / "c.pt", threads=1,
         )  # fmt: skip
         return pretrain._data_digest(job)
