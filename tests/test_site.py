@@ -16,6 +16,8 @@ from tests.markdown import PAGES, ROOT
 
 BIN = Path(sys.executable).parent
 
+pytestmark = pytest.mark.long  # the site is built
+
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -101,7 +103,6 @@ CUT_OFF = """() => {
 }"""
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("width", [1280, 390])
 def test_nothing_is_cut_off(width: int, site: Path, html: dict[str, str], browser: Browser) -> None:
     page = browser.new_page(viewport={"width": width, "height": 900})

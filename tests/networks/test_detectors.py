@@ -119,7 +119,8 @@ def as_rank(rank: int, path: str, masks: bool) -> None:
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("masks", [False, pytest.param(True, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("masks", [False, True])
 def test_two_processes_have_the_losses_and_gradients_of_one(tmp_path: Path, masks: bool):
     start_in_processes(as_rank, str(tmp_path / "ranks"), masks)
     means, gradients = torch.load(tmp_path / "ranks")

@@ -42,7 +42,7 @@ def run(backbone_path, manifest_path, tmp_path):  # noqa: F811
     return stage
 
 
-@pytest.mark.parametrize("steps", [3, 7])
+@pytest.mark.parametrize("steps", [3, pytest.param(7, marks=pytest.mark.long)])
 def test_a_continued_run_equals_an_undisturbed_one(run, steps, monkeypatch):
     whole = run("whole", checkpoint_minutes=1e-9)
     take_step, taken = Model.step, []

@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import pytest
 import yaml
 
 from .conftest import Project
@@ -84,6 +85,7 @@ def test_a_file_of_weights_runs_its_experiments_again(fresh: Project) -> None:
     assert fresh.pending(*backbones) == backbones - {"results/first/backbone.safetensors"}
 
 
+@pytest.mark.long
 def test_another_teacher_makes_the_bags_again_and_other_settings_do_not(fresh: Project) -> None:
     teacher = {"weights": "teacher.safetensors", "projector": "head.safetensors"}
     config = fresh.config
