@@ -93,6 +93,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(options: argparse.Namespace) -> int:
     with _logged(options.log) as log:
         try:
+            if options.name == "shard":
+                processes.keep_interrupts_from_forks()
             options.command(options)
         except KeyboardInterrupt:
             return 130

@@ -32,6 +32,25 @@ class Stop(SystemExit):
     """Raised after a signal to stop, with the state saved; the exit status is the shell's for that signal."""
 
 
+def keep_interrupts_from_forks() -> None:
+    """Make processes that this one forks from now on ignore Ctrl-C from their first instruction: it handles it for all.
+
+    A worker that first had to ignore the signal itself was killed by one that came before, and the stage reported that.
+    """
+
+    def block() -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+
+    def unblock() -> None:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
+    def ignore() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        unblock()
+
+    os.register_at_fork(before=block, after_in_parent=unblock, after_in_child=ignore)
+
+
 class Process(NamedTuple):
     """A process of a host; its start time tells it from a later process with the same id."""
 

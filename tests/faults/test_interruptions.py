@@ -85,6 +85,20 @@ def test_a_killed_shard_worker_ends_the_stage_with_a_message(warm: Warm, bare: P
     assert warm.run(folder, "shard").status == 0
 
 
+def test_ctrl_c_does_not_end_a_worker_in_its_first_moment() -> None:
+    code = (
+        "import os, signal; from ssl_core.experiments import processes\n"
+        "signal.signal(signal.SIGINT, signal.SIG_DFL)\n"
+        "os.register_at_fork(after_in_child=lambda: os.kill(os.getpid(), signal.SIGINT))\n"
+        "processes.keep_interrupts_from_forks()\n"
+        "worker = os.fork() or os._exit(7)\n"
+        "print(os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1]), signal.pthread_sigmask(signal.SIG_BLOCK, ()))\n"
+    )
+    assert (
+        subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout == "7 set()\n"
+    )
+
+
 def test_a_worker_whose_parent_died_before_it_began_does_not_stay() -> None:
     code = (
         "import multiprocessing, os; from ssl_core.data import sharding\n"
