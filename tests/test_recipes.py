@@ -35,7 +35,8 @@ QUICK = {"moco", "npid", "ressl", "simsiam"}  # `make test` trains one combinati
 @cache
 def laid_over(path: Path) -> dict[str, Any]:
     """Return what `--configfile` makes of a recipe and `config.yaml`."""
-    return overlays.without_nulls(overlays.merge(DEFAULT, yaml.safe_load(path.read_text())))
+    recipe = yaml.load(path.read_text(), yaml.CSafeLoader)  # ten times as fast as `safe_load`
+    return overlays.without_nulls(overlays.merge(DEFAULT, recipe))
 
 
 @pytest.fixture(scope="module", params=RECIPES, ids=lambda path: path.stem)

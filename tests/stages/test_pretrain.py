@@ -63,6 +63,7 @@ def test_a_rerun_gives_the_same_bytes(finished, demo, tmp_path):
         assert (again / name).read_bytes() == (finished / name).read_bytes(), name
 
 
+@pytest.mark.long
 def test_backbones_of_epochs_to_keep_are_written_also_over_an_interruption(demo, tmp_path):
     section = spec(training={"keep_epochs": [2, 4], "checkpoint_minutes": 1e-9})
     whole, interrupted = run(demo, tmp_path / "whole", section), tmp_path / "interrupted"

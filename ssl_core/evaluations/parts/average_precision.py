@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 from torch import Tensor
-from torchmetrics.detection import MeanAveragePrecision
 
 Detections = dict[str, Tensor]  # boxes, scores, labels and, of Mask R-CNN, masks of one image
 
@@ -22,6 +21,8 @@ def average_precision(pairs: Iterable[tuple[Detections, Detections]], *, masks: 
     `pairs` are the detections and the targets of each image. Detections on objects marked as crowd are neither right
     nor wrong. Raises `ValueError` if no image has an object.
     """
+    from torchmetrics.detection import MeanAveragePrecision  # its import takes seconds
+
     kinds = ("bbox", "segm") if masks else ("bbox",)
     options: dict[str, Any] = {"iou_thresholds": OVERLAPS, "rec_thresholds": RECALLS}
     options["sync_on_compute"] = False  # rank 0 measures alone
