@@ -56,7 +56,7 @@ $(INSTALLED): $(LOCKS) pyproject.toml
 
 # Processes of one thread each, one more than cores, since many tests wait for Snakemake, a server or another process.
 # The tests of a file run in one process and share its fixtures. Their files are in memory if it has 4 GB for files, since
-# waiting for a disk takes a quarter of the time; they stay if a test fails.
+# they would wait for a disk; they stay if a test fails.
 FILES := $(shell [ "$$(df --output=avail /dev/shm 2>/dev/null | tail -1)" -gt 4000000 ] 2>/dev/null && echo /dev/shm || echo /tmp)
 PYTEST := folder=$$(mktemp -d -p $(FILES)) && TMPDIR=$$folder pytest --numprocesses $(shell echo $$(($$(nproc) + 1))) \
   --dist loadfile --no-loadscope-reorder

@@ -98,6 +98,17 @@ class FrozenTeacher(nn.Module):
         return view * self.scale + self.shift
 
 
+class Distilled:
+    """Base of methods whose `teacher` is or may be a frozen network."""
+
+    teacher: Any
+
+    def prepare(self, loader: BatchSource, device: torch.device) -> None:
+        """Fit the input of a frozen teacher to the data's normalisation."""
+        if isinstance(self.teacher, FrozenTeacher):
+            self.teacher.prepare(loader, device)
+
+
 def one_view(
     image_size: int,
     area: tuple[float, float],

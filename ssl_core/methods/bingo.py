@@ -16,11 +16,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ssl_core.blocks import distributed
 from ssl_core.blocks.cutmix import cutmix_pairs
-from ssl_core.blocks.frozen_teacher import FrozenTeacher, Teacher
+from ssl_core.blocks.frozen_teacher import Distilled, FrozenTeacher, Teacher
 from ssl_core.blocks.losses import info_nce
 from ssl_core.blocks.momentum import shuffled_embedding
 from ssl_core.blocks.queue import Queue, check_queue_size
-from ssl_core.data.batch import Batch, BatchSource
+from ssl_core.data.batch import Batch
 from ssl_core.data.views import POLICIES, Augmentation, View, Views
 from ssl_core.methods.base import Losses, Memory, Method, MethodConfig, Preset, Progress, full_precision
 from ssl_core.networks.backbones import Network
@@ -59,7 +59,7 @@ PRESETS = {
 }  # fmt: skip
 
 
-class BINGO(Method):
+class BINGO(Distilled, Method):
     """Student, frozen teacher, and a queue of the teacher's past embeddings of images, without those of neighbours."""
 
     Config = Config
@@ -84,10 +84,6 @@ class BINGO(Method):
         shared: Any = {"size": image_size, "area": config.area, "augmentation": config.augmentation}
         query, key = View(seen_by=("student",), **shared), View(seen_by=("teacher",), **shared)
         return {"query": query, "key": key, "neighbour_query": query, "neighbour_key": key}
-
-    def prepare(self, loader: BatchSource, device: torch.device) -> None:
-        """Fit the teacher's input to the data's normalisation."""
-        self.teacher.prepare(loader, device)
 
     def train(self, mode: bool = True) -> Self:
         """Set the mode of the student and, with `teacher_mode: train`, of the teacher's BatchNorm."""

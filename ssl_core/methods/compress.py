@@ -13,10 +13,10 @@ from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor
 
 from ssl_core.blocks import distributed
-from ssl_core.blocks.frozen_teacher import FrozenTeacher, Teacher, one_view
+from ssl_core.blocks.frozen_teacher import Distilled, FrozenTeacher, Teacher, one_view
 from ssl_core.blocks.momentum import MomentumTeacher
 from ssl_core.blocks.queue import Queue
-from ssl_core.data.batch import Batch, BatchSource
+from ssl_core.data.batch import Batch
 from ssl_core.data.views import POLICIES, Augmentation, Probability, Views
 from ssl_core.methods.base import Losses, Memory, Method, MethodConfig, Preset, Progress, full_precision
 from ssl_core.networks.backbones import Network
@@ -49,7 +49,7 @@ PRESETS = {
 }  # fmt: skip
 
 
-class CompRess(Method):
+class CompRess(Distilled, Method):
     """Student and its moving average, frozen teacher, and two queues with features of the same images."""
 
     Config = Config
@@ -67,10 +67,6 @@ class CompRess(Method):
     def views(config: Config, image_size: int) -> Views:
         """Return a single view for all networks."""
         return one_view(image_size, config.area, config.augmentation, seen_by=("student", "keys", "teacher"))
-
-    def prepare(self, loader: BatchSource, device: torch.device) -> None:
-        """Fit the teacher's input to the data's normalisation."""
-        self.teacher.prepare(loader, device)
 
     def forward(self, batch: Batch, progress: Progress) -> Losses:
         """Return the divergence of the student's similarities to the queue from the teacher's."""

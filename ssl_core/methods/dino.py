@@ -15,7 +15,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from ssl_core.blocks import distributed
-from ssl_core.blocks.frozen_teacher import FrozenTeacher, Teacher
+from ssl_core.blocks.frozen_teacher import Distilled, FrozenTeacher, Teacher
 from ssl_core.blocks.momentum import MomentumTeacher
 from ssl_core.blocks.multicrop import (
     SIX_LOCALS,
@@ -27,7 +27,7 @@ from ssl_core.blocks.multicrop import (
     encode,
     local_views,
 )
-from ssl_core.data.batch import Batch, BatchSource
+from ssl_core.data.batch import Batch
 from ssl_core.data.views import POLICIES, Augmentation, View, Views
 from ssl_core.methods.base import Losses, Memory, Method, MethodConfig, Preset, Progress, full_precision
 from ssl_core.networks.backbones import Network, read_tensors
@@ -170,7 +170,7 @@ class Head(nn.Module):
         return self.classify(self.embed(features))
 
 
-class DINO(Method):
+class DINO(Distilled, Method):
     """Student, momentum or frozen teacher, and the centre of the teacher's outputs."""
 
     Config = Config
@@ -203,11 +203,6 @@ class DINO(Method):
             "global_second": View(augmentation=config.second_augmentation, **shared),
             **local_views(config, image_size, config.local_augmentation, interpolation="cubic"),
         }
-
-    def prepare(self, loader: BatchSource, device: torch.device) -> None:
-        """Fit the input of a frozen teacher to the data's normalisation."""
-        if isinstance(self.teacher, FrozenTeacher):
-            self.teacher.prepare(loader, device)
 
     def forward(self, batch: Batch, progress: Progress) -> Losses:
         """Return the loss of predicting, from every view, the teacher's outputs for the other global views."""

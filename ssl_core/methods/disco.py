@@ -13,11 +13,11 @@ from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor
 
 from ssl_core.blocks import distributed
-from ssl_core.blocks.frozen_teacher import FrozenTeacher, Teacher
+from ssl_core.blocks.frozen_teacher import Distilled, FrozenTeacher, Teacher
 from ssl_core.blocks.losses import info_nce
 from ssl_core.blocks.momentum import MomentumTeacher, shuffled_embedding
 from ssl_core.blocks.queue import Queue, check_queue_size
-from ssl_core.data.batch import Batch, BatchSource
+from ssl_core.data.batch import Batch
 from ssl_core.data.views import POLICIES, Augmentation, Probability, View, Views
 from ssl_core.methods.base import Losses, Memory, Method, MethodConfig, Preset, Progress, full_precision
 from ssl_core.networks.backbones import Network
@@ -53,7 +53,7 @@ PRESETS = {
 }  # fmt: skip
 
 
-class DisCo(Method):
+class DisCo(Distilled, Method):
     """Student and its moving average, a queue of the average's past embeddings, and the frozen teacher."""
 
     Config = Config
@@ -78,10 +78,6 @@ class DisCo(Method):
             "query": View(seen_by=("student", "teacher"), **shared),
             "key": View(seen_by=("student", "keys", "teacher"), **shared),
         }
-
-    def prepare(self, loader: BatchSource, device: torch.device) -> None:
-        """Fit the teacher's input to the data's normalisation."""
-        self.teacher.prepare(loader, device)
 
     def forward(self, batch: Batch, progress: Progress) -> Losses:
         """Return InfoNCE of query and key, and the student's distances to the teacher for both views."""

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from pydantic import NonNegativeFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
-from ssl_core.blocks.frozen_teacher import FrozenTeacher, Teacher, one_view
-from ssl_core.data.batch import Batch, BatchSource
+from ssl_core.blocks.frozen_teacher import Distilled, FrozenTeacher, Teacher, one_view
+from ssl_core.data.batch import Batch
 from ssl_core.data.views import POLICIES, Augmentation, Views
 from ssl_core.methods.base import Losses, Method, MethodConfig, Preset, Progress, full_precision
 from ssl_core.networks.backbones import Network
@@ -57,7 +57,7 @@ PRESETS = {
 }  # fmt: skip
 
 
-class FeatureDistillation(Method):
+class FeatureDistillation(Distilled, Method):
     """Student with heads for pooled features and for the map, and the frozen teacher."""
 
     Config = Config
@@ -77,10 +77,6 @@ class FeatureDistillation(Method):
     def views(config: Config, image_size: int) -> Views:
         """Return a single view for both networks."""
         return one_view(image_size, config.area, config.augmentation)
-
-    def prepare(self, loader: BatchSource, device: torch.device) -> None:
-        """Fit the teacher's input to the data's normalisation."""
-        self.teacher.prepare(loader, device)
 
     def forward(self, batch: Batch, progress: Progress) -> Losses:
         """Return the weighted distances of both predictions to the teacher's features and map."""

@@ -15,11 +15,11 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from ssl_core.blocks import distributed
-from ssl_core.blocks.frozen_teacher import FrozenTeacher, Teacher
+from ssl_core.blocks.frozen_teacher import Distilled, FrozenTeacher, Teacher
 from ssl_core.blocks.losses import info_nce
 from ssl_core.blocks.momentum import MomentumTeacher, shuffled_embedding
 from ssl_core.blocks.queue import Queue, check_queue_size
-from ssl_core.data.batch import Batch, BatchSource
+from ssl_core.data.batch import Batch
 from ssl_core.data.views import POLICIES, Augmentation, View, Views
 from ssl_core.methods.base import Losses, Memory, Method, MethodConfig, Preset, Progress, full_precision
 from ssl_core.networks.backbones import Network
@@ -122,7 +122,7 @@ STRONG_SMALLEST = 0.08  # area
 MULTI_CROP = [(224 / 224, 1.0), (192 / 224, 0.86), (160 / 224, 0.715), (128 / 224, 0.571), (96 / 224, 0.429)]
 
 
-class ReSSL(Method):
+class ReSSL(Distilled, Method):
     """Student, momentum or frozen teacher, and a queue of the teacher's past embeddings."""
 
     Config = Config
@@ -173,11 +173,6 @@ class ReSSL(Method):
             for (share, largest), smallest in zip(MULTI_CROP, smallest_areas, strict=True)
         }
         return {**students, "teacher": teacher}
-
-    def prepare(self, loader: BatchSource, device: torch.device) -> None:
-        """Fit the input of a frozen teacher to the data's normalisation."""
-        if isinstance(self.teacher, FrozenTeacher):
-            self.teacher.prepare(loader, device)
 
     def forward(self, batch: Batch, progress: Progress) -> Losses:
         """Return L = alpha * L_relation + (1 - alpha) * L_InfoNCE (eq. 7), averaged over the student's views."""

@@ -13,9 +13,9 @@ from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor
 
 from ssl_core.blocks import distributed
-from ssl_core.blocks.frozen_teacher import FrozenTeacher, Teacher, one_view
+from ssl_core.blocks.frozen_teacher import Distilled, FrozenTeacher, Teacher, one_view
 from ssl_core.blocks.queue import Queue
-from ssl_core.data.batch import Batch, BatchSource
+from ssl_core.data.batch import Batch
 from ssl_core.data.views import POLICIES, Augmentation, Views
 from ssl_core.methods.base import Losses, Memory, Method, MethodConfig, Preset, Progress, full_precision
 from ssl_core.networks.backbones import Network
@@ -53,7 +53,7 @@ PRESETS = {
 }
 
 
-class SEED(Method):
+class SEED(Distilled, Method):
     """Student, frozen teacher, and a queue of the teacher's past embeddings."""
 
     Config = Config
@@ -70,10 +70,6 @@ class SEED(Method):
     def views(config: Config, image_size: int) -> Views:
         """Return a single view for both networks."""
         return one_view(image_size, config.area, config.augmentation)
-
-    def prepare(self, loader: BatchSource, device: torch.device) -> None:
-        """Fit the teacher's input to the data's normalisation."""
-        self.teacher.prepare(loader, device)
 
     def forward(self, batch: Batch, progress: Progress) -> Losses:
         """Return the loss over the teacher's embedding of each image and the queue of earlier batches."""

@@ -6,12 +6,11 @@ head is dropped after the training.
 
 from typing import Literal
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ssl_core.blocks.frozen_teacher import FrozenTeacher, Teacher, one_view
-from ssl_core.data.batch import Batch, BatchSource
+from ssl_core.blocks.frozen_teacher import Distilled, FrozenTeacher, Teacher, one_view
+from ssl_core.data.batch import Batch
 from ssl_core.data.views import POLICIES, Augmentation, Views
 from ssl_core.methods.base import Losses, Method, MethodConfig, Preset, Progress, full_precision
 from ssl_core.networks.backbones import Network
@@ -39,7 +38,7 @@ PRESETS = {
 }  # fmt: skip
 
 
-class SimReg(Method):
+class SimReg(Distilled, Method):
     """Student with a regression head, and the frozen teacher."""
 
     Config = Config
@@ -55,10 +54,6 @@ class SimReg(Method):
     def views(config: Config, image_size: int) -> Views:
         """Return a single view for both networks."""
         return one_view(image_size, config.area, config.augmentation)
-
-    def prepare(self, loader: BatchSource, device: torch.device) -> None:
-        """Fit the teacher's input to the data's normalisation."""
-        self.teacher.prepare(loader, device)
 
     def forward(self, batch: Batch, progress: Progress) -> Losses:
         """Return the distance of the prediction to the teacher's features."""

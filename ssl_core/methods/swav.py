@@ -15,7 +15,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from ssl_core.blocks import distributed
-from ssl_core.blocks.frozen_teacher import FrozenTeacher, Teacher
+from ssl_core.blocks.frozen_teacher import Distilled, FrozenTeacher, Teacher
 from ssl_core.blocks.multicrop import (
     SIX_LOCALS,
     SSLIGHT,
@@ -27,7 +27,7 @@ from ssl_core.blocks.multicrop import (
     local_views,
 )
 from ssl_core.blocks.queue import Queue
-from ssl_core.data.batch import Batch, BatchSource
+from ssl_core.data.batch import Batch
 from ssl_core.data.views import POLICIES, Augmentation, View, Views
 from ssl_core.methods.base import Losses, Memory, Method, MethodConfig, Preset, Progress, full_precision
 from ssl_core.networks.backbones import Network, read_tensors
@@ -102,7 +102,7 @@ PRESETS = {
 }  # fmt: skip
 
 
-class SwAV(Method):
+class SwAV(Distilled, Method):
     """A network, unit prototypes, a queue of past embeddings for each global view, and optionally a frozen teacher."""
 
     Config = Config
@@ -149,11 +149,6 @@ class SwAV(Method):
             "global": global_views,
             **local_views(config, image_size, config.augmentation, interpolation=config.interpolation),
         }
-
-    def prepare(self, loader: BatchSource, device: torch.device) -> None:
-        """Fit the input of a frozen teacher to the data's normalisation."""
-        if self.teacher is not None:
-            self.teacher.prepare(loader, device)
 
     def forward(self, batch: Batch, progress: Progress) -> Losses:
         """Return the loss of predicting, from every view, the codes of the other global views."""

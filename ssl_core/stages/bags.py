@@ -18,6 +18,7 @@ from ssl_core.experiments import needs
 from ssl_core.experiments.processes import report_bus_error
 from ssl_core.files import atomic
 from ssl_core.methods.bingo import Config
+from ssl_core.training.memory import device
 
 RESIZE = 256 / 224  # of the shorter side before the center crop (docs/sources.md#bingo)
 
@@ -37,28 +38,27 @@ def run(experiment: str, *, spec: dict[str, Any], manifest: Path, output: Path, 
     dataset, config = parse(Dataset, spec["dataset"], "dataset"), parse(Config, spec["method"], "method")
     data = Manifest.load(manifest)
     report_bus_error(lambda: verify(data, dataset.split))
-    features = _features(config, data, dataset, threads)
+    where = device()
+    features = _features(config, data, dataset, where, threads)
     images, size = len(features.indices), config.bag_size
     if images <= size:
         raise ValueError(f"method.bag_size {size} needs more than {size} images, {dataset.name} has {images}")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     table = np.empty((images, size), dtype=np.int32)
-    rows = nearest(features.by_network["teacher"], size, device=device)
+    rows = nearest(features.by_network["teacher"], size, device=where.type)
     table[features.indices.numpy()] = features.indices[rows].numpy()
     with atomic(output) as temporary, open(temporary, "wb") as file:
         np.save(file, table)
     print(f"{experiment}: the {size} nearest of {images} images -> {output}")
 
 
-def _features(config: Config, manifest: Manifest, dataset: Dataset, threads: int) -> Features:
+def _features(config: Config, manifest: Manifest, dataset: Dataset, where: torch.device, threads: int) -> Features:
     """Return the teacher's pooled features of center crops, in the order of the shards."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     teacher = FrozenTeacher(config.teacher.model_copy(update={"projector": None}))  # pooled features
-    teacher.to(device=device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    teacher.to(device=where, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     view = center_view(config.teacher.size or manifest.image_size, resize=RESIZE)
-    options: dict[str, Any] = {"shuffle": False, "device": device, "threads": 1 if device == "cpu" else threads}
+    options: dict[str, Any] = {"shuffle": False, "device": where.type, "threads": 1 if where.type == "cpu" else threads}
     with Loader(manifest, dataset, {"center": view}, batch_size=BATCH_SIZE, seed=0, **options) as loader:
-        teacher.prepare(loader, torch.device(device))
+        teacher.prepare(loader, where)
         return extract({"teacher": teacher}, loader, describe="bags")
 
 

@@ -263,17 +263,21 @@ with remote_shards.local_shards(Path(sys.argv[1]), ["train"]):
 """
 
 
+def silent(reached: Path, ended: Path) -> Callable[[], None]:
+    """Return an action of the server: write one file, then be silent until the other is there."""
+
+    def wait() -> None:
+        reached.touch()
+        wait_until(ended.exists)
+
+    return wait
+
+
 def test_a_killed_stage_is_resumed(
     s3: Server, manifest: Path, local: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    reached = tmp_path / "reached"
-    killed = tmp_path / "killed"
-
-    def wait_for_the_kill() -> None:
-        reached.touch()
-        wait_until(killed.exists)
-
-    with relay(s3, monkeypatch, wait_for_the_kill):
+    reached, killed = tmp_path / "reached", tmp_path / "killed"
+    with relay(s3, monkeypatch, silent(reached, killed)):
         with subprocess.Popen([sys.executable, "-c", COPY, str(manifest)]) as process:
             wait_until(reached.exists, seconds=60)
             process.kill()
@@ -310,12 +314,7 @@ def test_ctrl_c_ends_a_stage_whose_server_is_silent(
     s3: Server, manifest: Path, local: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reached, ended = tmp_path / "reached", tmp_path / "ended"
-
-    def be_silent() -> None:
-        reached.touch()
-        wait_until(ended.exists)
-
-    with relay(s3, monkeypatch, be_silent):
+    with relay(s3, monkeypatch, silent(reached, ended)):
         with subprocess.Popen([sys.executable, "-c", INTERRUPTED, str(manifest)]) as process:
             wait_until(reached.exists, seconds=60)
             process.send_signal(signal.SIGINT)

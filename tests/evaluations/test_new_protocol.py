@@ -1,7 +1,6 @@
 """A new protocol in one file passes the contract tests after `make schema` and with a section in the documentation."""
 
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -57,6 +56,4 @@ def test_a_protocol_in_one_file_passes_the_contract(root: Path, tmp_path: Path) 
     )
     (tmp_path / "workflow/schemas/config.schema.json").write_text(schema.stdout)
     report = call("pytest", "-q", "-k", "majority", "tests/evaluations/test_every_protocol.py")
-    (passed,) = re.findall(r"(\d+) passed", report)
-    assert int(passed) > 10
-    assert "skipped" not in report
+    assert "15 passed" in report

@@ -195,6 +195,20 @@ def _run(trainer: Trainer, log: Callable[[dict[str, float]], None]) -> None:
         trainer.run(save=lambda: None, log=log)
 
 
+@contextmanager
+def failing_at(step: int) -> Iterator[None]:
+    """Let the training loop end with an error before this step, and expect it."""
+    one_step = Trainer._one_step
+
+    def fail(trainer: Trainer) -> None:
+        if trainer.step == step:
+            raise RuntimeError("the test ends the training")
+        one_step(trainer)
+
+    with patch.object(Trainer, "_one_step", fail), pytest.raises(RuntimeError, match="the test ends the training"):
+        yield
+
+
 def state_bytes(state: Any) -> bytes:
     file = io.BytesIO()
     torch.save(state, file)

@@ -13,7 +13,7 @@ from ssl_core.data.shards import Manifest
 from ssl_core.data.views import View
 from ssl_core.networks.backbones import build_backbone, load_backbone, save_backbone
 from ssl_core.stages import bags, pretrain
-from ssl_core.training.loop import Trainer
+from tests.methods.harness import failing_at
 
 NETWORK = Backbone(name="mobilenet_v3_small", stem="small")
 IMAGES = 96
@@ -104,17 +104,8 @@ def train(weights: Path, demo: Path, folder: Path) -> Path:
 @pytest.mark.long
 def test_an_interrupted_training_continues_to_the_same_bytes(weights: Path, demo: Path, tmp_path: Path) -> None:
     whole = train(weights, demo, tmp_path / "whole")
-    step = Trainer._one_step
-
-    def fail(trainer: Trainer) -> None:
-        if trainer.step == 4:
-            raise RuntimeError("killed in the second epoch")
-        step(trainer)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "_one_step", fail)
-        with pytest.raises(RuntimeError, match="second epoch"):
-            train(weights, demo, tmp_path / "interrupted")
+    with failing_at(4):  # in the second epoch
+        train(weights, demo, tmp_path / "interrupted")
     continued = train(weights, demo, tmp_path / "interrupted")
     for name in ("backbone.safetensors", "model.safetensors", "history.csv"):
         assert (continued / name).read_bytes() == (whole / name).read_bytes(), name

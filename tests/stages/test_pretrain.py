@@ -20,7 +20,7 @@ from ssl_core.methods.base import method_class, resolve
 from ssl_core.networks.backbones import build_backbone, load_backbone
 from ssl_core.provenance import file_digest
 from ssl_core.stages import nodes, pretrain, ranks
-from ssl_core.training.loop import Trainer
+from tests.methods.harness import failing_at
 
 SPEC = {
     "dataset": {"name": "demo", "subset": {"images": 96}},
@@ -67,17 +67,8 @@ def test_a_rerun_gives_the_same_bytes(finished, demo, tmp_path):
 def test_backbones_of_epochs_to_keep_are_written_also_over_an_interruption(demo, tmp_path):
     section = spec(training={"keep_epochs": [2, 4], "checkpoint_minutes": 1e-9})
     whole, interrupted = run(demo, tmp_path / "whole", section), tmp_path / "interrupted"
-    step = Trainer._one_step
-
-    def fail(trainer):
-        if trainer.step == 8:
-            raise RuntimeError("killed in the third epoch")
-        step(trainer)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "_one_step", fail)
-        with pytest.raises(RuntimeError, match="third epoch"):
-            run(demo, interrupted, section)
+    with failing_at(8):  # in the third epoch
+        run(demo, interrupted, section)
     run(demo, interrupted, section)
     kept = {epoch: whole / "kept" / f"epoch-{epoch}.safetensors" for epoch in (2, 4)}
     assert kept[4].read_bytes() == (whole / "backbone.safetensors").read_bytes() != kept[2].read_bytes()
